@@ -1,0 +1,32 @@
+"""Merge many LoRA adapters of one base model into one, exactly, on a laptop or a Ray cluster.
+
+    import icm_ray
+    adapters = [icm_ray.load_adapter(path) for path in folders]
+    result = icm_ray.merge(adapters, "soup")
+    icm_ray.save_adapter(result.adapter, "merged")
+"""
+
+from icm_ray.adapters import load_adapter, save_adapter
+from icm_ray.errors import ClusterError, ICMRayError, InputError, RecipeError, ResourceError
+from icm_ray.methods import METHODS
+from icm_ray.methods.merge import merge
+from icm_ray.types import Adapter, LoRAFactors, MergeReport, MergeResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "ClusterError",
+    "ICMRayError",
+    "InputError",
+    "LoRAFactors",
+    "MergeReport",
+    "MergeResult",
+    "RecipeError",
+    "ResourceError",
+    "__version__",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+]

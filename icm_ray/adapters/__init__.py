@@ -1,0 +1,21 @@
+"""PEFT adapter folders in and out: strict reading, exact writing, and proof of what was written."""
+
+from icm_ray.adapters.alignment import check_together, name_problems, open_all
+from icm_ray.adapters.fingerprint import fingerprint_of
+from icm_ray.adapters.forward import verify_forward
+from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter
+from icm_ray.adapters.saving import save_adapter
+from icm_ray.adapters.verify import verify_written
+
+__all__ = [
+    "AdapterFile",
+    "check_together",
+    "fingerprint_of",
+    "load_adapter",
+    "name_problems",
+    "open_adapter",
+    "open_all",
+    "save_adapter",
+    "verify_forward",
+    "verify_written",
+]

@@ -1,0 +1,241 @@
+"""Which tensor is which: from safetensors keys to LoRA modules, with nothing left over."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from icm_ray.adapters.gaps import covered, find_gaps, plain_names
+from icm_ray.adapters.header import TensorInfo
+from icm_ray.adapters.policy import PlainConfig, short
+
+PREFIX = "base_model.model."
+EMBEDDING = "embedding"
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_LINEAR_KEYS = (".lora_A.weight", ".lora_B.weight")
+_EMBEDDING_KEYS = (".lora_embedding_A", ".lora_embedding_B")
+_SAVED_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+"""Full layers PEFT adds on its own when the vocabulary was resized."""
+
+Pair = tuple[TensorInfo, TensorInfo]
+
+
+@dataclass
+class Contents:
+    """What a weights file holds, and everything that is wrong or odd about it."""
+
+    dtype: torch.dtype = torch.float32
+    shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    layouts: dict[str, str] = field(default_factory=dict)
+    scaling: Mapping[str, float] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def tensor_keys(module: str, layout: str | None) -> tuple[str, str]:
+    """Return the names of a module's A and B tensor in a PEFT file."""
+    suffix_a, suffix_b = _EMBEDDING_KEYS if layout == EMBEDDING else _LINEAR_KEYS
+    return f"{PREFIX}{module}{suffix_a}", f"{PREFIX}{module}{suffix_b}"
+
+
+def kernel_of(layout: str | None) -> tuple[int, ...]:
+    """Return the kernel sizes of a convolution's layout; nothing for the other layouts."""
+    if layout is None or layout == EMBEDDING:
+        return ()
+    return tuple(int(size) for size in layout.removeprefix("conv:").split("x"))
+
+
+def read_contents(
+    header: Mapping[str, TensorInfo], config: PlainConfig | None, saved_modules: str
+) -> Contents:
+    """Sort a header's tensors into modules and check each against the config.
+
+    Args:
+        header: Tensors by name.
+        config: The checked config, or None if it was refused; then ranks are not checked.
+        saved_modules: Policy for full layers: refuse, drop or keep.
+    """
+    contents = Contents()
+    pairs, others = _pair_up(header, contents)
+    _place_others(others, pairs, config, saved_modules, contents)
+    for module, (a, b) in sorted(pairs.items()):
+        problems = _shape_problems(module, a, b)
+        contents.problems += problems
+        if not problems:
+            contents.shapes[module] = (b.shape[0], math.prod(a.shape[1:]), a.shape[0])
+            if layout := _layout(module, a, header):
+                contents.layouts[module] = layout
+    if not pairs and not contents.problems:
+        contents.problems.append(
+            f"{len(header)} tensors, none of them LoRA, but keys such as "
+            f"{PREFIX}<module>.lora_A.weight are expected. Save the adapter with PEFT."
+        )
+    _set_dtype(pairs, contents)
+    if config is not None and not contents.problems:
+        _check_config(config, contents)
+    return contents
+
+
+def _pair_up(
+    header: Mapping[str, TensorInfo], contents: Contents
+) -> tuple[dict[str, Pair], list[str]]:
+    pairs: dict[str, Pair] = {}
+    used: set[str] = set()
+    for suffixes in (_LINEAR_KEYS, _EMBEDDING_KEYS):
+        for key in header:
+            ending = next((end for end in suffixes if key.endswith(end)), None)
+            if ending is None or not key.startswith(PREFIX) or key in used:
+                continue
+            module = key.removeprefix(PREFIX).removesuffix(ending)
+            key_a, key_b = (f"{PREFIX}{module}{end}" for end in suffixes)
+            used |= {key_a, key_b}
+            if key_a not in header or key_b not in header:
+                missing = key_b if key_a in header else key_a
+                contents.problems.append(
+                    f"{missing}: missing but its partner needs it. Save the adapter again."
+                )
+            elif module in pairs:
+                contents.problems.append(
+                    f"{module}: both linear and embedding factors but one kind is expected. "
+                    "Save the adapter again."
+                )
+            else:
+                pairs[module] = header[key_a], header[key_b]
+    return pairs, [key for key in header if key not in used]
+
+
+def _place_others(
+    others: list[str],
+    pairs: Mapping[str, Pair],
+    config: PlainConfig | None,
+    policy: str,
+    contents: Contents,
+) -> None:
+    declared = (config.raw.get("modules_to_save") or []) if config else []
+    saved = []
+    for key in others:
+        path = key.removeprefix(PREFIX)
+        inside = any(f".{name}." in f".{path}" for name in declared)
+        if key.startswith(PREFIX) and path.removesuffix(".base_layer.weight") in pairs:
+            # PEFT copies the frozen base of a LoRA embedding into the file; it is no change.
+            contents.notes.append(f"{key}: a copy of the base weights, left out.")
+        elif not key.startswith(PREFIX) or not (inside or path.endswith(_SAVED_EMBEDDINGS)):
+            contents.problems.append(
+                f"{key}: unknown but only {PREFIX}<module>.lora_A.weight and lora_B.weight are "
+                f"expected. {_advice(key)}"
+            )
+        elif policy == "refuse" and not inside:
+            contents.problems.append(
+                f"{key}: a whole layer but only LoRA factors are expected. Choose saved_modules "
+                "'drop', or 'keep' to carry it beside the merge."
+            )
+        elif policy == "drop":
+            contents.notes.append(f"{key}: a whole layer, left out.")
+        else:
+            saved.append(key)
+    contents.saved = tuple(sorted(saved))
+
+
+def _advice(key: str) -> str:
+    if "lora_magnitude_vector" in key:
+        return "DoRA is no B A; it cannot be merged."
+    if re.search(r"\.lora_(A|B|embedding_A|embedding_B)\.\w+(\.weight)?$", key):
+        return "Take the adapter's name out of the key: save with save_pretrained."
+    return "Save the adapter with PEFT."
+
+
+def _shape_problems(module: str, a: TensorInfo, b: TensorInfo) -> list[str]:
+    problems = []
+    for key, tensor in ((f"{module}: A", a), (f"{module}: B", b)):
+        if tensor.dtype not in DTYPES:
+            problems.append(
+                f"{key}: {tensor.dtype} but one of {', '.join(DTYPES)} is expected. "
+                "Save the adapter unquantised."
+            )
+        if 0 in tensor.shape or not 2 <= len(tensor.shape) <= 5:
+            problems.append(
+                f"{key}: shape {short(tensor.shape)} but 2 to 5 dimensions, none of them 0, are "
+                "expected. Gather sharded weights before saving."
+            )
+    if problems:
+        return problems
+    kernel = b.shape[2:]
+    if len(a.shape) != len(b.shape) or any(size != 1 for size in kernel):
+        problems.append(
+            f"{module}: A {short(a.shape)} and B {short(b.shape)} but (rank, d_in) and "
+            "(d_out, rank) are expected. Save the adapter again."
+        )
+    elif a.shape[0] != b.shape[1]:
+        problems.append(
+            f"{module}: A of rank {a.shape[0]} and B of rank {b.shape[1]} but equal ranks are "
+            "expected. Grouped convolutions are not supported."
+        )
+    return problems
+
+
+def _layout(module: str, a: TensorInfo, header: Mapping[str, TensorInfo]) -> str | None:
+    if tensor_keys(module, EMBEDDING)[0] in header:
+        return EMBEDDING
+    return "conv:" + "x".join(map(str, a.shape[2:])) if len(a.shape) > 2 else None
+
+
+def _set_dtype(pairs: Mapping[str, Pair], contents: Contents) -> None:
+    names = sorted({tensor.dtype for pair in pairs.values() for tensor in pair} & set(DTYPES))
+    if names:
+        contents.dtype = DTYPES[names[0]]
+    for name in names[1:]:
+        contents.dtype = torch.promote_types(contents.dtype, DTYPES[name])
+    if len(names) > 1:
+        contents.notes.append(f"element types {', '.join(names)} are mixed.")
+
+
+def _check_config(config: PlainConfig, contents: Contents) -> None:
+    try:
+        ranks = config.ranks(contents.shapes)
+        contents.scaling, notes = config.scalings(ranks)
+    except (ValueError, OverflowError) as error:
+        contents.problems.append(
+            f"rank_pattern, alpha_pattern: {error} but fewer are expected. Write the names out."
+        )
+        return
+    contents.notes += notes
+    for module, (_, _, rank) in contents.shapes.items():
+        if rank != ranks[module]:
+            contents.problems.append(
+                f"{module}: rank {rank} but r or rank_pattern say {ranks[module]}. "
+                "Use the config that was saved with these weights."
+            )
+    _check_targets(config, contents)
+
+
+def _check_targets(config: PlainConfig, contents: Contents) -> None:
+    targets = config.raw.get("target_modules")
+    if isinstance(targets, list):
+        contents.problems += [
+            f"{module}: not in target_modules, so PEFT would ignore it, but all tensors are "
+            "expected to count. Use the config that was saved with these weights."
+            for module in contents.shapes
+            if not covered(module, targets)
+        ]
+    names = plain_names(config.raw)
+    if names is None:
+        return
+    wrong, uneven = find_gaps(contents.shapes)
+    contents.problems += [
+        f"{line}. Save the adapter again, or list full module paths in target_modules."
+        for line in wrong
+    ]
+    contents.notes += [f"{line}." for line in uneven]
+    contents.notes += [
+        f"target_modules: {short(name)} has no tensors."
+        for name in names
+        if not any(covered(module, [name]) for module in contents.shapes)
+    ]

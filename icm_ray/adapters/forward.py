@@ -1,0 +1,148 @@
+"""Proof on the real base model: PEFT's outputs equal the base plus the expected change."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from icm_ray.adapters.contents import EMBEDDING
+from icm_ray.adapters.peft_format import open_adapter
+from icm_ray.adapters.verify import TOLERANCES, load_with_peft, relative_error
+from icm_ray.errors import InputError
+from icm_ray.types import Adapter, LoRAFactors
+
+
+def verify_forward(
+    folder: str | Path, expected: Adapter, base_path: str | Path
+) -> dict[str, float]:
+    """Run the real base with the folder in PEFT, and with hooks that add the expected change.
+
+    Args:
+        folder: A PEFT adapter folder.
+        expected: The change it should hold.
+        base_path: A local transformers model; nothing is downloaded.
+
+    Returns:
+        `relative_error` of PEFT to the hooks, and `change_from_base`, both relative Frobenius.
+
+    Raises:
+        InputError: the base cannot be loaded or lacks a module, or the outputs do not agree.
+    """
+    file = open_adapter(folder, expected.name)
+    model = _load_base(Path(base_path), expected)
+    inputs = _random_inputs(model)
+    plain = _output(model, inputs)
+    with _added(model, expected):
+        algebra = _output(model, inputs)
+    theirs = _output(load_with_peft(model, file.path), inputs)
+    error = relative_error(theirs, algebra)
+    change = relative_error(theirs, plain)
+    # Rounding errors grow on their way through the layers.
+    tolerance = 10 * TOLERANCES[file.dtype]
+    if not error <= tolerance:
+        raise InputError(
+            f"{folder}: outputs differ by {error:.1e} from the expected change but at most "
+            f"{tolerance:.1e} is expected. Save it again."
+        )
+    is_zero = not any(f.a.any() and f.b.any() for f in expected.modules.values())
+    if change == 0 and not is_zero:
+        raise InputError(
+            f"{folder}: the base's outputs stay as they are but a change is expected. "
+            "Check that this is the adapter's base model."
+        )
+    return {"relative_error": error, "change_from_base": change}
+
+
+def _load_base(path: Path, expected: Adapter) -> Any:
+    """Return the base as the transformers class that has all of the adapter's modules."""
+    import transformers
+
+    heads = {
+        "CAUSAL_LM": "AutoModelForCausalLM",
+        "SEQ_CLS": "AutoModelForSequenceClassification",
+        "TOKEN_CLS": "AutoModelForTokenClassification",
+        "QUESTION_ANS": "AutoModelForQuestionAnswering",
+        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    }
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        names = [
+            heads.get(str(expected.config.get("task_type"))),
+            *(config.architectures or []),
+        ]
+        for name in dict.fromkeys([*names, "AutoModel"]):
+            known = getattr(transformers, name, None) if name else None
+            if known is None:
+                continue
+            model = known.from_pretrained(path, local_files_only=True, dtype=torch.float32).eval()
+            if expected.modules.keys() <= {module for module, _ in model.named_modules()}:
+                return model
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be loaded ({error}). Check the base model.") from error
+    raise InputError(
+        f"{path}: lacks modules of the adapter but all are expected. Check that it is its base."
+    )
+
+
+def _random_inputs(model: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = (2, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(size, generator=generator)}
+    if model.main_input_name != "input_ids":
+        raise InputError(
+            f"{config.model_type}: takes {model.main_input_name} but input_ids or pixel_values "
+            "are expected. Check this adapter without its base."
+        )
+    text_config = config.get_text_config()
+    tokens = torch.randint(text_config.vocab_size, (2, 12), generator=generator)
+    is_pair = bool(config.is_encoder_decoder)
+    return {"input_ids": tokens, **({"decoder_input_ids": tokens} if is_pair else {})}
+
+
+def _output(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "..."]:
+    with torch.no_grad():
+        return model(**inputs)[0].float()
+
+
+@contextlib.contextmanager
+def _added(model: nn.Module, expected: Adapter) -> Iterator[None]:
+    """Within the context, every module's output has the expected change added to it."""
+    handles = []
+    for name, factors in expected.modules.items():
+        layout = expected.layouts.get(name)
+
+        def add(
+            layer: Any,
+            inputs: tuple[Any, ...],
+            output: Tensor,
+            factors: LoRAFactors = factors,
+            layout: str | None = layout,
+        ) -> Tensor:
+            return output + _change(layer, inputs[0], factors, layout)
+
+        handles.append(model.get_submodule(name).register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _change(layer: Any, x: Tensor, factors: LoRAFactors, layout: str | None) -> Tensor:
+    if layout is None:
+        return x @ factors.a.T @ factors.b.T
+    if layout == EMBEDDING:
+        # Some models (Gemma) scale their embeddings; PEFT scales the change with them.
+        change = functional.embedding(x, factors.a.T.contiguous()) @ factors.b.T
+        return change * getattr(layer, "embed_scale", 1.0)
+    kernel = layer.weight.shape[1:]
+    conv = (functional.conv1d, functional.conv2d, functional.conv3d)[len(kernel) - 2]
+    hidden = conv(x, factors.a.unflatten(1, kernel), stride=layer.stride, padding=layer.padding)
+    return conv(hidden, factors.b.reshape(*factors.b.shape, *(1 for _ in kernel[1:])))

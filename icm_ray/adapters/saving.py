@@ -1,0 +1,137 @@
+"""Writing an adapter as a folder that PEFT loads to exactly the same change."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from icm_ray.adapters.contents import kernel_of, tensor_keys
+from icm_ray.adapters.gaps import covered, find_gaps, plain_names
+from icm_ray.adapters.peft_format import WEIGHTS_FILE
+from icm_ray.adapters.policy import CONFIG_FILE, known_revision
+from icm_ray.errors import InputError
+from icm_ray.files import whole_folder, write_json
+from icm_ray.types import Adapter, LoRAFactors
+
+SAVED_MODULES_FILE = "saved_modules.safetensors"
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    info: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write `adapter` as a PEFT folder with a manifest, whole or not at all.
+
+    The scaling stays inside B, so alpha equals the rank everywhere and rsLoRA is off. Modules of
+    rank 0 are left out; if every module has rank 0 they are written as zeros of rank 1, since PEFT
+    cannot load a file without tensors. Same adapter, same bytes.
+
+    Args:
+        adapter: What to write.
+        path: The folder; one that this project wrote before is replaced.
+        dtype: Element type in the file; the adapter's own by default.
+        info: Entries for `manifest.json`.
+        extra_files: Text files by name, such as README.md.
+
+    Raises:
+        InputError: there are no modules, a value does not fit into the element type, or the
+            folder holds files that are not ours.
+        ResourceError: the disk is full or not writable.
+    """
+    if not adapter.modules:
+        raise InputError(f"{adapter.name}: no modules but some are expected. Check the merge.")
+    dtype = dtype or adapter.dtype
+    modules = {name: f for name, f in adapter.modules.items() if f.rank} or {
+        name: _zeros(factors) for name, factors in adapter.modules.items()
+    }
+    tensors = _tensors(adapter, modules, dtype)
+    with whole_folder(Path(path), info=info) as folder:
+        write_json(folder / CONFIG_FILE, _config(adapter, modules))
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if adapter.saved_modules:
+            saved = {name: _own(tensor) for name, tensor in adapter.saved_modules.items()}
+            save_file(saved, folder / SAVED_MODULES_FILE, metadata={"format": "pt"})
+        for name, text in sorted((extra_files or {}).items()):
+            if Path(name).name != name:
+                raise InputError(f"{name}: a path but a file name is expected. Choose another.")
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _zeros(factors: LoRAFactors) -> LoRAFactors:
+    d_out, d_in = factors.shape
+    return LoRAFactors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a copy that shares no memory with another tensor, as safetensors demands."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _tensors(
+    adapter: Adapter, modules: Mapping[str, LoRAFactors], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for module, factors in modules.items():
+        layout = adapter.layouts.get(module)
+        kernel = kernel_of(layout)
+        a, b = factors.a.to(dtype), factors.b.to(dtype)
+        for key, values in zip(tensor_keys(module, layout), (a, b), strict=True):
+            if not torch.isfinite(values).all():
+                problems.append(
+                    f"{adapter.name}: {key}: values that {dtype} cannot hold but finite ones are "
+                    "expected. Choose output dtype float32."
+                )
+        key_a, key_b = tensor_keys(module, layout)
+        tensors[key_a] = _own(a.unflatten(1, (-1, *kernel)) if kernel else a)
+        tensors[key_b] = _own(b.reshape(*b.shape, *(1 for _ in kernel)))
+    if problems:
+        raise InputError(problems)
+    return dict(sorted(tensors.items()))
+
+
+def _config(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:
+    # The largest rank leads: servers size their buffers by r and ignore rank_pattern.
+    r = max((factors.rank for factors in modules.values()), default=1)
+    ranks = {
+        # PEFT matches `(.*\\.)?(KEY)$` and takes the first key that fits. The anchor makes a key
+        # fit its own module only, so the order of the keys does not matter.
+        f"^{re.escape(module)}": factors.rank
+        for module, factors in modules.items()
+        if factors.rank != r
+    }
+    return {
+        "peft_type": "LORA",
+        "task_type": adapter.config.get("task_type"),
+        "base_model_name_or_path": adapter.base_model,
+        "revision": known_revision(adapter.config),
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "use_rslora": False,
+        "target_modules": _targets(adapter, modules),
+        "fan_in_fan_out": bool(adapter.config.get("fan_in_fan_out")),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _targets(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> list[str]:
+    """Return the inputs' short names if they select exactly `modules`, else all full paths."""
+    names = plain_names(adapter.config)
+    complete = len(modules) == len(adapter.modules) and not any(find_gaps(modules))
+    if names and complete and all(covered(module, names) for module in modules):
+        return sorted(names)
+    return sorted(modules)

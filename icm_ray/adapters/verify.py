@@ -1,0 +1,159 @@
+"""Proof that a written folder holds the change it should, given by PEFT and not by our reader."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from icm_ray.adapters.contents import EMBEDDING, PREFIX, kernel_of
+from icm_ray.adapters.peft_format import open_adapter
+from icm_ray.errors import InputError
+from icm_ray.types import Adapter, LoRAFactors
+
+TOLERANCES = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+"""Relative error that rounding the two factors to the file's element type may cause."""
+PROBES = 4
+
+
+def verify_written(folder: str | Path, expected: Adapter) -> dict[str, float]:
+    """Load `folder` with PEFT into a weightless skeleton and compare every module's output.
+
+    Args:
+        folder: A PEFT adapter folder.
+        expected: The change it should hold; modules of rank 0 may be absent.
+
+    Returns:
+        `modules`, their number, and `max_relative_error` over random inputs.
+
+    Raises:
+        InputError: naming every module that is missing, unexpected or different.
+    """
+    file = open_adapter(folder, expected.name)
+    wanted = {m for m, factors in expected.modules.items() if factors.rank} or set(file.shapes)
+    problems = [
+        f"{file.path}: {m}: missing but expected. Save it again." for m in wanted - set(file.shapes)
+    ]
+    problems += [
+        f"{file.path}: {m}: not expected. Save it again."
+        for m in set(file.shapes) - set(expected.modules)
+    ]
+    if problems:
+        raise InputError(sorted(problems))
+    layers = _lora_layers(load_with_peft(_skeleton(expected), file.path))
+    tolerance, worst = TOLERANCES[file.dtype], 0.0
+    for seed, module in enumerate(sorted(wanted)):
+        if module not in layers:
+            problems.append(f"{file.path}: {module}: ignored by PEFT but expected. Save it again.")
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        layout = expected.layouts.get(module)
+        error = _layer_error(layers[module], expected.modules[module], layout, generator)
+        worst = max(worst, error)
+        if not error <= tolerance:
+            problems.append(
+                f"{file.path}: {module}: PEFT computes another change (relative error "
+                f"{error:.1e}) but at most {tolerance:.1e} is expected. Save it again."
+            )
+    if problems:
+        raise InputError(problems)
+    return {"modules": float(len(wanted)), "max_relative_error": worst}
+
+
+def load_with_peft(model: nn.Module, folder: Path) -> Any:
+    """Return `model` wrapped by PEFT with the adapter in `folder`.
+
+    Raises:
+        InputError: PEFT cannot load the folder.
+    """
+    from peft import PeftConfig, PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = PeftConfig.from_pretrained(str(folder))
+            config.task_type = None  # else PEFT wraps the model for its task and asks for more
+            # low_cpu_mem_usage: the factors come from the file, so none are drawn first.
+            return PeftModel.from_pretrained(
+                model, str(folder), config=config, low_cpu_mem_usage=True
+            ).eval()
+    except Exception as error:  # PEFT raises whatever its loader runs into
+        raise InputError(
+            f"{folder}: PEFT cannot load it ({type(error).__name__}: {error}). Save it again."
+        ) from error
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, LoraLayer)}
+    return {name.removeprefix(PREFIX): layer for name, layer in layers.items()}
+
+
+def _skeleton(expected: Adapter) -> nn.Module:
+    """Return a model with exactly the adapter's modules and next to no memory."""
+    root = nn.Module()
+    for module, factors in expected.modules.items():
+        at = root
+        *parents, leaf = module.split(".")
+        for parent in parents:
+            if parent not in at._modules:
+                at.add_module(parent, nn.Module())
+            at = at.get_submodule(parent)
+        at.add_module(leaf, _weightless(factors.shape, expected.layouts.get(module)))
+    return root
+
+
+def _weightless(shape: tuple[int, int], layout: str | None) -> nn.Module:
+    d_out, d_in = shape
+    if layout is None:
+        layer: Any = nn.Linear(d_in, d_out, bias=False, device="meta")
+    elif layout == EMBEDDING:
+        layer = nn.Embedding(d_in, d_out, device="meta")
+    else:
+        kernel = kernel_of(layout)
+        conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
+        layer = conv(d_in // math.prod(kernel), d_out, kernel, bias=False, device="meta")
+    # One zero seen as a whole matrix. PEFT would send an embedding's factors to the meta device
+    # after its base, and there their values are lost.
+    layer.weight = nn.Parameter(torch.zeros(()).expand(layer.weight.shape), requires_grad=False)
+    return layer
+
+
+def _layer_error(
+    layer: Any, factors: LoRAFactors, layout: str | None, generator: torch.Generator
+) -> float:
+    """Return the relative error of PEFT's own B(A(x)) * scaling on random inputs."""
+    name, d_in = "default", factors.shape[1]
+    scaling = layer.scaling[name]
+    with torch.no_grad():
+        if layout == EMBEDDING:
+            tokens = torch.randint(d_in, (PROBES,), generator=generator)
+            a, b = (
+                layer.lora_embedding_A[name].float(),
+                layer.lora_embedding_B[name].float(),
+            )
+            theirs = functional.embedding(tokens, a.T) @ b.T * scaling
+            ours = factors.a[:, tokens].T @ factors.b.T
+        else:
+            x = torch.randn(PROBES, d_in, generator=generator)
+            down = layer.lora_A[name].float()
+            kernel = down.weight.shape[1:]
+            hidden = down(x.unflatten(1, kernel))
+            theirs = (layer.lora_B[name].float()(hidden) * scaling).flatten(1)
+            ours = x @ factors.a.T @ factors.b.T
+    return relative_error(theirs, ours)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the Frobenius norm of the difference over that of `expected`, or over 1 if it is 0."""
+    size = float(expected.norm()) or 1.0
+    return float((found - expected).norm()) / size

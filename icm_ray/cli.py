@@ -1,0 +1,200 @@
+"""`icm-ray`: look at adapters, plan a merge, merge in this process, verify and reproduce.
+
+No Ray here; the same recipes run on a cluster with `python -m jobs.merge -c RECIPE`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from icm_ray.command import guarded, quiet_libraries
+from icm_ray.config import MergeRecipe, load_recipe, output_folder
+from icm_ray.errors import RecipeError, one_line
+from icm_ray.files import refuse_foreign, sha256_of
+from icm_ray.methods import METHODS
+
+app = typer.Typer(
+    help="Merge many LoRA adapters of one base model into one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Config = Annotated[Path, typer.Option("-c", "--config", help="Merge recipe (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value")]
+Folder = Annotated[Path, typer.Argument(help="A merged adapter's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 done, 2 recipe, 3 input, 4 disk or memory."""
+    quiet_libraries()
+    app()
+
+
+def _finish(work: Callable[[], Any], debug: bool) -> None:
+    code, _, _ = guarded(lambda: {"result": work()}, debug=debug)
+    if code:
+        raise typer.Exit(code)
+
+
+def _console() -> Console:
+    # A pipe has no width; lines of a table must not break there.
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the merge methods: what each does, when to use it, what it costs."""
+    if as_json:
+        print(json.dumps({name: row.schema() for name, row in METHODS.items()}, indent=2))
+        return
+    table = Table(title="merge methods", expand=False)
+    for heading in ("method", "result", "use it", "parameters", "rank", "needs", "paper"):
+        table.add_column(heading, overflow="fold")
+    for name, row in METHODS.items():
+        parameters = ", ".join(row.parameters())
+        cells = (name, row.formula, row.use, parameters, row.default_rank, row.needs or "-")
+        table.add_row(*cells, row.paper)
+    _console().print(table)
+
+
+@app.command()
+def inspect(
+    folders: Annotated[list[Path], typer.Argument(help="Adapter folders.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show adapters: rank, scaling, size, norm, warnings, and whether they fit together."""
+    from icm_ray.planning import inspect_adapters
+
+    def work() -> None:
+        found = inspect_adapters(folders)
+        if as_json:
+            print(json.dumps(found, indent=2))
+            return
+        table = Table(title="adapters")
+        for heading in ("adapter", "base", "modules", "rank", "scaling", "dtype", "MB", "norm"):
+            table.add_column(heading, overflow="fold")
+        for row in found["adapters"]:
+            ranks, scalings = row["ranks"], row["scalings"]
+            cells = [row["name"], str(row["base_model"]), row["modules"], _span(ranks)]
+            cells += [_span(scalings), row["dtype"], f"{row['bytes'] / 1e6:.2f}"]
+            table.add_row(*(one_line(str(cell)) for cell in cells), f"{row['norm']:.4g}")
+        _console().print(table)
+        for line in found["warnings"]:
+            print(f"warning: {one_line(line)}", file=sys.stderr)
+        for a, others in found["cosines"].items():
+            shown = "  ".join(f"{b} {value:+.3f}" for b, value in others.items())
+            print(f"cosine of deltas, {a}: {shown}")
+
+    _finish(work, debug)
+
+
+@app.command()
+def plan(
+    config: Config, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Say before any spend whether adapters fit, and what the merge will cost and make."""
+    from icm_ray.planning import plan_recipe
+
+    def work() -> None:
+        recipe = load_recipe(MergeRecipe, config, overrides or [])
+        found = plan_recipe(recipe)
+        if as_json:
+            print(json.dumps(found, indent=2))
+            return
+        table = Table(title=f"plan: {recipe.method}", show_header=False)
+        for name, value in found["summary"].items():
+            table.add_row(name, one_line(str(value)))
+        _console().print(table)
+        for line in found["warnings"]:
+            print(f"warning: {one_line(line)}", file=sys.stderr)
+
+    _finish(work, debug)
+
+
+@app.command()
+def merge(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Merge in this process, without Ray: data-free and ready-evidence methods."""
+    from icm_ray.adapters import open_all
+    from icm_ray.methods.merge import merge as merge_adapters
+    from icm_ray.methods.merge import plan_merge
+    from icm_ray.output import write_merged
+    from icm_ray.suites import prepare_base
+
+    def work() -> None:
+        recipe = load_recipe(MergeRecipe, config, overrides or [])
+        target = output_folder(recipe, recipe.output.path)
+        refuse_foreign(target)
+        if recipe.data is not None or recipe.evidence is not None:
+            raise RecipeError(f"data, evidence: method {recipe.method!r} uses none. Leave them out.")
+        refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
+        files = open_all(refs, recipe.modules_to_save)
+        order = {"params": recipe.params, "output_rank": recipe.output.rank, "seed": recipe.seed}
+        plan_merge(files, recipe.method, recipe.params, None, recipe.output.rank, recipe.seed)
+        base = None
+        if recipe.base:
+            cache = Path(recipe.cache) if recipe.cache else None
+            base = prepare_base(recipe.base, cache, recipe.revision, progress=print)
+        started = time.monotonic()
+        result = merge_adapters([file.load() for file in files], recipe.method, **order)
+        prints = {file.name: file.fingerprint() for file in files}
+        write_merged(
+            result,
+            target,
+            key=sha256_of([recipe.method, order, prints, recipe.output.dtype]),
+            inputs={name: str(path.absolute()) for name, path in refs},
+            seconds=time.monotonic() - started,
+            dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
+            base=base,
+        )
+        energy = result.report.retained_energy
+        print(
+            f"{target}: {len(files)} adapters merged with {recipe.method}, "
+            f"rank {result.adapter.max_rank}, {energy:.2%} of the energy kept, verified"
+        )
+
+    _finish(work, debug)
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    base: Annotated[str | None, typer.Option(help="Also compare whole forward passes.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Check a merged folder: hashes, PEFT's reading, norms, and the forward pass of a base."""
+    from icm_ray.output import verify_folder
+    from icm_ray.suites import prepare_base
+
+    def work() -> None:
+        found = verify_folder(folder, prepare_base(base, progress=print) if base else None)
+        print(f"{folder}: intact. " + ", ".join(f"{k} {v}" for k, v in found.items()))
+
+    _finish(work, debug)
+
+
+@app.command()
+def reproduce(folder: Folder, debug: Debug = False) -> None:
+    """Merge again from the inputs and compare every file's sha256."""
+    from icm_ray.output import reproduce as rebuild
+
+    def work() -> None:
+        names = rebuild(folder)
+        print(f"{folder}: reproduced, {len(names)} files equal ({', '.join(names)})")
+
+    _finish(work, debug)
+
+
+def _span(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

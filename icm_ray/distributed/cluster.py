@@ -1,0 +1,180 @@
+"""Join or start a Ray cluster, say what is missing before any work, and wait with a limit."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from icm_ray.config import Resources
+from icm_ray.errors import ClusterError, ICMRayError
+
+Key = TypeVar("Key", bound=Hashable)
+MAX_RETRIES = 3
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def connected(resources: Resources) -> Iterator[None]:
+    """Run the body on a cluster: an open session, RAY_ADDRESS's, or a local one of our own.
+
+    A cluster we start asks for a token, listens on the loopback interface, and ends with the body.
+
+    Raises:
+        ClusterError: one worker's request does not fit any node.
+    """
+    import ray
+
+    joined = os.environ.get("RAY_ADDRESS")
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            if joined:
+                ray.init(address=joined, log_to_driver=True, logging_level="warning")
+                _warn_if_open()
+            else:
+                _start_local(resources)
+            stack.callback(ray.shutdown)
+        check_fits(resources)
+        yield
+
+
+def _start_local(resources: Resources) -> None:
+    import ray
+
+    cpus = os.cpu_count() or 1
+    wanted = (resources.workers or 1) * resources.cpus_per_worker
+    ray.init(
+        address="local",
+        num_cpus=max(cpus, int(wanted)),
+        include_dashboard=False,
+        logging_level="warning",
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _warn_if_open() -> None:
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        log.warning(
+            "The cluster at RAY_ADDRESS is used without token authentication: anyone who reaches "
+            "it can run code. Start it with RAY_AUTH_MODE=token."
+        )
+
+
+def check_fits(resources: Resources) -> None:
+    """Raise ClusterError if no node can ever hold one worker."""
+    import ray
+
+    need = request(resources)
+    demand = {
+        "CPU": need["num_cpus"],
+        "GPU": need["num_gpus"],
+        "memory": need.get("memory", 0),
+        **need.get("resources", {}),
+    }
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(k, 0) >= v for k, v in demand.items()) for node in nodes):
+        return
+    best = {k: max((node.get(k, 0) for node in nodes), default=0) for k in demand}
+    short = ", ".join(f"{k} {v:g} (largest node has {best[k]:g})" for k, v in demand.items() if v)
+    raise ClusterError(
+        f"resources: no node can hold one worker: wants {short}. Lower resources: in the recipe "
+        "or add a larger node."
+    )
+
+
+def request(resources: Resources) -> dict[str, Any]:
+    """Return what one worker asks Ray for, as `.options(...)` takes it."""
+    options: dict[str, Any] = {
+        "num_cpus": resources.cpus_per_worker,
+        "num_gpus": resources.gpus_per_worker,
+    }
+    if resources.memory_per_worker:
+        options["memory"] = resources.memory_per_worker
+    if resources.custom:
+        options["resources"] = dict(resources.custom)
+    return options
+
+
+def worker_count(resources: Resources, items: int) -> int:
+    """Return how many workers to start for `items` pieces of work on this cluster."""
+    import ray
+
+    total = ray.cluster_resources()
+    fits = [items]
+    if resources.cpus_per_worker:
+        fits.append(int(total.get("CPU", 0) // resources.cpus_per_worker))
+    if resources.gpus_per_worker:
+        fits.append(int(total.get("GPU", 0) / resources.gpus_per_worker + 1e-9))
+    if resources.workers:
+        fits.append(resources.workers)
+    return max(min(fits), 1)
+
+
+def run_bounded(
+    workers: Sequence[Any],
+    calls: Mapping[Key, Callable[[Any], Any]],
+    *,
+    timeout: float,
+    done: Callable[[Key, Any], None] | None = None,
+) -> dict[Key, Any]:
+    """Give each idle worker the next call until all are done; at most one call a worker in flight.
+
+    Args:
+        workers: Actor handles, or None for plain tasks (one slot each).
+        calls: By key: takes a worker and returns an ObjectRef.
+        timeout: Longest wait, in seconds, for any one call to finish.
+        done: Given each key and its result at once, in order of completion.
+
+    Returns:
+        Results in the order of `calls`, whatever the order of completion.
+
+    Raises:
+        ICMRayError: as raised by a call.
+        ClusterError: a worker died more often than Ray retries, or the time-out passed.
+    """
+    import ray
+
+    waiting, idle = list(calls), list(workers)
+    flying: dict[Any, tuple[Key, Any]] = {}
+    results: dict[Key, Any] = {}
+    try:
+        while waiting or flying:
+            while waiting and idle:
+                key, worker = waiting.pop(0), idle.pop(0)
+                flying[calls[key](worker)] = (key, worker)
+            ready, _ = ray.wait(list(flying), num_returns=1, timeout=timeout)
+            if not ready:
+                names = ", ".join(str(key) for key, _ in flying.values())
+                raise ClusterError(
+                    f"workers: no answer within {timeout:g} s about {names}. Finished work is kept; "
+                    "run the same command again, or raise resources.timeout_seconds."
+                )
+            key, worker = flying.pop(ready[0])
+            idle.append(worker)
+            results[key] = fetch(ready[0], key)
+            if done:
+                done(key, results[key])
+    finally:
+        for reference in flying:
+            with contextlib.suppress(Exception):  # best effort: the worker may be gone already
+                ray.cancel(reference)
+    return {key: results[key] for key in calls}
+
+
+def fetch(reference: Any, what: object) -> Any:
+    """Return a remote result; errors of ours come back as themselves, Ray's as ClusterError."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ICMRayError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).partition("\n")[0]
+        raise ClusterError(
+            f"{what}: lost after {MAX_RETRIES} retries ({type(error).__name__}: {reason}). "
+            "Finished work is kept; run the same command again."
+        ) from None

@@ -1,0 +1,75 @@
+"""Evidence in parallel: each actor holds one adapter and runs its own unlabelled inputs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from icm_ray.config import DataSpec
+from icm_ray.distributed.actors import AdapterSource
+from icm_ray.distributed.cluster import run_bounded
+from icm_ray.errors import RecipeError
+from icm_ray.evidence.gather import AdapterEvidence
+from icm_ray.files import sha256_of
+from icm_ray.suites import SUITES, load_folder
+
+MAX_TOKENS = 128
+"""Tokens kept of a user's own text."""
+
+Inputs = Mapping[str, tuple[Sequence[str], int]]
+"""By task: unlabelled texts and the number of tokens to keep of each."""
+
+
+def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[Sequence[str], int]]:
+    """Return each task's unlabelled inputs, from a suite or from a folder of the user's.
+
+    Raises:
+        RecipeError: neither or both of suite and path are named.
+        InputError: a task has no data or too little.
+    """
+    if (data.suite is None) == (data.path is None):
+        raise RecipeError("data: name either a suite or a path.")
+    if data.suite is not None:
+        if data.suite not in SUITES:
+            raise RecipeError(f"data.suite: {data.suite!r} but one of {', '.join(SUITES)}.")
+        suite = SUITES[data.suite]
+        limit = data.inputs_per_task
+        return {
+            t: (suite.load(t, data.split, limit).texts, suite.tasks[t].max_tokens) for t in tasks
+        }
+    folder = Path(str(data.path))
+    found = {t: load_folder(folder, t).texts for t in tasks}
+    return {t: (texts[: data.inputs_per_task], MAX_TOKENS) for t, texts in found.items()}
+
+
+def gather_on_ray(
+    actors: Sequence[Any],
+    sources: Sequence[AdapterSource],
+    inputs: Inputs,
+    *,
+    batch: int,
+    timeout: float,
+) -> list[AdapterEvidence]:
+    """Return task vector and null-space ratios of every adapter, in the order of their names."""
+
+    def call(source: AdapterSource) -> Any:
+        texts, max_tokens = inputs[source.name]
+        return lambda actor: actor.evidence.remote(source, texts, max_tokens, batch)
+
+    in_order = sorted(sources, key=lambda source: source.name)
+    calls = {source.name: call(source) for source in in_order}
+    return list(run_bounded(actors, calls, timeout=timeout).values())
+
+
+def evidence_key(
+    base: str, sources: Sequence[AdapterSource], inputs: Inputs, batch: int
+) -> str:
+    """Return what identifies a piece of evidence: base, adapters, inputs and batch size."""
+    return sha256_of(
+        {
+            "base": base,
+            "adapters": {s.name: s.fingerprint for s in sources},
+            "inputs": {task: sha256_of([list(t), n]) for task, (t, n) in inputs.items()},
+            "batch": batch,
+        }
+    )
+

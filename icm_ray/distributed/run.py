@@ -1,0 +1,185 @@
+"""What each job does once its recipe is read: check, connect, work, report."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icm_ray.adapters import open_all
+from icm_ray.config import (
+    EvaluateRecipe,
+    EvidenceRecipe,
+    FinetuneRecipe,
+    MergeRecipe,
+    PipelineRecipe,
+    Recipe,
+)
+from icm_ray.distributed.actors import AdapterSource, start_actors
+from icm_ray.distributed.cluster import connected
+from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
+from icm_ray.distributed.evidence import evidence_key, gather_on_ray, load_inputs
+from icm_ray.distributed.merge import merge_on_ray
+from icm_ray.distributed.pipeline import run_pipeline, task_data, values
+from icm_ray.distributed.reporting import console, publish, report_data
+from icm_ray.distributed.shared_base import share_base
+from icm_ray.errors import RecipeError
+from icm_ray.evaluation.experts import find_experts
+from icm_ray.evaluation.scoring import standing
+from icm_ray.evidence.store import save_evidence
+from icm_ray.files import refuse_foreign, sha256_of
+from icm_ray.methods.merge import plan_merge
+from icm_ray.output import write_merged
+from icm_ray.suites import BASES, SUITES, prepare_base
+
+
+def base_folder(recipe: Recipe, spec: str, revision: str | None) -> Path:
+    """Return the prepared base's folder, fetching it if it is not cached."""
+    cache = Path(recipe.cache) if recipe.cache else None
+    return prepare_base(spec, cache, revision, progress=print)
+
+
+def base_name(spec: str) -> str:
+    """Return what an adapter's config calls this base: a name that means something elsewhere."""
+    return BASES[spec].hub_id if spec in BASES else spec
+
+
+def merge_and_write(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
+    """Merge on Ray and write the verified result; see `MergeRecipe`."""
+    refuse_foreign(target)
+    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
+    files = open_all(refs, recipe.modules_to_save)
+    order = {"params": recipe.params, "output_rank": recipe.output.rank, "seed": recipe.seed}
+    plan_merge(files, recipe.method, recipe.params, None, recipe.output.rank, recipe.seed)
+    prints = {file.name: file.fingerprint() for file in files}
+    base = base_folder(recipe, recipe.base, recipe.revision) if recipe.base else None
+    with connected(recipe.resources):
+        started = time.monotonic()
+        result = merge_on_ray(files, recipe.method, resources=recipe.resources, **order)
+        seconds = time.monotonic() - started
+    checks = write_merged(
+        result,
+        target,
+        key=sha256_of([recipe.method, order, prints, recipe.output.dtype]),
+        inputs={name: str(path.absolute()) for name, path in refs},
+        seconds=seconds,
+        dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
+        base=base,
+    )
+    print(f"merged {len(files)} adapters with {recipe.method} in {seconds:.2f} s: {target}")
+    return {"outputs": {"adapter": str(target)}, "checks": checks}
+
+
+def gather_evidence(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
+    """Gather task vectors and null-space ratios, one actor an adapter."""
+    refuse_foreign(target)
+    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
+    files = open_all(refs, recipe.modules_to_save)
+    sources = [
+        AdapterSource(f.name, str(f.path.absolute()), f.fingerprint(), recipe.modules_to_save)
+        for f in files
+    ]
+    inputs = load_inputs(recipe.data, [source.name for source in sources])
+    path = base_folder(recipe, recipe.base, recipe.revision)
+    with connected(recipe.resources):
+        shared = share_base(path)
+        actors = start_actors(shared, recipe.resources, len(sources))
+        timeout = recipe.resources.timeout_seconds
+        gathered = gather_on_ray(actors, sources, inputs, batch=recipe.batch, timeout=timeout)
+    key = evidence_key(shared.fingerprint, sources, inputs, recipe.batch)
+    save_evidence(target, gathered, {"key": key, "base": shared.fingerprint})
+    norms = {e.task: float(e.task_vector.norm()) for e in gathered}
+    print("task vector norms: " + ", ".join(f"{t} {n:.3f}" for t, n in norms.items()))
+    return {"outputs": {"evidence": str(target)}, "task_vector_norms": norms}
+
+
+def evaluate_and_report(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
+    """Score adapters against the experts whose heads they share."""
+    suite = SUITES[recipe.suite]
+    experts = find_experts(Path(recipe.experts))
+    unknown = sorted(set(experts) - set(suite.tasks))
+    if unknown:
+        raise RecipeError(f"experts: {', '.join(unknown)}: no task of suite {suite.name!r}.")
+    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
+    own = [(f"expert {task}", expert.adapter) for task, expert in experts.items()]
+    sources = {
+        name: AdapterSource(name, str(path.absolute()), open_all([(name, path)])[0].fingerprint())
+        for name, path in refs
+    }
+    tasks = tuple(experts)
+    items = [ScoreItem("base", None, tasks)]
+    items += [ScoreItem(name, source, tasks) for name, source in sources.items()]
+    for name, path in own:
+        task = name.removeprefix("expert ")
+        opened = open_all([(task, path)])[0]
+        source = AdapterSource(task, str(path.absolute()), opened.fingerprint())
+        items.append(ScoreItem(name, source, (task,)))
+    data = task_data(suite, experts, recipe.split, recipe.examples)
+    path = base_folder(recipe, recipe.base or suite.base, recipe.revision)
+    with connected(recipe.resources):
+        shared = share_base(path)
+        actors = start_actors(shared, recipe.resources, len(items))
+        found = score_on_ray(
+            actors,
+            items,
+            data,
+            target / "scores",
+            base=shared.fingerprint,
+            batch=recipe.batch,
+            timeout=recipe.resources.timeout_seconds,
+        )
+    expert = {t: found[f"expert {t}"][t].score.value for t in tasks}
+    scores = {}
+    for name in sources:
+        where = standing(values(found[name]), expert, values(found["base"]))
+        scores[name] = {
+            "score": values(found[name]),
+            "interval": {t: [s.score.low, s.score.high] for t, s in found[name].items()},
+            "normalised": dict(where.normalised),
+            "gain_kept": dict(where.gain_kept),
+            "mean": where.mean,
+            "worst": where.worst,
+        }
+        print(f"{name}: mean {where.mean:.3f}, worst {where.worst:.3f} of the experts")
+    references = {"expert": expert, "base": values(found["base"])}
+    return {"outputs": {"scores": str(target / "scores")}, "scores": {**references, **scores}}
+
+
+def finetune_and_report(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
+    """Train experts and score them: a pipeline that merges nothing."""
+    shared_fields = set(FinetuneRecipe.model_fields) & set(PipelineRecipe.model_fields)
+    values_ = {name: getattr(recipe, name) for name in shared_fields}
+    # The pipeline wants a method; experts alone are its table without any.
+    order = PipelineRecipe.model_construct(**values_, name="experts", experts=None, methods=[])
+    return pipeline_and_report(order, target)
+
+
+def pipeline_and_report(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
+    """Run every missing stage and write the report; a finished run only writes the report."""
+    if recipe.suite not in SUITES:
+        raise RecipeError(f"suite: {recipe.suite!r} but one of {', '.join(SUITES)} is expected.")
+    suite = SUITES[recipe.suite]
+    spec = recipe.base or suite.base
+    path = base_folder(recipe, spec, recipe.revision)
+    target.mkdir(parents=True, exist_ok=True)
+    with connected(recipe.resources):
+        results = run_pipeline(recipe, path, base_name(spec), target)
+    data = report_data(results, target)
+    outputs = publish(results, data, target)
+    console(data)
+    for name, where in outputs.items():
+        print(f"{name}: {where}")
+    return {"outputs": outputs, "scores": data_scores(data)}
+
+
+def data_scores(data: Any) -> dict[str, Any]:
+    """Return mean and worst normalised test score by expert set and row."""
+    from icm_ray.report import summarise
+
+    return {
+        f"{row.expert_set}/{row.method}{' (tuned)' if row.tuned else ''}": {
+            "mean": row.mean,
+            "worst": row.worst,
+        }
+        for row in summarise(data.scores, "test").sets
+    }

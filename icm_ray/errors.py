@@ -1,0 +1,77 @@
+"""The errors a user can meet, and the exit code each one ends a command with.
+
+    ICMRayError
+    ├── RecipeError     2  a recipe or command line asks for something that does not exist
+    ├── InputError      3  an adapter, base model, data set or evidence file cannot be used
+    ├── ResourceError   4  disk or memory ran out
+    └── ClusterError    5  the cluster failed after retries; the same command resumes
+
+One error may carry several problems: everything found wrong in a run is told at once.
+"""
+
+import unicodedata
+from collections.abc import Iterable
+
+MAX_PROBLEM_LENGTH = 300
+
+
+class ICMRayError(Exception):
+    """Base of every error this package raises on purpose; `problems` holds one line each."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        lines = [problems] if isinstance(problems, str) else list(problems)
+        self.problems: tuple[str, ...] = tuple(one_line(line) for line in lines)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:  # travels through Ray intact
+        return type(self), (list(self.problems),)
+
+
+class RecipeError(ICMRayError):
+    """A recipe, parameter or command line is wrong."""
+
+    exit_code = 2
+
+
+class InputError(ICMRayError):
+    """An input (adapter, base model, data, evidence) is missing, broken or unsupported."""
+
+    exit_code = 3
+
+
+class ResourceError(ICMRayError):
+    """Disk or memory ran out."""
+
+    exit_code = 4
+
+
+class ClusterError(ICMRayError):
+    """The cluster could not do the work; what is finished is kept and a rerun resumes."""
+
+    exit_code = 5
+
+
+def one_line(text: str) -> str:
+    """Return `text` safe for a terminal and a log: one line, control and bidi characters escaped.
+
+    File, task and tensor names come from strangers; an escape sequence or a right-to-left
+    override inside one must not rewrite what the reader sees.
+    """
+    safe = "".join(
+        char if unicodedata.category(char)[0] != "C" else f"\\x{ord(char):02x}" for char in text
+    )
+    if len(safe) <= MAX_PROBLEM_LENGTH:
+        return safe
+    # The advice stands at the end of a message, so the middle is what can go.
+    keep = (MAX_PROBLEM_LENGTH - 3) // 2
+    return f"{safe[:keep]}...{safe[-keep:]}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known word nearest to `word`, or an empty string."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,51 @@
+"""Experts on disk: an adapter, its frozen head, and what they scored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icm_ray.errors import InputError
+from icm_ray.evaluation.heads import Head
+from icm_ray.files import read_json
+
+ADAPTER, HEAD, METRICS = "adapter", "head.safetensors", "metrics.json"
+TRAJECTORIES = "trajectories"
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's folder.
+
+    Attributes:
+        task: The task's name.
+        folder: Holds `adapter/`, `head.safetensors` and `metrics.json`.
+    """
+
+    task: str
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The PEFT folder."""
+        return self.folder / ADAPTER
+
+    def head(self) -> Head:
+        """Read the frozen head."""
+        return Head.load(self.folder / HEAD)
+
+    def metrics(self) -> dict[str, Any]:
+        """Read what training recorded."""
+        return read_json(self.folder / METRICS)
+
+
+def find_experts(folder: Path) -> Mapping[str, Expert]:
+    """Return the experts of one set by task name, sorted.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    found = sorted(folder.glob(f"*/{HEAD}"))
+    if not found:
+        raise InputError(f"{folder}: no expert in it. Train some with jobs.finetune.")
+    return {head.parent.name: Expert(head.parent.name, head.parent) for head in found}

@@ -1,0 +1,67 @@
+"""Adapters applied to a base as low-rank updates on the fly; no weight is copied or changed."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from icm_ray.errors import InputError
+from icm_ray.evidence.base import find_module
+from icm_ray.types import Adapter, LoRAFactors
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
+    """Run the body with `adapter` added to the model's modules; None leaves the base alone.
+
+    Each adapted module's output gains `b (a x)`, which costs rank * (d_in + d_out) per token.
+
+    Raises:
+        InputError: a module is missing in the base or has another shape.
+    """
+    handles = []
+    try:
+        for path, factors in (adapter.modules if adapter else {}).items():
+            module = find_module(model, path)
+            _check_shape(path, module, factors)
+            layout = adapter.layouts.get(path, "linear") if adapter else "linear"
+            handles.append(module.register_forward_hook(_update(factors, layout, module)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _update(
+    factors: LoRAFactors, layout: str, module: nn.Module
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    weight = next(module.parameters())
+    a = factors.a.to(weight.device, weight.dtype)
+    b = factors.b.to(weight.device, weight.dtype)
+    if layout == "embedding":
+        return lambda _module, inputs, output: output + F.embedding(inputs[0], a.T) @ b.T
+    if layout.startswith("conv"):
+        kernel = a.reshape(a.shape[0], *weight.shape[1:])
+        # A 1x1 convolution after the kernel is a linear map over channels.
+        return lambda m, inputs, output: output + (
+            m._conv_forward(inputs[0], kernel, None).movedim(1, -1) @ b.T
+        ).movedim(-1, 1)
+    return lambda _module, inputs, output: output + (inputs[0] @ a.T) @ b.T
+
+
+def _check_shape(path: str, module: nn.Module, factors: LoRAFactors) -> None:
+    weight = next(module.parameters())
+    d_out, d_in = factors.shape
+    # Conv1D of GPT-2 and embeddings store their weight transposed.
+    if d_out * d_in != weight.numel() or d_out not in weight.shape:
+        raise InputError(
+            f"module {path}: the base's weight is {tuple(weight.shape)} but the adapter's delta "
+            f"is {(d_out, d_in)}. The adapter belongs to another base."
+        )
+
+
+def as_adapter(name: str, modules: Mapping[str, LoRAFactors]) -> Adapter:
+    """Return a nameless-config adapter around factors, for running them on a base."""
+    return Adapter(name, None, modules, {}, fingerprint="")

@@ -1,0 +1,146 @@
+"""Files that appear whole or not at all, and hashes that prove what they hold."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from icm_ray.errors import InputError, ResourceError
+
+MANIFEST = "manifest.json"
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+RUN_FILE = "run.json"
+"""Holds clocks, hosts and paths; it is the one file outside the byte comparison."""
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the hex sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(value: object) -> str:
+    """Return the hex sha256 of a JSON-able value; key order does not matter."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as sorted, indented JSON with a final newline, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; an InputError names the file and line if it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Check the path.") from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 JSON ({type(error).__name__}).") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}: not JSON ({error.msg}).") from None
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, *, info: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Yield a temporary sibling of `target`; on success it becomes `target` in one rename.
+
+    Every file is hashed into `manifest.json` (written last, next to `info`) and synced to disk
+    first. A folder this project made before is replaced; anything else in the way is refused, so
+    nobody's files are lost. After an error nothing is left behind.
+
+    Raises:
+        InputError: `target` exists and is not a folder made by this function.
+        ResourceError: the disk is full or not writable.
+    """
+    refuse_foreign(target)
+    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _seal(temporary, info or {})
+        _swap(temporary, target)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise ResourceError(
+            f"{target}: could not be written ({error.strerror or error}). Free disk space or "
+            "choose another output; an earlier result there is untouched."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_foreign(target: Path) -> None:
+    """Raise InputError if writing `target` would overwrite something this project did not make."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise InputError(f"{target}: exists and is no folder. Choose another output path.")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise InputError(
+            f"{target}: holds files this project did not write. Choose an empty or new folder."
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a folder's manifest after checking every file against its sha256.
+
+    Raises:
+        InputError: the manifest is missing or malformed, or a file is missing or has changed.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise InputError(f"{folder / MANIFEST}: no 'files' table. It was not written here.")
+    problems = []
+    for name, digest in manifest["files"].items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
+            problems.append(f"{path}: listed in {MANIFEST} but missing. Make the folder again.")
+        elif sha256_of_file(path) != digest:
+            problems.append(f"{path}: sha256 differs from {MANIFEST}. Make the folder again.")
+    if problems:
+        raise InputError(problems)
+    return manifest
+
+
+def is_done(folder: Path, key: str) -> bool:
+    """Say whether `folder` holds an intact result that was made for exactly this `key`."""
+    try:
+        return read_manifest(folder).get("key") == key
+    except InputError:
+        return False
+
+
+def _seal(folder: Path, info: Mapping[str, Any]) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != RUN_FILE)
+    hashes = {p.relative_to(folder).as_posix(): sha256_of_file(p) for p in files}
+    write_json(folder / MANIFEST, {**info, "files": hashes})
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes 0600, which another user's server cannot read
+        _sync(path)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

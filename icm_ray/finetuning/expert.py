@@ -1,0 +1,167 @@
+"""Train one expert: PEFT LoRA plus a linear head, resumable, the same bytes every time."""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from icm_ray.config import ExpertSet, LoRARecipe, Training
+from icm_ray.evaluation.heads import Head, loss, target_scale
+from icm_ray.evidence.base import Base
+from icm_ray.evidence.batches import pad_batch, pooled, tokenize
+from icm_ray.finetuning.state import load_state, save_state
+from icm_ray.finetuning.trajectory import Trajectory
+from icm_ray.seeding import generator, seed_for
+from icm_ray.suites.tasks import Examples, Task
+
+Report = Callable[[int, float], None]
+"""Called after each step with the step's number and its loss."""
+
+
+@dataclass(frozen=True)
+class ExpertJob:
+    """Everything that decides an expert's bytes.
+
+    Attributes:
+        task: What to learn.
+        lora: Rank, alpha and target modules.
+        training: Steps, batch, learning rates.
+        which: Initialisation of A ("shared" over tasks, or "own") and seed.
+    """
+
+    task: Task
+    lora: LoRARecipe
+    training: Training
+    which: ExpertSet
+
+
+@dataclass(frozen=True)
+class TrainedExpert:
+    """What training gives back.
+
+    Attributes:
+        model: The PEFT model holding the final adapter.
+        head: The head, frozen from here on.
+        losses: Loss of every step.
+    """
+
+    model: Any
+    head: Head
+    losses: list[float]
+
+
+def train_expert(
+    base: Base, job: ExpertJob, train: Examples, scratch: Path, report: Report | None = None
+) -> TrainedExpert:
+    """Train adapter and head together on labelled examples of one task.
+
+    Dropout is off and every draw is keyed by (seed, task, step): a run that was killed continues
+    from its last state in `scratch` to the same bytes as an unbroken one.
+
+    Args:
+        base: Frozen base; its weights stay untouched.
+        job: Task and hyper-parameters.
+        train: At least `job.training.batch` examples.
+        scratch: Folder for resumable state and the trajectory; kept until the caller is done.
+        report: Told about each step.
+    """
+    model, head = _start(base, job)
+    mean, std = target_scale(job.task, train.targets)
+    targets = torch.from_numpy((train.targets - mean) / std)
+    ids = tokenize(base.tokenizer, train.texts, job.task.max_tokens)
+    # The names PEFT writes to disk lack the name of the adapter inside the model.
+    trained = {
+        n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad
+    }
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(trained.values()), "lr": job.training.lora_lr},
+            {"params": list(head.parameters()), "lr": job.training.head_lr},
+        ],
+        weight_decay=0.0,
+    )
+    parameters = {**trained, **{f"head.{n}": p for n, p in head.named_parameters()}}
+    trajectory = Trajectory(scratch, job.training.steps, job.training.checkpoints)
+    losses = load_state(scratch, parameters, optimizer)
+    for step in range(len(losses), job.training.steps):
+        rows = batch_rows(job, len(ids), step)
+        batch = pad_batch([ids[r] for r in rows], rows, base.tokenizer.pad_token_id)
+        value = loss(head(pooled(model, batch)), targets[rows], job.task)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(float(value.detach()))
+        trajectory.offer(step + 1, losses[-1], trained)
+        if (step + 1) % job.training.save_every == 0:
+            save_state(scratch, parameters, optimizer, losses)
+        if report:
+            report(step + 1, losses[-1])
+    final = Head(head.weight.detach().clone(), head.bias.detach().clone(), mean, std)
+    return TrainedExpert(model, final, losses)
+
+
+def _start(base: Base, job: ExpertJob) -> tuple[Any, nn.Linear]:
+    from peft import LoraConfig, get_peft_model
+
+    own = job.task.name if job.which.init == "own" else "every task"
+    config = LoraConfig(
+        r=job.lora.rank,
+        lora_alpha=job.lora.alpha,
+        target_modules=job.lora.targets,
+        lora_dropout=0.0,
+        task_type="FEATURE_EXTRACTION",
+    )
+    with _seeded("lora", job.which.seed, own):
+        model = get_peft_model(base.model, config)
+    with _seeded("head", job.which.seed, job.task.name):
+        head = nn.Linear(base.d_model, job.task.outputs)
+    # Evaluation mode turns dropout off, so training has no draws beyond the batches.
+    return model.eval(), head
+
+
+def batch_rows(job: ExpertJob, examples: int, step: int) -> list[int]:
+    """Return the examples of one step: a fresh shuffle each epoch, keyed by task and seed."""
+    size = job.training.batch
+    rows: list[int] = []
+    position = step * size
+    while len(rows) < size:
+        epoch, offset = divmod(position, examples)
+        key = generator("order", job.which.seed, job.task.name, epoch)
+        order = torch.randperm(examples, generator=key)
+        rows += order[offset : offset + size - len(rows)].tolist()
+        position = step * size + len(rows)
+    return rows
+
+
+@contextlib.contextmanager
+def _seeded(*key: object) -> Iterator[None]:
+    """Seed torch's global generator, which PEFT draws from, and restore it afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(*key))
+        yield
+
+
+def save_adapter_of(model: Any, folder: Path, dtype: torch.dtype, base_name: str) -> None:
+    """Write the trained adapter with PEFT itself, in `dtype`, naming its base."""
+    from safetensors.torch import load_file, save_file
+
+    model.peft_config["default"].base_model_name_or_path = base_name
+    with contextlib.redirect_stdout(io.StringIO()):
+        # Looking for resized embeddings would ask a hub about the base; there are none here.
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card would be taken for ours
+    weights = folder / "adapter_model.safetensors"
+    tensors: dict[str, Tensor] = load_file(weights)
+    save_file({n: t.to(dtype) for n, t in tensors.items()}, weights, metadata={"format": "pt"})
+
+
+def losses_summary(losses: list[float]) -> dict[str, float]:
+    """Return first and last loss, averaged over up to ten steps each."""
+    few = min(10, len(losses))
+    return {"first_loss": float(np.mean(losses[:few])), "last_loss": float(np.mean(losses[-few:]))}

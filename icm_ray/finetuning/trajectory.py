@@ -1,0 +1,72 @@
+"""The second half of training as a Parquet data set, one row a checkpoint.
+
+Columns: `step` int64, `loss` float64, `adapter` fixed_size_list<float32>[D]. The flat layout of
+`adapter` (tensor name, shape, offset, in sorted order of names) is JSON in the schema's metadata.
+ICM-Fusion trains its F-VAE on these rows.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+FOLDER = "trajectory"
+
+
+class Trajectory:
+    """Keeps `count` evenly spaced checkpoints of the second half of `steps`."""
+
+    def __init__(self, scratch: Path, steps: int, count: int) -> None:
+        half = steps // 2
+        wanted = np.linspace(half + 1, steps, num=min(count, steps - half))
+        self.steps = frozenset(np.round(wanted).astype(int).tolist())
+        self.folder = scratch / FOLDER
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def offer(self, step: int, loss: float, parameters: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint if this step is one of those to keep.
+
+        One small file a checkpoint: a killed run has lost nothing, and writing it again after a
+        resume gives the same bytes.
+        """
+        if step not in self.steps:
+            return
+        layout = layout_of(parameters)
+        flat = np.concatenate([parameters[e["name"]].detach().numpy().ravel() for e in layout])
+        adapter = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), flat.size)
+        columns = {"step": pa.array([step]), "loss": pa.array([loss]), "adapter": adapter}
+        table = pa.table(columns).replace_schema_metadata({"layout": json.dumps(layout)})
+        path = self.folder / f"step-{step:06d}.parquet"
+        pq.write_table(table, path.with_suffix(".tmp"), compression="zstd")
+        path.with_suffix(".tmp").replace(path)
+
+
+def layout_of(parameters: Mapping[str, Tensor]) -> list[dict]:
+    """Return name, shape and offset of each tensor in the flat vector, sorted by plain name."""
+    layout, offset = [], 0
+    for name in sorted(parameters):
+        shape = list(parameters[name].shape)
+        layout.append({"name": name, "shape": shape, "offset": offset})
+        offset += parameters[name].numel()
+    return layout
+
+
+def read_trajectory(folder: Path) -> tuple[pa.Table, list[dict]]:
+    """Return all checkpoints in step order and the flat layout of their `adapter` column."""
+    table = pq.read_table(folder).sort_by("step")
+    return table, json.loads(table.schema.metadata[b"layout"])
+
+
+def unflatten(row: np.ndarray, layout: list[dict]) -> dict[str, Tensor]:
+    """Return the tensors of one checkpoint by name."""
+    tensors = {}
+    for entry in layout:
+        size = int(np.prod(entry["shape"]))
+        flat = row[entry["offset"] : entry["offset"] + size]
+        tensors[entry["name"]] = torch.from_numpy(flat.reshape(entry["shape"]).copy())
+    return tensors

@@ -1,0 +1,1 @@
+"""Pure torch mathematics on plain tensors; knows nothing of tasks, files or models."""

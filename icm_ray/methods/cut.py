@@ -1,0 +1,98 @@
+"""The one explicit last step: cut a merged module to the rank the user asked for."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from icm_ray.errors import RecipeError
+from icm_ray.linalg.lowrank import LowRankSVD, dense_svd, svd
+from icm_ray.types import LoRAFactors, RankPolicy
+
+SERVING_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks a serving engine can be started with (`--max-lora-rank` of vLLM)."""
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """A parsed rank policy: what to do and its number.
+
+    Attributes:
+        kind: "exact", "at most" (a rank), "energy" (a share in (0, 1]).
+        number: The rank or the share; unused for "exact".
+        tight: Drop ranks that hold nothing, even where the exact result already fits.
+    """
+
+    kind: Literal["exact", "at most", "energy"]
+    number: float = 0.0
+    tight: bool = False
+
+    @classmethod
+    def parse(cls, policy: RankPolicy, default: str, largest_input: int) -> "RankRule":
+        """Read a rank policy; see `types.RankPolicy`.
+
+        Args:
+            policy: The user's `output_rank`.
+            default: What None means: "exact" or "largest input".
+            largest_input: Largest rank of any adapter of the merge.
+
+        Raises:
+            RecipeError: the policy is none of the known forms or its number is out of range.
+        """
+        if policy is None:
+            policy = "exact" if default == "exact" else largest_input
+        if isinstance(policy, int) and not isinstance(policy, bool) and policy > 0:
+            return cls("at most", policy)
+        if policy == "exact":
+            return cls("exact")
+        kind, _, text = str(policy).partition(":")
+        try:
+            if kind == "energy" and 0 < float(text) <= 1:
+                return cls("energy", float(text))
+            if kind == "serving" and int(text) >= SERVING_RANKS[0]:
+                largest = max(rank for rank in SERVING_RANKS if rank <= int(text))
+                return cls("at most", largest, tight=True)
+        except ValueError:
+            pass
+        raise RecipeError(
+            f"output.rank: {policy!r} but a positive int, 'exact', 'energy:0.99' or 'serving:64' "
+            "is expected."
+        )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module after the cut; see `types.ModuleReport` for the fields."""
+
+    factors: LoRAFactors
+    exact_rank: int
+    retained_energy: float
+
+
+def cut(result: LoRAFactors | Tensor, rule: RankRule) -> Cut:
+    """Return `result` as factors of the rank `rule` asks for, with the energy that was kept.
+
+    Factors that already satisfy the rule are returned untouched, so an exact merge stays exact.
+    """
+    if isinstance(result, LoRAFactors):
+        fits = result.rank <= (rule.number if rule.kind == "at most" else min(result.shape))
+        if fits and rule.kind != "energy" and not rule.tight:
+            return Cut(result, result.rank, 1.0)
+        spectrum = svd(result.b, result.a)
+    else:
+        spectrum = dense_svd(result)
+    exact_rank = spectrum.s.numel()
+    rank = min(_rank(rule, spectrum), exact_rank)
+    b, a = spectrum.factors(rank)
+    return Cut(LoRAFactors(a, b), exact_rank, spectrum.retained_energy(rank))
+
+
+def serving_rank(ranks: list[int]) -> int:
+    """Return the smallest rank a server must be started with to load all of `ranks`."""
+    return next(r for r in (*SERVING_RANKS, max(ranks, default=0)) if r >= max(ranks, default=0))
+
+
+def _rank(rule: RankRule, spectrum: LowRankSVD) -> int:
+    if rule.kind == "exact":
+        return spectrum.s.numel()
+    return spectrum.rank_for_energy(rule.number) if rule.kind == "energy" else int(rule.number)

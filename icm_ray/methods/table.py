@@ -1,0 +1,158 @@
+"""What a merge method is, and how a user's parameters are bound to its signature."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from icm_ray.errors import RecipeError, did_you_mean
+
+PASSED_IN = ("context", "evidence")
+"""Keyword arguments the merge provides; every other one is a parameter users set."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the METHODS table.
+
+    Attributes:
+        name: What recipes call it.
+        function: Module scope `(factors, *, context, evidence?, **params)` returning factors or a
+            dense delta, or adapter scope `(adapters, *, evidence?, **params)`.
+        formula: The result in one line of plain text.
+        paper: arXiv id or package it comes from.
+        use: When to choose it, in one line.
+        cost: Dominant arithmetic; R is the sum of ranks.
+        scope: "module" or "adapter".
+        needs: Name of the evidence type it needs, or None.
+        default_rank: "exact" or "largest input": what `output_rank=None` means.
+        exempt: Contract properties that do not hold, each with the reason.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    formula: str
+    paper: str
+    use: str
+    cost: str
+    scope: Literal["module", "adapter"] = "module"
+    needs: str | None = None
+    default_rank: Literal["exact", "largest input"] = "exact"
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Return the keyword-only parameters users may set, annotations resolved."""
+        signature = inspect.signature(self.function, eval_str=True)
+        return {
+            name: parameter
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in PASSED_IN
+        }
+
+    def bind(self, params: Mapping[str, Any] | None, tasks: Sequence[str]) -> dict[str, Any]:
+        """Return every parameter's value after checking names, types and ranges.
+
+        Args:
+            params: What the user set. A list for `weights` follows the order of `tasks`.
+            tasks: Adapter names in the user's order.
+
+        Raises:
+            RecipeError: an unknown parameter, a wrong type or a value out of range; all at once.
+        """
+        known = self.parameters()
+        given = dict(params or {})
+        problems = [
+            f"params.{name}: method {self.name!r} has no such parameter but takes "
+            f"{', '.join(known) or 'none'}.{did_you_mean(name, known)}"
+            for name in sorted(set(given) - set(known))
+        ]
+        bound: dict[str, Any] = {}
+        for name, parameter in known.items():
+            value = given.get(name, parameter.default)
+            try:
+                if name == "weights":
+                    value = _weights_by_task(value, tasks)
+                bound[name] = _adapter(parameter.annotation).validate_python(value)
+            except ValidationError as error:
+                detail = error.errors()[0]
+                problems.append(f"params.{name}: {value!r}: {detail['msg']}. Method {self.name!r}.")
+            except ValueError as error:
+                problems.append(f"params.{name}: {error}")
+            else:
+                problems.extend(_role_problems(name, parameter, bound[name], tasks))
+        if problems:
+            raise RecipeError(problems)
+        return bound
+
+    def schema(self) -> dict[str, Any]:
+        """Return the row as JSON: parameters with type, range, default and meaning."""
+        parameters = {}
+        for name, parameter in self.parameters().items():
+            described = _adapter(parameter.annotation).json_schema()
+            parameters[name] = {**described, "default": parameter.default}
+        presets = typing.get_args(_plain(self.parameters()["preset"])) if "preset" in parameters else ()
+        return {
+            "summary": self.summary,
+            "formula": self.formula,
+            "use": self.use,
+            "paper": self.paper,
+            "cost": self.cost,
+            "scope": self.scope,
+            "evidence": self.needs,
+            "default_rank": self.default_rank,
+            "parameters": parameters,
+            "presets": {name: {"preset": name} for name in presets},
+            "exempt": dict(self.exempt),
+        }
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _plain(parameter: inspect.Parameter) -> Any:
+    return getattr(parameter.annotation, "__origin__", parameter.annotation)
+
+
+def _weights_by_task(value: Any, tasks: Sequence[str]) -> Any:
+    """Turn a list in the user's adapter order into a mapping; a mapping must name every task."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != len(tasks):
+            raise ValueError(f"{len(value)} numbers but {len(tasks)} adapters. Give one for each.")
+        return dict(zip(tasks, value, strict=True))
+    if isinstance(value, Mapping) and set(value) != set(tasks):
+        wrong = ", ".join(sorted(set(value) ^ set(tasks)))
+        raise ValueError(f"names differ from the adapters' ({wrong}). Name each adapter once.")
+    return value
+
+
+def _role_problems(
+    name: str, parameter: inspect.Parameter, value: Any, tasks: Sequence[str]
+) -> list[str]:
+    metadata = getattr(parameter.annotation, "__metadata__", ())
+    is_role = any(
+        isinstance(extra := getattr(item, "json_schema_extra", None), dict)
+        and extra.get("role") == "adapter"
+        for item in metadata
+    )
+    if not is_role or value in tasks:
+        return []
+    return [
+        f"params.{name}: {value!r} names no adapter but must be one of {', '.join(tasks)}."
+        f"{did_you_mean(str(value), tasks)}"
+    ]
+
+
+def frozen(table: dict[str, Method]) -> Mapping[str, Method]:
+    """Return the table read-only, checked for rows filed under another name."""
+    assert all(name == row.name for name, row in table.items())
+    return types.MappingProxyType(table)

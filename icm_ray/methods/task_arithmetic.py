@@ -1,0 +1,23 @@
+"""Task arithmetic: one scale times the sum of the deltas."""
+
+from collections.abc import Sequence
+
+from icm_ray.methods.parameters import Scale, Weights, task_weights
+from icm_ray.methods.weighted_sum import weighted_sum
+from icm_ray.types import LoRAFactors, ModuleContext
+
+
+def task_arithmetic(
+    factors: Sequence[LoRAFactors],
+    *,
+    context: ModuleContext,
+    scale: Scale = 1.0,
+    weights: Weights = None,
+) -> LoRAFactors:
+    """Add the deltas up: `scale * sum_k w_k delta_k` with `w_k = 1`.
+
+    Paper: arXiv 2212.04089, section 2. The sum convention; a scale of 0.3 to 0.5 is usual for six
+    to eight tasks, 1/K equals `soup`. Choose it on validation data, never on test data.
+    """
+    numbers = task_weights(context, weights, default=1.0)
+    return weighted_sum(factors, [scale * number for number in numbers])

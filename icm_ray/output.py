@@ -1,0 +1,231 @@
+"""The folder a merge leaves behind: the adapter, its card, its report, and proof of all three."""
+
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icm_ray.adapters import (
+    AdapterFile,
+    load_adapter,
+    open_adapter,
+    open_all,
+    save_adapter,
+    verify_forward,
+    verify_written,
+)
+from icm_ray.errors import InputError
+from icm_ray.files import MANIFEST, RUN_FILE, read_json, read_manifest, sha256_of_file
+from icm_ray.linalg import lowrank
+from icm_ray.methods.merge import merge
+from icm_ray.report import ScoreRow, model_card
+from icm_ray.types import MergeReport, MergeResult, ModuleReport
+
+REPORT = "merge_report.json"
+SCORES = "scores.json"
+NORM_TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+
+
+@dataclass(frozen=True)
+class MergedFolder:
+    """A merged adapter on disk.
+
+    Attributes:
+        folder: A PEFT folder with card, report and manifest.
+        report: Contents of `merge_report.json`.
+        run: Contents of `run.json`: paths, seconds, versions.
+    """
+
+    folder: Path
+    report: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the adapter as stored."""
+        return self.report["fingerprint"]
+
+
+def write_merged(
+    result: MergeResult,
+    folder: Path,
+    *,
+    key: str,
+    inputs: Mapping[str, str],
+    seconds: float,
+    dtype: torch.dtype | None = None,
+    base: Path | None = None,
+    scores: list[ScoreRow] | None = None,
+) -> dict[str, float]:
+    """Write a merge, reload it with PEFT, compare it with the algebra, and only then show it.
+
+    Args:
+        result: What `merge` gave.
+        folder: The output; appears whole or not at all.
+        key: Identifies the order, so that a second run can skip it.
+        inputs: Path of each adapter by name, for `reproduce`.
+        seconds: Time the merge took.
+        dtype: Element type of the file; the inputs' own by default.
+        base: Folder of the base model; adds a check of the whole forward pass.
+        scores: Shown on the model card.
+
+    Returns:
+        Measured relative errors of the checks.
+
+    Raises:
+        InputError: the written adapter is not the merge, or changes nothing at all.
+    """
+    adapter = replace(result.adapter, dtype=dtype or result.adapter.dtype)
+    with tempfile.TemporaryDirectory(prefix="icm_ray-") as scratch:
+        # Written once to find out how it is stored, verified there, then written to its place
+        # with the stored fingerprint in the report.
+        trial = Path(scratch) / "adapter"
+        save_adapter(adapter, trial)
+        checks = dict(verify_written(trial, adapter))
+        if base is not None:
+            checks |= verify_forward(trial, adapter, base)
+        stored = open_adapter(trial).fingerprint()
+    report = {**report_as_dict(result.report), "fingerprint": stored, "dtype": dtype_name(adapter.dtype)}
+    run = {
+        "inputs": dict(inputs),
+        "seconds": seconds,
+        "checks": checks,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
+    }
+    card = model_card(result.report, list(inputs), adapter.base_model, scores or [])
+    texts = {"README.md": card, REPORT: as_json(report), RUN_FILE: as_json(run)}
+    if scores:
+        texts[SCORES] = as_json([asdict(row) for row in scores])
+    save_adapter(adapter, folder, info={"key": key}, extra_files=texts)
+    return checks
+
+
+def as_json(value: Any) -> str:
+    """Return sorted, indented JSON with a final newline."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float16" for torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def report_as_dict(report: MergeReport) -> dict[str, Any]:
+    """Return a MergeReport as plain data."""
+    plain = asdict(report)
+    plain["retained_energy"] = report.retained_energy
+    return plain
+
+
+def report_from_dict(plain: Mapping[str, Any]) -> MergeReport:
+    """Return the MergeReport that `report_as_dict` described."""
+    names = ("method", "formula", "params", "seed", "output_rank", "inputs", "evidence")
+    modules = {
+        name: ModuleReport(**{**module, "absent": tuple(module["absent"])})
+        for name, module in plain["modules"].items()
+    }
+    return MergeReport(**{name: plain[name] for name in names}, modules=modules)
+
+
+def read_merged(folder: Path) -> MergedFolder:
+    """Read back what `write_merged` wrote, without its tensors."""
+    run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    return MergedFolder(folder, read_json(folder / REPORT), run)
+
+
+def verify_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
+    """Check a merged folder long after it was written.
+
+    Hashes against the manifest, PEFT's reading against ours, norms against the report; with a
+    base, the whole forward pass.
+
+    Raises:
+        InputError: what does not hold, all of it.
+    """
+    read_manifest(folder)
+    adapter = load_adapter(folder)
+    report = read_json(folder / REPORT)
+    checks: dict[str, Any] = dict(verify_written(folder, adapter))
+    tolerance = NORM_TOLERANCE[report["dtype"]]
+    problems = []
+    for module, expected in report["modules"].items():
+        factors = adapter.modules.get(module)
+        norm = lowrank.norm(factors.b, factors.a) if factors else 0.0
+        if abs(norm - expected["output_norm"]) > tolerance * max(expected["output_norm"], 1e-12):
+            problems.append(
+                f"{folder}: {module}: norm {norm:.6g} but {REPORT} says "
+                f"{expected['output_norm']:.6g}. Merge again."
+            )
+    if adapter.fingerprint != report["fingerprint"]:
+        problems.append(f"{folder}: fingerprint differs from {REPORT}. Merge again.")
+    if problems:
+        raise InputError(problems)
+    if base is not None:
+        checks |= verify_forward(folder, adapter, base)
+    return {"modules": len(report["modules"]), "fingerprint": adapter.fingerprint, **checks}
+
+
+def reproduce(folder: Path) -> list[str]:
+    """Merge again from the inputs and compare every file's sha256 with the manifest.
+
+    Returns:
+        Names of the files compared, all equal.
+
+    Raises:
+        InputError: an input is gone or has changed, or a file comes out different.
+    """
+    manifest = read_manifest(folder)
+    merged = read_merged(folder)
+    report = report_from_dict(merged.report)
+    files = open_all(list(merged.run["inputs"].items()))
+    _refuse_changed(files, report)
+    again = merge(
+        [file.load() for file in files],
+        report.method,
+        params=report.params,
+        output_rank=report.output_rank,
+        seed=report.seed,
+    )
+    scores = None
+    if (folder / SCORES).is_file():
+        scores = [ScoreRow(**row) for row in read_json(folder / SCORES)]
+    with tempfile.TemporaryDirectory(prefix="icm_ray-") as scratch:
+        copy = Path(scratch) / "again"
+        write_merged(
+            again,
+            copy,
+            key=manifest["key"],
+            inputs=merged.run["inputs"],
+            seconds=0.0,
+            dtype=getattr(torch, merged.report["dtype"]),
+            scores=scores,
+        )
+        names = sorted(manifest["files"])
+        different = [
+            name
+            for name in names
+            if not (copy / name).is_file()
+            or sha256_of_file(copy / name) != manifest["files"][name]
+        ]
+    if different:
+        raise InputError(
+            [f"{folder / name}: comes out different when merged again." for name in different]
+        )
+    return [*names, MANIFEST]
+
+
+def _refuse_changed(files: list[AdapterFile], report: MergeReport) -> None:
+    changed = [f for f in files if f.fingerprint() != report.inputs.get(f.name)]
+    if changed:
+        raise InputError(
+            [f"{f.path}: is not the adapter this merge was made from any more." for f in changed]
+        )

@@ -1,0 +1,134 @@
+"""What adapters are and what a merge of them will cost, read from file headers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from icm_ray.adapters import AdapterFile, check_together, open_all
+from icm_ray.config import MergeRecipe
+from icm_ray.linalg import lowrank
+from icm_ray.methods.cut import serving_rank
+from icm_ray.methods.merge import MergeOrder, find_method, plan_merge
+from icm_ray.output import dtype_name
+
+BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+FLOPS_PER_SECOND = 1e10
+"""One laptop core, including the traffic that small matrices cause; a plan is an estimate."""
+PROCESS_BYTES = 350_000_000
+"""A worker that has imported torch, before it holds any adapter."""
+
+
+def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
+    """Return each adapter's facts, warnings about them together, and cosines of their deltas.
+
+    Raises:
+        InputError: every problem of every folder.
+    """
+    files = open_all([(folder.resolve().name, folder) for folder in folders], "drop")
+    warnings = list(dict.fromkeys([*check_together(files), *(w for f in files for w in f.warnings)]))
+    return {
+        "adapters": [_facts(file) for file in files],
+        "warnings": warnings,
+        "cosines": _cosines(files) if len(files) > 1 else {},
+    }
+
+
+def _facts(file: AdapterFile) -> dict[str, Any]:
+    shapes = file.shapes.values()
+    return {
+        "name": file.name,
+        "path": str(file.path),
+        "base_model": file.base_model,
+        "modules": len(file.shapes),
+        "ranks": sorted({rank for _, _, rank in shapes}),
+        "scalings": sorted(set(file.scaling.values())),
+        "dtype": dtype_name(file.dtype),
+        "bytes": file.file.stat().st_size,
+        "norm": file.norm,
+        "fingerprint": file.fingerprint(),
+        "not_merged": list(file.saved),
+    }
+
+
+def _cosines(files: Sequence[AdapterFile]) -> dict[str, dict[str, float]]:
+    """Return cosines of whole deltas; reads two modules at a time, never two adapters."""
+    gram = {a.name: {b.name: 0.0 for b in files} for a in files}
+    for module in sorted({m for f in files for m in f.shapes}):
+        held = {f.name: f.factors(module) for f in files if module in f.shapes}
+        for a, f in held.items():
+            for b, g in held.items():
+                gram[a][b] += lowrank.inner(f.b, f.a, g.b, g.a)
+    return {
+        a: {b: gram[a][b] / max((gram[a][a] * gram[b][b]) ** 0.5, 1e-30) for b in gram} for a in gram
+    }
+
+
+def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
+    """Return what the recipe will make and need: rank, size, memory, time, cluster.
+
+    Raises:
+        RecipeError: the method, its parameters or the rank policy are wrong.
+        InputError: adapters are missing, broken or do not fit together; all of them are named.
+    """
+    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
+    find_method(recipe.method)
+    files = open_all(refs, recipe.modules_to_save)
+    order = plan_merge(
+        files, recipe.method, recipe.params, recipe.evidence, recipe.output.rank, recipe.seed
+    )
+    warnings = list(dict.fromkeys([*check_together(files), *(w for f in files for w in f.warnings)]))
+    ranks, stacked, flops, largest = _sizes(order, files)
+    top = max(ranks.values())
+    size = sum(ranks[m] * _width(order, files, m) for m in ranks)
+    stored = recipe.output.dtype or dtype_name(files[0].dtype)
+    workers = recipe.resources.workers or "as many as CPUs allow"
+    if recipe.method == "task_arithmetic" and len(files) > 2 and order.params["scale"] == 1:
+        warnings.append(
+            f"scale 1 adds {len(files)} deltas up; 0.3 to 0.5 is usual, 1/K is their average."
+        )
+    summary = {
+        "adapters": f"{len(files)}: " + ", ".join(f.name for f in files),
+        "fit together": f"yes, {len(order.present)} modules",
+        "modules not in every adapter": sum(len(t) < len(files) for t in order.present.values()),
+        "output rank": f"{top} (exact would be {max(stacked.values())})",
+        "server needs": f"--max-lora-rank {serving_rank([top])}",
+        "output size": f"{size * BYTES[stored] / 1e6:.2f} MB in {stored}",
+        "memory a worker": f"{(PROCESS_BYTES + largest) / 1e6:.0f} MB",
+        "time": f"about {flops / FLOPS_PER_SECOND:.1f} s of one core, plus 10 s to start Ray",
+        "cluster": f"workers: {workers}; CPUs {recipe.resources.cpus_per_worker:g} and GPUs "
+        f"{recipe.resources.gpus_per_worker:g} each",
+        "data needed": find_method(recipe.method).needs or "none",
+    }
+    return {
+        "summary": summary,
+        "warnings": warnings,
+        "output_rank": top,
+        "exact_rank": max(stacked.values()),
+        "output_bytes": size * BYTES[stored],
+        "worker_bytes": PROCESS_BYTES + largest,
+        "seconds": flops / FLOPS_PER_SECOND,
+        "modules": len(order.present),
+    }
+
+
+def _sizes(
+    order: MergeOrder, files: Sequence[AdapterFile]
+) -> tuple[dict[str, int], dict[str, int], float, int]:
+    """Return output ranks, exact ranks, flops and the largest module's bytes."""
+    shapes = {file.name: file.shapes for file in files}
+    ranks, stacked, flops, largest = {}, {}, 0.0, 0
+    for module, tasks in order.present.items():
+        d_out, d_in, _ = shapes[tasks[0]][module]
+        total = sum(shapes[task][module][2] for task in tasks)
+        stacked[module] = min(total, d_out, d_in)
+        limit = int(order.rule.number) if order.rule.kind == "at most" else stacked[module]
+        ranks[module] = min(limit, stacked[module])
+        flops += 6.0 * total * total * (d_out + d_in) + 20.0 * total**3
+        largest = max(largest, 20 * total * (d_out + d_in))
+    return ranks, stacked, flops, largest
+
+
+def _width(order: MergeOrder, files: Sequence[AdapterFile], module: str) -> int:
+    file = next(file for file in files if module in file.shapes)
+    d_out, d_in, _ = file.shapes[module]
+    return d_out + d_in

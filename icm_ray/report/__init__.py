@@ -1,0 +1,45 @@
+"""Result tables, pictures, one static HTML page, and the model card of a merged adapter.
+
+data.py        the plain values a report is made from
+summary.py     mean and worst task, per expert set and per init
+findings.py    who won, and whether the experts beat a linear probe
+tables.py      Parquet, JSON, Markdown and terminal tables
+pictures.py    SVG pictures (imported only when a page is written: needs matplotlib)
+html.py        the page, from template.html
+model_card.py  README.md of a merged adapter
+"""
+
+from pathlib import Path
+
+from icm_ray.report.data import BASE, EXPERT, PROBE, ReportData, ScoreRow
+from icm_ray.report.html import page
+from icm_ray.report.model_card import model_card
+from icm_ray.report.summary import Summary, summarise
+from icm_ray.report.tables import console_table, markdown_table, write_parquet, write_summary
+
+__all__ = [
+    "BASE",
+    "EXPERT",
+    "PROBE",
+    "ReportData",
+    "ScoreRow",
+    "Summary",
+    "console_table",
+    "markdown_table",
+    "model_card",
+    "summarise",
+    "write_report",
+]
+
+
+def write_report(data: ReportData, folder: Path) -> None:
+    """Write index.html, results.json, results.parquet and table.md into `folder`.
+
+    All but results.parquet, which holds the seconds, are the same bytes for the same scores. Call
+    it inside `files.whole_folder` to have all of them or none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.html").write_text(page(data), encoding="utf-8")
+    (folder / "table.md").write_text(markdown_table(data), encoding="utf-8")
+    write_summary(data, folder / "results.json")
+    write_parquet(data.scores, folder / "results.parquet")

@@ -1,0 +1,89 @@
+"""The plain values of one pipeline run; all that the report shows is computed from these."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+EXPERT = "expert"
+PROBE = "probe"
+BASE = "base"
+REFERENCES = (EXPERT, PROBE, BASE)
+"""Row labels that are no merges: what a merge is compared with."""
+
+Split = Literal["validation", "test"]
+SPLITS: tuple[Split, ...] = ("test", "validation")
+Table = Mapping[str, Mapping[str, float]]
+"""Numbers by row and column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """One score: one adapter (or reference) on one task's examples.
+
+    Attributes:
+        expert_set: The experts that were merged, `<init>-seed<k>`, for example "shared-seed0".
+        method: Row label. "expert" is the task's own adapter, "base" the frozen base with the
+            expert's head (LoRA off), "probe" a linear probe refitted on the frozen base.
+        tuned: Whether parameters were chosen on the validation split.
+        params: Short text such as "scale=0.3".
+        rank: Largest rank of the scored adapter.
+        task: The task's name.
+        split: Which examples were scored.
+        metric: What `score` is; larger is better.
+        score: The metric's value.
+        low: Lower end of the 95 % bootstrap interval of `score`.
+        high: Upper end of that interval.
+        spearman: Rank correlation, for regressions.
+        normalised: score / expert's score. None (or NaN) where that is undefined.
+        gain_kept: (score - base) / (expert - base). None (or NaN) where expert equals base.
+        seconds: Time the scoring took.
+    """
+
+    expert_set: str
+    method: str
+    tuned: bool
+    params: str
+    rank: int
+    task: str
+    split: Split
+    metric: str
+    score: float
+    low: float
+    high: float
+    spearman: float | None = None
+    normalised: float | None
+    gain_kept: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """What one pipeline run found out. Whatever is left empty is left out of the report.
+
+    Attributes:
+        title: Headline of the page.
+        command: The command that repeats the run.
+        base: The base model: name, fingerprint, licence, note.
+        tasks: For each task: kind, metric, classes, source, licence, test_examples, test_hash
+            and test_reads (how often the test split was scored).
+        scores: Every score, in any order.
+        ratios: For each task and module, the null-space ratio of the task's inputs under the
+            base's features and under the expert's.
+        task_vector_cosines: Cosine of each pair of task vectors.
+        delta_cosines: Cosine of each pair of whole weight changes.
+        retained_energy: For each method and module, the share the final cut kept, in [0, 1].
+        output_norms: For each method and module, the Frobenius norm of the merged delta.
+        notes: What a reader must know to read the numbers rightly.
+    """
+
+    title: str
+    command: str
+    base: Mapping[str, str]
+    tasks: Mapping[str, Mapping[str, str | int]]
+    scores: Sequence[ScoreRow]
+    ratios: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    task_vector_cosines: Table = field(default_factory=dict)
+    delta_cosines: Table = field(default_factory=dict)
+    retained_energy: Table = field(default_factory=dict)
+    output_norms: Table = field(default_factory=dict)
+    notes: Sequence[str] = ()

@@ -1,0 +1,27 @@
+"""Task suites: real labelled text, the base models that read it, and a user's own data.
+
+`SUITES` is the whole table; importing it loads neither torch nor transformers nor ray.
+"""
+
+from collections.abc import Mapping
+
+from icm_ray.suites.bases import BASES, PackagedBase, default_cache, prepare_base
+from icm_ray.suites.folder import load_folder
+from icm_ray.suites.tasks import SPLITS, Examples, Suite, Task
+from icm_ray.suites.text import TEXT
+
+SUITES: Mapping[str, Suite] = {"text": TEXT}
+"""Every suite that comes with the package, by name."""
+
+__all__ = [
+    "BASES",
+    "SPLITS",
+    "SUITES",
+    "Examples",
+    "PackagedBase",
+    "Suite",
+    "Task",
+    "default_cache",
+    "load_folder",
+    "prepare_base",
+]

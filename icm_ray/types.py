@@ -1,0 +1,210 @@
+"""The values that flow through the project. Frozen, plain, and free of Ray and transformers.
+
+Axis names in annotations: `rank`, `d_in`, `d_out`, `tasks`, `d_model`, `tokens`.
+
+Two words that other projects mix up:
+    delta        the weight change of one module, `(d_out, d_in)`.
+    task vector  the hidden-state difference of ICM-Fusion Eq. 1, `(d_model,)`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icm_ray.errors import InputError
+
+RankPolicy = int | str | None
+"""An int, "exact", "energy:0.99", "serving:64", or None for the method's own default."""
+
+
+@dataclass(frozen=True)
+class LoRAFactors:
+    """One module's low-rank change `b @ a`, with the adapter's scaling already inside `b`.
+
+    Attributes:
+        a: Down-projection, `(rank, d_in)`, float32.
+        b: Up-projection times scaling, `(d_out, rank)`, float32.
+        scaling: The number that was folded into `b` (alpha / rank, or alpha / sqrt(rank)). Only
+            factor-wise methods such as `linear`, which need the raw factors, may look at it.
+    """
+
+    a: Float[Tensor, "rank d_in"]
+    b: Float[Tensor, "d_out rank"]
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2 or self.b.ndim != 2 or self.b.shape[1] != self.a.shape[0]:
+            raise InputError(
+                f"factors: a is {tuple(self.a.shape)} and b is {tuple(self.b.shape)} but "
+                "(rank, d_in) and (d_out, rank) are expected. Check the adapter's tensors."
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one terms, zero or more."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape `(d_out, d_in)` of the delta."""
+        return self.b.shape[0], self.a.shape[1]
+
+    def delta(self) -> Float[Tensor, "d_out d_in"]:
+        """Return the dense weight change `b @ a` in float32. Cost: d_out * d_in floats."""
+        return self.b.float() @ self.a.float()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter of one base model.
+
+    Attributes:
+        name: The task's name; every order in this project is the order of these names.
+        base_model: What `adapter_config.json` calls its base, or None.
+        modules: Factors by the module's path in the base model, sorted by path.
+        config: The adapter's PEFT config as plain data.
+        fingerprint: sha256 over paths, shapes and float32 factors; equal means equal deltas.
+        dtype: Element type the file was stored in, written back on save.
+        layouts: Modules that are no plain linear layer: "embedding" or "conv:<k>x<k>".
+        saved_modules: Full tensors that PEFT's `modules_to_save` trained, if kept; never merged.
+    """
+
+    name: str
+    base_model: str | None
+    modules: Mapping[str, LoRAFactors]
+    config: Mapping[str, Any]
+    fingerprint: str
+    dtype: torch.dtype = torch.float32
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    saved_modules: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("modules", "layouts", "saved_modules"):
+            in_order = dict(sorted(getattr(self, name).items()))
+            object.__setattr__(self, name, MappingProxyType(in_order))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a MappingProxyType alone cannot be pickled
+        fields = (dict(self.modules), dict(self.config), self.fingerprint, self.dtype)
+        extra = (dict(self.layouts), dict(self.saved_modules))
+        return Adapter, (self.name, self.base_model, *fields, *extra)
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of any module."""
+        return max((factors.rank for factors in self.modules.values()), default=0)
+
+
+@dataclass(frozen=True)
+class ModuleContext:
+    """What a module-scope method may know besides the factors it is given.
+
+    Attributes:
+        module: Path of the module being merged.
+        tasks: Names of the adapters that have this module, in the order of the factors.
+        all_tasks: Names of every adapter of the merge, sorted.
+        seed: Seed of the whole merge; draw with `seeding.generator(seed, task, module)`.
+    """
+
+    module: str
+    tasks: tuple[str, ...]
+    all_tasks: tuple[str, ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What happened to one module.
+
+    Attributes:
+        rank: Rank written out.
+        exact_rank: Rank the result had before the final cut.
+        input_norms: Frobenius norm of each present task's delta.
+        output_norm: Frobenius norm of the merged delta as written.
+        retained_energy: Share of the squared Frobenius norm that the final cut kept, in [0, 1].
+        truncation_error: Relative Frobenius error of the final cut, sqrt(1 - retained_energy).
+        absent: Tasks without this module; their delta counts as zero.
+    """
+
+    rank: int
+    exact_rank: int
+    input_norms: Mapping[str, float]
+    output_norm: float
+    retained_energy: float
+    truncation_error: float
+    absent: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The provenance of one merge: everything needed to repeat and to judge it."""
+
+    method: str
+    formula: str
+    params: Mapping[str, Any]
+    seed: int
+    output_rank: RankPolicy
+    inputs: Mapping[str, str]
+    modules: Mapping[str, ModuleReport]
+    evidence: str | None = None
+
+    @property
+    def retained_energy(self) -> float:
+        """Share of the whole merged delta's squared norm that the final cut kept."""
+        kept = sum(m.output_norm**2 for m in self.modules.values())
+        before = sum(
+            m.output_norm**2 / m.retained_energy if m.retained_energy else 0.0
+            for m in self.modules.values()
+        )
+        return kept / before if before else 1.0
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged adapter, the per-task adapters of methods that make them, and the report."""
+
+    adapter: Adapter
+    per_task: Mapping[str, Adapter]
+    report: MergeReport
+
+
+SavedModulesPolicy = Literal["refuse", "drop", "keep"]
+"""What to do with `modules_to_save`: refuse the adapter, leave them out, or keep them per task."""
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """Task vectors of K adapters.
+
+    Paper: ICM-Fusion, arXiv 2508.04153, Eq. 1: mean-pooled last hidden state of the fine-tuned
+    model minus the base's, averaged over the same unlabelled inputs of the task.
+
+    Attributes:
+        vectors: `(d_model,)` float32 by task.
+        adapters: Fingerprint of the adapter each vector came from.
+    """
+
+    vectors: Mapping[str, Float[Tensor, " d_model"]]
+    adapters: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class NullSpaceRatios:
+    """Mean null-space ratio of each adapter's inputs, per module, in [0, 1].
+
+    Paper: NSC, arXiv 2603.26317, Eq. 1: 0 if the module's inputs lie in the row space of its A,
+    `sqrt(1 - rank / d_in)` for inputs that have nothing to do with it.
+
+    Attributes:
+        expert: `{task: {module: ratio}}` with inputs produced by the task's own fine-tuned model.
+        base: The same A, with inputs produced by the base model. The gap is what merging can move.
+        adapters: Fingerprint of the adapter each row came from.
+    """
+
+    expert: Mapping[str, Mapping[str, float]]
+    base: Mapping[str, Mapping[str, float]]
+    adapters: Mapping[str, str]

@@ -1,0 +1,244 @@
+"""What PEFT wrote is what we read: every delta, for the layers and configs PEFT users have."""
+
+import pickle
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from icm_ray.adapters import fingerprint_of, load_adapter, open_adapter
+from icm_ray.errors import InputError
+
+QKV = ["query", "value"]
+CASES = {
+    "bert list": ("bert", {"r": 4, "target_modules": QKV}),
+    "bert patterns": (
+        "bert",
+        {
+            "r": 4,
+            "target_modules": QKV,
+            "rank_pattern": {r"layer\.1\..*\.query": 8, "query": 2},
+            "alpha_pattern": {"layer.0.attention.self.value": 32, "query|value": 5},
+        },
+    ),
+    "bert rslora": ("bert", {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": QKV}),
+    "bert embedding": ("bert", {"r": 3, "target_modules": ["word_embeddings", "query"]}),
+    "gpt2 conv1d": ("gpt2", {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "llama regex": ("llama", {"r": 4, "target_modules": r".*\.(q_proj|v_proj)"}),
+    "llama all-linear": (
+        "llama",
+        {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"},
+    ),
+    "llama unsloth": (
+        "llama",
+        {"r": 2, "target_modules": r"(?:.*?(?:model).*?(?:self_attn|mlp).*?(?:q_proj|up_proj)).*?"},
+    ),
+    "vit": ("vit", {"r": 40, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}),
+    "conv": ("conv", {"r": 2, "lora_alpha": 3, "target_modules": ["0", "1", "2"]}),
+}
+
+
+def peft_deltas(model, folder):
+    """Return PEFT's own B @ A * scaling in float32, and its get_delta_weight, by module."""
+    from peft.tuners.lora import LoraLayer
+
+    products, weights = {}, {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if layer.lora_embedding_A:
+            a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+        else:
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        name = name.removeprefix("base_model.model.")
+        scaling = layer.scaling["default"]
+        products[name] = (b.float().flatten(1) @ a.float().flatten(1)).detach() * scaling
+        if a.dim() == 3:
+            continue  # PEFT 0.21 fails for Conv1d
+        weight = layer.get_delta_weight("default").float().detach()
+        transposed = layer.lora_embedding_A or getattr(layer, "fan_in_fan_out", False)
+        weights[name] = (weight.T if transposed else weight).flatten(1)
+    return products, weights
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_deltas_are_those_of_peft(make_peft, case, dtype):
+    kind, options = CASES[case]
+    folder, model = make_peft(kind, dtype=dtype, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT copies a LoRA embedding's base into the file
+        adapter = load_adapter(folder)
+    products, weights = peft_deltas(model, folder)
+    assert adapter.modules.keys() == products.keys()
+    assert adapter.dtype == dtype
+    for module, expected in products.items():
+        assert relative(adapter.modules[module].delta(), expected) <= 1e-6
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for module, expected in weights.items():
+        assert relative(adapter.modules[module].delta(), expected) <= tolerance
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_and_its_adapter_are_the_same(make_peft, case):
+    kind, options = CASES[case]
+    file = open_adapter(make_peft(kind, **options)[0])
+    adapter = file.load()
+    assert file.fingerprint() == adapter.fingerprint == fingerprint_of(adapter.modules)
+    assert file.shapes == {m: (*f.shape, f.rank) for m, f in adapter.modules.items()}
+    assert file.scaling == {m: f.scaling for m, f in adapter.modules.items()}
+    for module, factors in file.stream():
+        torch.testing.assert_close(factors.b, adapter.modules[module].b, rtol=0, atol=0)
+        torch.testing.assert_close(file.factors(module).a, factors.a, rtol=0, atol=0)
+    again = pickle.loads(pickle.dumps(file))
+    assert again.fingerprint() == file.fingerprint()
+
+
+def test_the_fingerprint_sees_values_names_and_nothing_else(make_folder, adapter_of):
+    one = open_adapter(make_folder())
+    other = open_adapter(make_folder({"lora_dropout": 0.5, "revision": "main"}, folder="b"), "x")
+    scaled = open_adapter(make_folder({"lora_alpha": 8}, folder="c"))
+    assert one.fingerprint() == other.fingerprint() != scaled.fingerprint()
+    plain = adapter_of([2, 3]).modules
+    renamed = {module.replace("q", "k"): factors for module, factors in plain.items()}
+    assert fingerprint_of(plain) != fingerprint_of(renamed)
+
+
+def test_scaling_is_folded_after_the_upcast(make_folder):
+    key = "base_model.model.layers.0.q.lora_B.weight"
+    folder = make_folder(
+        {"lora_alpha": 60000}, {key: torch.full((6, 2), 60000.0, dtype=torch.float16)}
+    )
+    with pytest.warns(UserWarning, match="element types F16, F32 are mixed"):
+        adapter = load_adapter(folder)
+    assert adapter.modules["layers.0.q"].b.max() == 60000.0 * 30000.0
+
+
+def test_names_and_dtypes(make_folder, tmp_path, monkeypatch):
+    folder = make_folder(tensors={k: v.double() for k, v in load_tensors(make_folder()).items()})
+    assert load_adapter(folder).name == "adapter"
+    assert load_adapter(folder, "task").name == "task"
+    assert load_adapter(folder).dtype == torch.float64
+    monkeypatch.chdir(folder)
+    assert load_adapter(".").name == "adapter"
+
+
+def load_tensors(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_hub_cache_links_and_pickles_beside_the_weights_are_fine(make_folder, tmp_path):
+    folder = make_folder()
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (snapshot / "adapter_model.bin").write_bytes(b"\x80\x04never read")
+    (snapshot / "training_args.bin").write_bytes(b"\x80\x04never read")
+    assert load_adapter(snapshot).fingerprint == load_adapter(folder).fingerprint
+
+
+def test_saved_modules_policies(make_folder):
+    extra = {"base_model.model.classifier.weight": torch.ones(2, 3)}
+    folder = make_folder({"modules_to_save": ["classifier"]}, extra)
+    with pytest.raises(InputError, match="saved_modules 'drop', or 'keep'"):
+        load_adapter(folder)
+    with pytest.warns(UserWarning, match="left out"):
+        assert not load_adapter(folder, saved_modules="drop").saved_modules
+    kept = load_adapter(folder, saved_modules="keep")
+    assert list(kept.saved_modules) == ["classifier.weight"]
+    assert "classifier" not in kept.modules
+
+
+def test_sequence_classifiers_of_peft_are_read_with_their_heads_apart(tmp_path):
+    import transformers as hf
+    from peft import LoraConfig, get_peft_model
+
+    config = hf.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(
+            hf.BertForSequenceClassification(config),
+            LoraConfig(task_type="SEQ_CLS", target_modules=QKV, init_lora_weights=False),
+        )
+        model.save_pretrained(str(tmp_path / "a"))
+    adapter = load_adapter(tmp_path / "a", saved_modules="keep")
+    assert set(adapter.saved_modules) == {"classifier.weight", "classifier.bias"}
+    assert len(adapter.modules) == 4
+
+
+WARNED = {
+    "zero": ({}, {"base_model.model.layers.1.q.lora_B.weight": torch.zeros(6, 2)}, "all-zero"),
+    "huge": ({}, {"base_model.model.layers.1.q.lora_B.weight": torch.full((6, 2), 1e30)}, "1e+18"),
+    "url base": ({"base_model_name_or_path": "https://x.org/m"}, {}, "address of another machine"),
+    "path base": ({"base_model_name_or_path": "/models/m"}, {}, "path or address"),
+    "revision": ({"revision": "../../etc"}, {}, "no branch, tag or commit"),
+    "no alpha": ({"lora_alpha": ...}, {}, "PEFT's default 8"),
+    "layers": ({"layers_to_transform": [0, 1, 2, 3]}, {}, "the tensors decide"),
+    "redos": ({"target_modules": "([a-z0-9_.]+)+!"}, {}, "could match for ever"),
+    "code": ({"auto_mapping": {"parent_library": "evil", "base_model_class": "X"}}, {}, "imported"),
+    "idle target": ({"target_modules": ["q", "v", "k_proj"]}, {}, '"k_proj" has no tensors'),
+    "base copy": (
+        {},
+        {"base_model.model.layers.1.q.base_layer.weight": torch.zeros(6, 5)},
+        "a copy of the base weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_odd_but_legal_is_never_silent(make_folder, case):
+    config, tensors, text = WARNED[case]
+    folder = make_folder(config, tensors)
+    file = open_adapter(folder)
+    assert any(text in line for line in file.warnings), file.warnings
+    with pytest.warns(UserWarning, match=r"adapter"):
+        load_adapter(folder)
+
+
+SILENT = {
+    "old eight keys": {"bias": "none", "lora_dropout": 0.1, "task_type": "CAUSAL_LM"},
+    "very old": {"merge_weights": False, "enable_lora": None},
+    "future null": {"use_something_new": None, "something_else": {}},
+    "transformers mapping": {
+        "auto_mapping": {
+            "base_model_class": "BertModel",
+            "parent_library": "transformers.models.bert.modeling_bert",
+        }
+    },
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "regex": {"target_modules": r".*\.(q|v)"},
+    "null patterns": {"rank_pattern": None, "alpha_pattern": None},
+    "peft documentation's pattern": {"rank_pattern": {"^layers.0.k_proj": 16}},
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_ordinary_configs_pass_without_a_word(make_folder, case):
+    assert open_adapter(make_folder(SILENT[case])).warnings == ()
+
+
+def test_padded_headers_are_fine(make_folder):
+    folder = make_folder()
+    file = folder / "adapter_model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length] + b" " * 64
+    before = open_adapter(folder).fingerprint()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    assert open_adapter(folder).fingerprint() == before
+
+
+def test_a_file_that_shrinks_after_opening_is_told(make_folder):
+    folder = make_folder()
+    opened = open_adapter(folder)
+    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
+        opened.factors("layers.0.q")
