@@ -1,9 +1,9 @@
 """Merge many LoRA adapters of one base model into one, exactly, on a laptop or a Ray cluster.
 
-    import icm_ray
-    adapters = [icm_ray.load_adapter(path) for path in folders]
-    result = icm_ray.merge(adapters, "soup")
-    icm_ray.save_adapter(result.adapter, "merged")
+import icm_ray
+adapters = [icm_ray.load_adapter(path) for path in folders]
+result = icm_ray.merge(adapters, "soup")
+icm_ray.save_adapter(result.adapter, "merged")
 """
 
 from icm_ray.adapters import load_adapter, save_adapter

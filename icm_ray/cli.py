@@ -90,8 +90,7 @@ def inspect(
             cells += [_span(scalings), row["dtype"], f"{row['bytes'] / 1e6:.2f}"]
             table.add_row(*(one_line(str(cell)) for cell in cells), f"{row['norm']:.4g}")
         _console().print(table)
-        for line in found["warnings"]:
-            print(f"warning: {one_line(line)}", file=sys.stderr)
+        _warn(found["warnings"])
         for a, others in found["cosines"].items():
             shown = "  ".join(f"{b} {value:+.3f}" for b, value in others.items())
             print(f"cosine of deltas, {a}: {shown}")
@@ -116,8 +115,7 @@ def plan(
         for name, value in found["summary"].items():
             table.add_row(name, one_line(str(value)))
         _console().print(table)
-        for line in found["warnings"]:
-            print(f"warning: {one_line(line)}", file=sys.stderr)
+        _warn(found["warnings"])
 
     _finish(work, debug)
 
@@ -125,10 +123,11 @@ def plan(
 @app.command()
 def merge(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Merge in this process, without Ray: data-free and ready-evidence methods."""
-    from icm_ray.adapters import open_all
+    from icm_ray.adapters import check_base, open_all
     from icm_ray.methods.merge import merge as merge_adapters
     from icm_ray.methods.merge import plan_merge
     from icm_ray.output import write_merged
+    from icm_ray.planning import warnings_of
     from icm_ray.suites import prepare_base
 
     def work() -> None:
@@ -136,7 +135,9 @@ def merge(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
         target = output_folder(recipe, recipe.output.path)
         refuse_foreign(target)
         if recipe.data is not None or recipe.evidence is not None:
-            raise RecipeError(f"data, evidence: method {recipe.method!r} uses none. Leave them out.")
+            raise RecipeError(
+                f"data, evidence: method {recipe.method!r} uses none. Leave them out."
+            )
         refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
         files = open_all(refs, recipe.modules_to_save)
         order = {"params": recipe.params, "output_rank": recipe.output.rank, "seed": recipe.seed}
@@ -145,6 +146,8 @@ def merge(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
         if recipe.base:
             cache = Path(recipe.cache) if recipe.cache else None
             base = prepare_base(recipe.base, cache, recipe.revision, progress=print)
+            check_base(files, base)
+        _warn(warnings_of(files))
         started = time.monotonic()
         result = merge_adapters([file.load() for file in files], recipe.method, **order)
         prints = {file.name: file.fingerprint() for file in files}
@@ -156,6 +159,8 @@ def merge(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
             seconds=time.monotonic() - started,
             dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
             base=base,
+            files=files,
+            modules_to_save=recipe.modules_to_save,
         )
         energy = result.report.retained_energy
         print(
@@ -193,6 +198,11 @@ def reproduce(folder: Folder, debug: Debug = False) -> None:
         print(f"{folder}: reproduced, {len(names)} files equal ({', '.join(names)})")
 
     _finish(work, debug)
+
+
+def _warn(lines: list[str]) -> None:
+    for line in lines:
+        print(f"warning: {one_line(line)}", file=sys.stderr)
 
 
 def _span(values: list[float]) -> str:

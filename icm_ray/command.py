@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -103,7 +104,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 def _write_results(target: Path, code: int, problems: list[str], found: dict[str, Any]) -> None:
     beside = target.with_name(f"{target.name}.{RESULTS}")
     status = {"status": "failed" if code else "done", "exit_code": code, "problems": problems}
-    content = {"outputs": {}, "scores": {}, **found, **status}
+    content = _plain({"outputs": {}, "scores": {}, **found, **status})
     try:
         if code or not target.is_dir():
             beside.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,15 @@ def _write_results(target: Path, code: int, problems: list[str], found: dict[str
             beside.unlink(missing_ok=True)
     except OSError as error:
         print(f"error: {beside}: {error.strerror}", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with null for what JSON cannot hold: a score over an expert's 0 is NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def quiet_libraries() -> None:

@@ -18,6 +18,7 @@ from icm_ray.errors import InputError, RecipeError, did_you_mean
 from icm_ray.types import SavedModulesPolicy
 
 MAX_RECIPE_BYTES = 1_000_000
+MAX_DEPTH = 20
 STORAGE_VARIABLE = "ICM_RAY_STORAGE"
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a submitted job."""
@@ -25,6 +26,8 @@ SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Positive = Annotated[int, Field(gt=0)]
 R = TypeVar("R", bound="Recipe")
+
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
 
 class Part(BaseModel):
@@ -36,16 +39,22 @@ class Part(BaseModel):
 class Resources(Part):
     """What each actor or worker gets, and how the arithmetic is done on it."""
 
-    workers: Positive | None = Field(None, description="At most so many; None: as the CPUs allow.")
-    cpus_per_worker: float = Field(1.0, ge=0)
-    gpus_per_worker: float = Field(0.0, ge=0, description="May be a fraction.")
-    memory_per_worker: Positive | None = Field(None, description="Bytes to reserve.")
-    custom: dict[str, float] = Field({}, description="Custom Ray resources, name: amount.")
-    threads: Positive = Field(1, description="Kernel threads; part of what makes bytes equal.")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|mps|xpu)$")
+    workers: Positive | None = Field(
+        default=None, description="At most so many; None: as the CPUs allow."
+    )
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0, description="May be a fraction.")
+    memory_per_worker: Positive | None = Field(default=None, description="Bytes to reserve.")
+    custom: dict[str, float] = Field(default={}, description="Custom Ray resources, name: amount.")
+    threads: Positive = Field(
+        default=1, description="Kernel threads; part of what makes bytes equal."
+    )
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?|mps|xpu)$")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     backend: Literal["gloo", "nccl"] = "gloo"
-    timeout_seconds: Positive = Field(1800, description="Longest wait for one piece of work.")
+    timeout_seconds: Positive = Field(
+        default=1800, description="Longest wait for one piece of work."
+    )
 
 
 class AdapterRef(Part):
@@ -58,8 +67,10 @@ class AdapterRef(Part):
 class DataSpec(Part):
     """Which inputs methods that gather evidence may see."""
 
-    suite: str | None = Field(None, description="A name in SUITES.")
-    path: str | None = Field(None, description="Folder with <task>.jsonl or <task>.parquet.")
+    suite: str | None = Field(default=None, description="A name in SUITES.")
+    path: str | None = Field(
+        default=None, description="Folder with <task>.jsonl or <task>.parquet."
+    )
     split: str = "calibration"
     inputs_per_task: Positive = 64
 
@@ -75,10 +86,12 @@ class Output(Part):
 class Recipe(Part):
     """What every job's recipe has."""
 
-    storage: str | None = Field(None, description="Root of relative outputs: path or URI.")
+    storage: str | None = Field(default=None, description="Folder that relative outputs are in.")
     resources: Resources = Resources()
-    seed: int = Field(0, ge=0)
-    cache: str | None = Field(None, description="Where bases are kept; default ICM_RAY_CACHE.")
+    seed: int = Field(default=0, ge=0)
+    cache: str | None = Field(
+        default=None, description="Where bases are kept; default ICM_RAY_CACHE."
+    )
 
     @property
     def output_path(self) -> str:
@@ -90,7 +103,9 @@ class Recipe(Part):
 class MergeRecipe(Recipe):
     """Recipe of `icm-ray plan`, `icm-ray merge` and `jobs.merge`."""
 
-    base: str | None = Field(None, description="Alias, folder or hub id; optional if data-free.")
+    base: str | None = Field(
+        default=None, description="Alias, folder or hub id; optional if data-free."
+    )
     revision: str | None = None
     adapters: list[AdapterRef] = Field(min_length=1, max_length=10_000)
     method: str
@@ -121,21 +136,24 @@ class LoRARecipe(Part):
 class Training(Part):
     """How one expert is trained."""
 
-    steps: Positive = 150
+    steps: Positive = 200
     batch: Positive = 32
-    lora_lr: float = Field(2e-3, gt=0)
-    head_lr: float = Field(2e-2, gt=0)
-    train_examples: Positive = 4000
-    probe_examples: Positive | None = Field(None, description="None: as many as the expert saw.")
-    checkpoints: Positive = Field(16, description="Kept from the second half, evenly spaced.")
-    save_every: Positive = Field(50, description="Steps between states a killed run resumes from.")
+    lora_lr: float = Field(default=5e-3, gt=0)
+    head_lr: float = Field(default=5e-3, gt=0)
+    train_examples: Positive = 4800
+    checkpoints: Positive = Field(
+        default=16, description="Kept from the second half, evenly spaced."
+    )
+    save_every: Positive = Field(
+        default=50, description="Steps between states a killed run resumes from."
+    )
 
 
 class ExpertSet(Part):
     """One full set of experts: how A starts, and the seed of everything random."""
 
     init: Literal["shared", "own"] = "shared"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
     @property
     def label(self) -> str:
@@ -155,8 +173,8 @@ class FinetuneRecipe(Recipe):
     """Recipe of `jobs.finetune`: K experts on one base."""
 
     suite: str = "text"
-    tasks: list[str] | None = Field(None, description="None: every task of the suite.")
-    base: str | None = Field(None, description="None: the suite's own.")
+    tasks: list[str] | None = Field(default=None, description="None: every task of the suite.")
+    base: str | None = Field(default=None, description="None: the suite's own.")
     revision: str | None = None
     lora: LoRARecipe = LoRARecipe()
     training: Training = Training()
@@ -199,7 +217,7 @@ class MethodRow(Part):
     method: str
     params: dict[str, Any] = {}
     rank: int | str | None = None
-    grid: dict[str, list[float]] = Field({}, description="Tried on validation data only.")
+    grid: dict[str, list[float]] = Field(default={}, description="Tried on validation data only.")
 
     @property
     def name(self) -> str:
@@ -220,24 +238,36 @@ class PipelineRecipe(Recipe):
     sets: list[ExpertSet] = [ExpertSet()]
     sizes: Sizes = Sizes()
     dtype: Literal["float32", "float16"] = "float32"
-    experts: str | None = Field(None, description="Ready experts of this very recipe, if any.")
+    experts: str | None = Field(
+        default=None, description="Ready experts of this very recipe, if any."
+    )
     methods: list[MethodRow] = Field(min_length=1)
     output: str = Field(min_length=1)
+
+
+Shape = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+"""`[d_out, d_in]` of a weight."""
 
 
 class BenchmarkRecipe(Recipe):
     """Recipe of `jobs.benchmark`: ours and PEFT side by side, and memory over many adapters."""
 
-    methods: list[str] = ["cat", "svd"]
-    layers: dict[str, tuple[Positive, Positive]] = {
-        "q_proj": (4096, 4096),
-        "v_proj": (1024, 4096),
-    }
+    methods: list[str] = Field(
+        default=["cat", "svd"], description="Compared with PEFT's of that name."
+    )
+    layers: dict[str, Shape] = {"q_proj": [4096, 4096], "v_proj": [1024, 4096]}
     adapters: Positive = 6
     rank: Positive = 16
-    repeats: Positive = 3
-    many: list[Positive] = []
-    many_shape: tuple[Positive, Positive] = (1024, 1024)
+    repeats: Positive = 9
+    peft_repeats: dict[str, Positive] = Field(default={"svd": 1}, description="Where PEFT is slow.")
+    whole_model: int = Field(
+        default=0, ge=0, description="So many times `layers`, read and merged by svd."
+    )
+    many: list[Positive] = Field(
+        default=[], description="Numbers of adapters whose memory is compared."
+    )
+    many_methods: list[MethodRow] = [MethodRow(method="svd", rank=16)]
+    many_shape: Shape = [1024, 1024]
     many_modules: Positive = 24
     output: str = Field(min_length=1)
 
@@ -259,17 +289,22 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
 
     source = Path(path)
     values = _read_yaml(source)
-    for override in overrides:
-        if not re.match(r"^[A-Za-z_][\w.\[\]]*=", override):
-            raise RecipeError(f"{override}: not of the form key=value. Write for example seed=1.")
+    # An override may hold a pasted secret as well, so only its key is repeated.
+    keys = [override.partition("=")[0] for override in overrides]
+    for key, override in zip(keys, overrides, strict=True):
+        if not re.match(r"^[A-Za-z_][\w.\[\]-]*=", override):
+            raise RecipeError(f"{key}: not of the form key=value. Write for example seed=1.")
     try:
-        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged)  # no interpolation: a recipe says what it says
+        config = OmegaConf.create(values)
+        config.merge_with_dotlist(list(overrides))
+        plain = OmegaConf.to_container(config)  # no interpolation: a recipe says what it says
         return kind.model_validate(plain)
     except ValidationError as error:
         raise RecipeError([_problem(kind, source, item) for item in error.errors()]) from None
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise RecipeError(f"{source}: overrides {list(overrides)}: {error}") from None
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, IndexError) as error:
+        where = f"with {', '.join(keys)} set: " if keys else ""
+        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise RecipeError(f"{source}: {where}{what}. Write plain YAML values.") from None
 
 
 def _read_yaml(source: Path) -> dict[str, Any]:
@@ -281,9 +316,7 @@ def _read_yaml(source: Path) -> dict[str, Any]:
         raise RecipeError(f"{source}: over {MAX_RECIPE_BYTES} bytes. A recipe is a short text.")
     try:
         text = source.read_text(encoding="utf-8")
-        # An alias bomb needs anchors; no recipe does.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise RecipeError(f"{source}: YAML aliases (*name) are not allowed. Write it out.")
+        _check_events(source, text)
         values = yaml.safe_load(text)
     except UnicodeDecodeError:
         raise RecipeError(f"{source}: not UTF-8. Save it as UTF-8.") from None
@@ -292,11 +325,44 @@ def _read_yaml(source: Path) -> dict[str, Any]:
         where = f"line {mark.line + 1}: " if mark else ""
         what = getattr(error, "problem", None) or type(error).__name__
         raise RecipeError(f"{source}: {where}not plain YAML ({what}).") from None
-    except RecursionError:
-        raise RecipeError(f"{source}: nested too deeply. A recipe is flat.") from None
+    except ValueError as error:  # a date or number that looks like one and is none
+        raise RecipeError(f"{source}: not plain YAML ({error}).") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RecipeError(f"{source}: {type(values).__name__} but a table of keys is expected.")
     return values
+
+
+def _check_events(source: Path, text: str) -> None:
+    """Refuse aliases, deep nesting, and a key given twice, of which YAML would take the last.
+
+    Reads the text as a stream and stops at the first of these, so none can exhaust anything.
+    """
+    import yaml
+
+    open_tables: list[set[str] | None] = []  # the keys of each open table; None for a list
+    key_next: list[bool] = []
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):  # an alias bomb needs them; no recipe does
+            raise RecipeError(f"{source}: YAML aliases (*name) are not allowed. Write it out.")
+        if isinstance(event, yaml.CollectionEndEvent):
+            open_tables.pop()
+            key_next.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            seen = open_tables[-1] if open_tables else None
+            if seen is not None:
+                if key_next[-1] and isinstance(event, yaml.ScalarEvent):
+                    if event.value in seen:
+                        raise RecipeError(
+                            f"{source}: line {event.start_mark.line + 1}: {event.value}: twice. "
+                            "Keep one of them."
+                        )
+                    seen.add(event.value)
+                key_next[-1] = not key_next[-1]
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_tables.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+                key_next.append(True)
+        if len(open_tables) > MAX_DEPTH:
+            raise RecipeError(f"{source}: nested too deeply. A recipe is flat.")
 
 
 def _problem(kind: type[BaseModel], source: Path, item: Any) -> str:
@@ -310,7 +376,10 @@ def _problem(kind: type[BaseModel], source: Path, item: Any) -> str:
     # A recipe may hold a pasted secret, so only short plain values are repeated.
     value = item["input"]
     shown = f"{value!r}: " if isinstance(value, int | float | bool) else ""
-    return f"{source}: {where}: {shown}{item['msg']}."
+    hint = ""
+    if item["type"] == "float_type" and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        hint = " YAML takes 1e-3 for text. Write 1.0e-3."
+    return f"{source}: {where}: {shown}{item['msg']}.{hint}"
 
 
 def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
@@ -334,10 +403,17 @@ def output_folder(recipe: Recipe, output: str) -> Path:
     """Return the local folder for `output`, under the recipe's storage if it is relative.
 
     Raises:
-        RecipeError: the job runs from a submitted, unpacked copy of a working directory and the
-            output would vanish with it.
+        RecipeError: the place is no folder but a URI, or the job runs from a submitted, unpacked
+            copy of a working directory and the output would vanish with it.
     """
     root = recipe.storage or os.environ.get(STORAGE_VARIABLE)
+    for place in filter(None, (root, output)):
+        scheme, found, _ = place.partition("://")
+        if found:  # Path would turn it into a local folder called "s3:"
+            raise RecipeError(
+                f"storage: a {scheme}:// address but a folder is expected. Mount it, or give a "
+                "folder that every node sees."
+            )
     target = Path(root) / output if root else Path(output)
     if not target.is_absolute() and SUBMITTED_JOB_VARIABLE in os.environ:
         raise RecipeError(

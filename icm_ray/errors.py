@@ -59,14 +59,18 @@ def one_line(text: str) -> str:
     File, task and tensor names come from strangers; an escape sequence or a right-to-left
     override inside one must not rewrite what the reader sees.
     """
-    safe = "".join(
-        char if unicodedata.category(char)[0] != "C" else f"\\x{ord(char):02x}" for char in text
-    )
+    safe = "".join(f"\\x{ord(char):02x}" if _is_unsafe(char) else char for char in text)
     if len(safe) <= MAX_PROBLEM_LENGTH:
         return safe
     # The advice stands at the end of a message, so the middle is what can go.
     keep = (MAX_PROBLEM_LENGTH - 3) // 2
     return f"{safe[:keep]}...{safe[-keep:]}"
+
+
+def _is_unsafe(char: str) -> bool:
+    # Controls, formats and surrogates; and U+2028 and U+2029, which end a line too.
+    category = unicodedata.category(char)
+    return category[0] == "C" or category in ("Zl", "Zp")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -5,11 +5,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from icm_ray.errors import InputError, ResourceError
 
@@ -44,10 +47,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file. Check the path.") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 JSON ({type(error).__name__}).") from None
+    except OSError as error:
+        raise InputError(f"{path}: could not be read ({error.strerror}).") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}: not JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:  # bad UTF-8, huge numbers, endless nesting
+        raise InputError(f"{path}: not readable as UTF-8 JSON ({type(error).__name__}).") from None
 
 
 @contextlib.contextmanager
@@ -69,25 +74,45 @@ def whole_folder(target: Path, *, info: Mapping[str, Any] | None = None) -> Iter
         yield temporary
         _seal(temporary, info or {})
         _swap(temporary, target)
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
+    except (OSError, SafetensorError) as error:
+        if _number_of(error) not in NOT_WRITABLE:
             raise
+        reason = getattr(error, "strerror", None) or error
         raise ResourceError(
-            f"{target}: could not be written ({error.strerror or error}). Free disk space or "
-            "choose another output; an earlier result there is untouched."
+            f"{target}: could not be written ({reason}). Free disk space or choose another "
+            "output; an earlier result there is untouched."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _number_of(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))  # safetensors has it in its text only
+    return int(found[1]) if found else None
 
 
 def refuse_foreign(target: Path) -> None:
     """Raise InputError if writing `target` would overwrite something this project did not make."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target}: exists and is no folder. Choose another output path.")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+    nearest = next((parent for parent in target.parents if parent.exists()), target.parent)
+    if not nearest.is_dir():
+        raise InputError(f"{nearest}: exists and is no folder. Choose another output path.")
+    if target.is_dir() and any(target.iterdir()) and not _is_ours(target):
         raise InputError(
             f"{target}: holds files this project did not write. Choose an empty or new folder."
         )
+
+
+def _is_ours(folder: Path) -> bool:
+    # Web applications and browser extensions have a manifest.json too, so its name is not enough.
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except InputError:
+        return False
+    return isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -127,13 +152,19 @@ def _seal(folder: Path, info: Mapping[str, Any]) -> None:
         if path.is_file():
             path.chmod(0o644)  # safetensors writes 0600, which another user's server cannot read
         _sync(path)
+    _sync(folder)
 
 
 def _swap(temporary: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
     if target.exists():
         target.rename(old)
-    temporary.rename(target)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

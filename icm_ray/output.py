@@ -4,13 +4,14 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from icm_ray.adapters import (
     AdapterFile,
@@ -21,16 +22,28 @@ from icm_ray.adapters import (
     verify_forward,
     verify_written,
 )
+from icm_ray.adapters.contents import PREFIX
+from icm_ray.adapters.header import open_tensors
 from icm_ray.errors import InputError
-from icm_ray.files import MANIFEST, RUN_FILE, read_json, read_manifest, sha256_of_file
+from icm_ray.files import (
+    MANIFEST,
+    RUN_FILE,
+    read_json,
+    read_manifest,
+    sha256_of_file,
+    whole_folder,
+)
 from icm_ray.linalg import lowrank
 from icm_ray.methods.merge import merge
 from icm_ray.report import ScoreRow, model_card
-from icm_ray.types import MergeReport, MergeResult, ModuleReport
+from icm_ray.types import MergeReport, MergeResult, ModuleReport, SavedModulesPolicy
 
 REPORT = "merge_report.json"
 SCORES = "scores.json"
-NORM_TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+SAVED_MODULES = "saved_modules"
+NORM_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+NO_OP = 1e-6
+"""A merge this much smaller than its largest input has cancelled out, up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,8 @@ def write_merged(
     dtype: torch.dtype | None = None,
     base: Path | None = None,
     scores: list[ScoreRow] | None = None,
+    files: Sequence[AdapterFile] = (),
+    modules_to_save: SavedModulesPolicy = "refuse",
 ) -> dict[str, float]:
     """Write a merge, reload it with PEFT, compare it with the algebra, and only then show it.
 
@@ -75,6 +90,8 @@ def write_merged(
         dtype: Element type of the file; the inputs' own by default.
         base: Folder of the base model; adds a check of the whole forward pass.
         scores: Shown on the model card.
+        files: The inputs; whole layers that they keep go to `saved_modules/<task>.safetensors`.
+        modules_to_save: The policy they were opened with.
 
     Returns:
         Measured relative errors of the checks.
@@ -82,18 +99,78 @@ def write_merged(
     Raises:
         InputError: the written adapter is not the merge, or changes nothing at all.
     """
+    _refuse_no_op(result.report, folder)
     adapter = replace(result.adapter, dtype=dtype or result.adapter.dtype)
-    with tempfile.TemporaryDirectory(prefix="icm_ray-") as scratch:
-        # Written once to find out how it is stored, verified there, then written to its place
-        # with the stored fingerprint in the report.
-        trial = Path(scratch) / "adapter"
+    kept = {f.name: [n.removeprefix(PREFIX) for n in f.saved] for f in files if f.saved}
+    with whole_folder(folder, info={"key": key}) as target:
+        trial = target / "trial"
         save_adapter(adapter, trial)
         checks = dict(verify_written(trial, adapter))
         if base is not None:
             checks |= verify_forward(trial, adapter, base)
-        stored = open_adapter(trial).fingerprint()
-    report = {**report_as_dict(result.report), "fingerprint": stored, "dtype": dtype_name(adapter.dtype)}
-    run = {
+        report = {
+            **report_as_dict(result.report),
+            "fingerprint": open_adapter(trial).fingerprint(),
+            "dtype": dtype_name(adapter.dtype),
+            "modules_to_save": modules_to_save,
+            "saved_modules": kept,
+        }
+        card = model_card(result.report, sorted(inputs), adapter.base_model, scores or [])
+        texts = {"README.md": card + _saved_card(kept), REPORT: as_json(report)}
+        texts[RUN_FILE] = as_json(_run_facts(inputs, seconds, checks))
+        if scores:
+            texts[SCORES] = as_json([asdict(row) for row in scores])
+        (trial / MANIFEST).unlink()  # the whole folder's own is written when it is complete
+        for file in trial.iterdir():
+            file.rename(target / file.name)
+        trial.rmdir()
+        for name, text in texts.items():
+            (target / name).write_text(text, encoding="utf-8")
+        _copy_saved_modules(files, target / SAVED_MODULES)
+    return checks
+
+
+def _refuse_no_op(report: MergeReport, folder: Path) -> None:
+    tasks = {task for module in report.modules.values() for task in module.input_norms}
+    inputs = {
+        t: sum(m.input_norms.get(t, 0.0) ** 2 for m in report.modules.values()) for t in tasks
+    }
+    merged = sum(m.output_norm**2 for m in report.modules.values())
+    if merged <= NO_OP**2 * max(inputs.values(), default=0.0):
+        reason = "every input is zero" if not any(inputs.values()) else "the inputs cancel out"
+        raise InputError(
+            f"{folder}: the merged adapter changes nothing ({reason}) but a change is expected. "
+            "Check the adapters with icm-ray inspect, and the weights."
+        )
+
+
+def _saved_card(kept: Mapping[str, Sequence[str]]) -> str:
+    if not kept:
+        return ""
+    lines = [f"- `{SAVED_MODULES}/{t}.safetensors`: {len(n)} tensors" for t, n in kept.items()]
+    return (
+        "\n## Whole layers beside the merge\n\nLayers that `modules_to_save` trained are not "
+        "merged. Each task's own are kept; load them over the base for that task:\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def _copy_saved_modules(files: Sequence[AdapterFile], folder: Path) -> None:
+    """Write one file a task; a task's layers are read one task at a time."""
+    for file in files:
+        if file.saved:
+            folder.mkdir(exist_ok=True)
+            with open_tensors(file.file) as handle:
+                tensors = {n.removeprefix(PREFIX): handle.get_tensor(n) for n in file.saved}
+            save_file(tensors, folder / f"{file.name}.safetensors", metadata={"format": "pt"})
+
+
+def _run_facts(
+    inputs: Mapping[str, str], seconds: float, checks: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return what has a clock, host or path in it and so stays out of the byte comparison."""
+    return {
         "inputs": dict(inputs),
         "seconds": seconds,
         "checks": checks,
@@ -101,12 +178,6 @@ def write_merged(
         "host": platform.node(),
         "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
     }
-    card = model_card(result.report, list(inputs), adapter.base_model, scores or [])
-    texts = {"README.md": card, REPORT: as_json(report), RUN_FILE: as_json(run)}
-    if scores:
-        texts[SCORES] = as_json([asdict(row) for row in scores])
-    save_adapter(adapter, folder, info={"key": key}, extra_files=texts)
-    return checks
 
 
 def as_json(value: Any) -> str:
@@ -186,7 +257,11 @@ def reproduce(folder: Path) -> list[str]:
     manifest = read_manifest(folder)
     merged = read_merged(folder)
     report = report_from_dict(merged.report)
-    files = open_all(list(merged.run["inputs"].items()))
+    if "inputs" not in merged.run:
+        raise InputError(f"{folder / RUN_FILE}: missing, so where the inputs are is not known.")
+    # Absent in reports of before the policy was recorded.
+    policy = merged.report.get("modules_to_save", "refuse")
+    files = open_all(list(merged.run["inputs"].items()), policy)
     _refuse_changed(files, report)
     again = merge(
         [file.load() for file in files],
@@ -208,13 +283,14 @@ def reproduce(folder: Path) -> list[str]:
             seconds=0.0,
             dtype=getattr(torch, merged.report["dtype"]),
             scores=scores,
+            files=files,
+            modules_to_save=policy,
         )
         names = sorted(manifest["files"])
         different = [
             name
             for name in names
-            if not (copy / name).is_file()
-            or sha256_of_file(copy / name) != manifest["files"][name]
+            if not (copy / name).is_file() or sha256_of_file(copy / name) != manifest["files"][name]
         ]
     if different:
         raise InputError(

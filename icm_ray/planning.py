@@ -25,12 +25,17 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
         InputError: every problem of every folder.
     """
     files = open_all([(folder.resolve().name, folder) for folder in folders], "drop")
-    warnings = list(dict.fromkeys([*check_together(files), *(w for f in files for w in f.warnings)]))
+    warnings = warnings_of(files)
     return {
         "adapters": [_facts(file) for file in files],
         "warnings": warnings,
         "cosines": _cosines(files) if len(files) > 1 else {},
     }
+
+
+def warnings_of(files: Sequence[AdapterFile]) -> list[str]:
+    """Return, once each, what is odd about adapters, together and alone; none stops a merge."""
+    return list(dict.fromkeys([*check_together(files), *(w for f in files for w in f.warnings)]))
 
 
 def _facts(file: AdapterFile) -> dict[str, Any]:
@@ -59,7 +64,8 @@ def _cosines(files: Sequence[AdapterFile]) -> dict[str, dict[str, float]]:
             for b, g in held.items():
                 gram[a][b] += lowrank.inner(f.b, f.a, g.b, g.a)
     return {
-        a: {b: gram[a][b] / max((gram[a][a] * gram[b][b]) ** 0.5, 1e-30) for b in gram} for a in gram
+        a: {b: gram[a][b] / max((gram[a][a] * gram[b][b]) ** 0.5, 1e-30) for b in gram}
+        for a in gram
     }
 
 
@@ -76,7 +82,7 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
     order = plan_merge(
         files, recipe.method, recipe.params, recipe.evidence, recipe.output.rank, recipe.seed
     )
-    warnings = list(dict.fromkeys([*check_together(files), *(w for f in files for w in f.warnings)]))
+    warnings = warnings_of(files)
     ranks, stacked, flops, largest = _sizes(order, files)
     top = max(ranks.values())
     size = sum(ranks[m] * _width(order, files, m) for m in ranks)

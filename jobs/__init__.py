@@ -1,6 +1,4 @@
 """Entry points: each parses its command line, loads a recipe and calls one function.
 
-Every job runs the same way on a laptop and behind `ray job submit --working-dir . --`:
-
-    python -m jobs.pipeline -c configs/pipeline/quickstart.yaml [key=value ...]
+Every job runs the same way on a laptop and behind `ray job submit --working-dir . --`.
 """

@@ -1,6 +1,6 @@
 """Score adapters on a suite's tasks, normalised by the tasks' own experts.
 
-    python -m jobs.evaluate -c configs/evaluate/text.yaml
+Run it with `python -m jobs.evaluate -c configs/evaluate/text.yaml [key=value ...]`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Gather task vectors and null-space ratios of K adapters, one Ray actor an adapter.
 
-    python -m jobs.evidence -c configs/evidence/text.yaml
+Run it with `python -m jobs.evidence -c configs/evidence/text.yaml [key=value ...]`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Fine-tune K LoRA experts of one base in parallel and score them against a linear probe.
 
-    python -m jobs.finetune -c configs/finetune/text.yaml
+Run it with `python -m jobs.finetune -c configs/finetune/text.yaml [key=value ...]`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Merge K adapters into one over module shards on Ray; the same bytes as icm-ray merge.
 
-    python -m jobs.merge -c configs/merge/soup.yaml
+Run it with `python -m jobs.merge -c configs/merge/soup.yaml [key=value ...]`.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""From a base and its tasks to one proven merged adapter
+"""From a base and its tasks to one proven adapter: finetune, merge, evaluate, report.
 
-    python -m jobs.pipeline -c  finetune, merge, evaluate, report.
+Run it with `python -m jobs.pipeline -c configs/pipeline/quickstart.yaml [key=value ...]`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Fetch a suite's base model once, check it, and show what data the suite has.
 
-    python -m jobs.prepare -c configs/prepare/text.yaml
+Run it with `python -m jobs.prepare -c configs/prepare/text.yaml [key=value ...]`.
 """
 
 import sys
@@ -24,10 +24,10 @@ def prepare(recipe: PrepareRecipe, target: Path) -> dict[str, Any]:
     cache = Path(recipe.cache) if recipe.cache else None
     path = prepare_base(spec, cache, recipe.revision, progress=print)
     print(f"base {spec}: {path}")
-    counts = {
-        task: {split: len(suite.load(task, split)) for split in SPLITS}
-        for task in (suite.tasks if suite else ())
-    }
+    counts = {}
+    if suite is not None:
+        for task in suite.tasks:
+            counts[task] = {split: len(suite.load(task, split)) for split in SPLITS}
     for task, sizes in counts.items():
         print(f"{task}: " + ", ".join(f"{n} {split}" for split, n in sizes.items()))
     target.mkdir(parents=True, exist_ok=True)

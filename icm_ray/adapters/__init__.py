@@ -1,6 +1,7 @@
 """PEFT adapter folders in and out: strict reading, exact writing, and proof of what was written."""
 
 from icm_ray.adapters.alignment import check_together, name_problems, open_all
+from icm_ray.adapters.base import check_base
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.forward import verify_forward
 from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter
@@ -9,6 +10,7 @@ from icm_ray.adapters.verify import verify_written
 
 __all__ = [
     "AdapterFile",
+    "check_base",
     "check_together",
     "fingerprint_of",
     "load_adapter",

@@ -40,8 +40,12 @@ def open_all(
     return files
 
 
-def check_together(adapters: Sequence[Adapter | AdapterFile]) -> list[str]:
+def check_together(adapters: Sequence[Adapter | AdapterFile], *, values: bool = True) -> list[str]:
     """Check that adapters can be merged with each other, and return what looks unintended.
+
+    Args:
+        adapters: Loaded adapters or open files.
+        values: Warn about equal and very unequal adapters too, which reads all their values.
 
     Raises:
         InputError: with every problem: no adapters, unusable or clashing names, different bases,
@@ -56,7 +60,8 @@ def check_together(adapters: Sequence[Adapter | AdapterFile]) -> list[str]:
     if problems:
         raise InputError(problems)
     _compare_modules(shapes, warnings)
-    _compare_values(adapters, warnings)
+    if values:
+        _compare_values(adapters, warnings)
     return warnings
 
 

@@ -23,6 +23,8 @@ _LINEAR_KEYS = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING_KEYS = (".lora_embedding_A", ".lora_embedding_B")
 _SAVED_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 """Full layers PEFT adds on its own when the vocabulary was resized."""
+_TRANSPOSED_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""The layers of GPT-2 and its kin, whose weights are stored as (d_in, d_out)."""
 
 Pair = tuple[TensorInfo, TensorInfo]
 
@@ -213,6 +215,12 @@ def _check_config(config: PlainConfig, contents: Contents) -> None:
                 f"{module}: rank {rank} but r or rank_pattern say {ranks[module]}. "
                 "Use the config that was saved with these weights."
             )
+    plain = [m for m in contents.shapes if m.rpartition(".")[2] not in _TRANSPOSED_NAMES]
+    if config.raw.get("fan_in_fan_out") and plain:
+        contents.notes.append(
+            f"fan_in_fan_out: true, but {plain[0]} seems to be a plain linear layer, for which "
+            "PEFT ignores it."
+        )
     _check_targets(config, contents)
 
 

@@ -24,8 +24,13 @@ def fingerprint_of(modules: Mapping[str, LoRAFactors]) -> str:
 
 def squared_norm(factors: LoRAFactors) -> float:
     """Return the squared Frobenius norm of `b @ a`. Cost: (d_out + d_in) * rank^2."""
-    a, b = factors.a.double(), factors.b.double()
-    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
+    left, right = factors.b.T @ factors.b, factors.a @ factors.a.T
+    return max(float((left.double() * right.double()).sum()), 0.0)
+
+
+def largest(values: Tensor) -> float:
+    """Return the largest absolute value; NaN if there is a NaN. Much faster than `isfinite`."""
+    return float(values.abs().max())
 
 
 def add_to_digest(digest: "hashlib._Hash", module: str, factors: LoRAFactors) -> None:

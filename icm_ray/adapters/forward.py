@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from icm_ray.adapters.base import load_base
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.peft_format import open_adapter
 from icm_ray.adapters.verify import TOLERANCES, load_with_peft, relative_error
@@ -34,7 +35,7 @@ def verify_forward(
         InputError: the base cannot be loaded or lacks a module, or the outputs do not agree.
     """
     file = open_adapter(folder, expected.name)
-    model = _load_base(Path(base_path), expected)
+    model = load_base(Path(base_path), expected)
     inputs = _random_inputs(model)
     plain = _output(model, inputs)
     with _added(model, expected):
@@ -56,37 +57,6 @@ def verify_forward(
             "Check that this is the adapter's base model."
         )
     return {"relative_error": error, "change_from_base": change}
-
-
-def _load_base(path: Path, expected: Adapter) -> Any:
-    """Return the base as the transformers class that has all of the adapter's modules."""
-    import transformers
-
-    heads = {
-        "CAUSAL_LM": "AutoModelForCausalLM",
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-        "TOKEN_CLS": "AutoModelForTokenClassification",
-        "QUESTION_ANS": "AutoModelForQuestionAnswering",
-        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    }
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        names = [
-            heads.get(str(expected.config.get("task_type"))),
-            *(config.architectures or []),
-        ]
-        for name in dict.fromkeys([*names, "AutoModel"]):
-            known = getattr(transformers, name, None) if name else None
-            if known is None:
-                continue
-            model = known.from_pretrained(path, local_files_only=True, dtype=torch.float32).eval()
-            if expected.modules.keys() <= {module for module, _ in model.named_modules()}:
-                return model
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be loaded ({error}). Check the base model.") from error
-    raise InputError(
-        f"{path}: lacks modules of the adapter but all are expected. Check that it is its base."
-    )
 
 
 def _random_inputs(model: Any) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     start = read_bytes(file, 32)
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise InputError(_disguise(file, size, start, length))
+        raise InputError(_disguise(file, size, start))
     header = parse_json(read_bytes(file, length, offset=8), f"{file}: header")
     if not isinstance(header, dict):
         raise InputError(f"{file}: header is no JSON object but one is expected. Save it again.")
@@ -94,13 +94,12 @@ def _entry_problems(name: str, entry: Any) -> Iterator[str]:
         yield f"{name[:100]}: no dtype or shape but both are expected. Save the file again."
 
 
-def _disguise(file: Path, size: int, start: bytes, length: int) -> str:
+def _disguise(file: Path, size: int, start: bytes) -> str:
     for magic, what, advice in _DISGUISES:
         if start.lstrip()[: len(magic)] == magic:
             return f"{file}: {what} but a safetensors file is expected. {advice}"
-    if size < 8:
-        return f"{file}: {size} bytes but a safetensors file is expected. Download it again."
+    # The first bytes could be somebody's secret behind a link, so they are not repeated.
     return (
-        f"{file}: header of {length} bytes in a file of {size} but at most "
-        f"{MAX_HEADER_BYTES} are expected. Save it again as safetensors."
+        f"{file}: no header of at most {MAX_HEADER_BYTES} bytes in its {size} bytes but a "
+        "safetensors file is expected. Save it again as safetensors."
     )

@@ -1,6 +1,7 @@
 """PEFT adapter folders, read strictly: every tensor is accounted for or the folder is refused."""
 
 import hashlib
+import math
 import os
 import warnings as python_warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from icm_ray.adapters.contents import PREFIX, Contents, read_contents, tensor_keys
-from icm_ray.adapters.fingerprint import add_to_digest, squared_norm
+from icm_ray.adapters.fingerprint import add_to_digest, largest, squared_norm
 from icm_ray.adapters.header import open_tensors, read_header
 from icm_ray.adapters.policy import CONFIG_FILE, read_config
 from icm_ray.errors import InputError
@@ -143,17 +144,19 @@ class AdapterFile:
         )
 
     def _read(self, handle: Any, module: str) -> tuple[LoRAFactors, list[str]]:
+        scaling = self.scaling[module]
         key_a, key_b = tensor_keys(module, self.layouts.get(module))
         # Upcast before scaling: in float16 the product could overflow, in bfloat16 it would round.
-        a = handle.get_tensor(key_a).float().flatten(1)
-        b = handle.get_tensor(key_b).float().flatten(1) * self.scaling[module]
+        # A copy, because a view would keep a window of the mapped file in memory for each adapter.
+        a = handle.get_tensor(key_a).to(torch.float32, copy=True).flatten(1)
+        b = handle.get_tensor(key_b).float().flatten(1) * scaling
         problems = [
             f"{self.file}: {key}: NaN or infinity but finite float32 values are expected. "
             "Train or export the adapter again."
             for key, values in ((key_a, a), (key_b, b))
-            if not torch.isfinite(values).all()
+            if not math.isfinite(largest(values))
         ]
-        return LoRAFactors(a, b, self.scaling[module]), problems
+        return LoRAFactors(a, b, scaling), problems
 
     @cached_property
     def _scan(self) -> Scan:
@@ -168,8 +171,9 @@ class AdapterFile:
                 problems += found
                 add_to_digest(digest, module, factors)
                 squares += squared_norm(factors)
-                zero += [] if factors.a.any() and factors.b.any() else [module]
-                huge += [module] if max(factors.a.abs().max(), factors.b.abs().max()) > HUGE else []
+                peaks = largest(factors.a), largest(factors.b)
+                zero += [module] if 0 in peaks else []
+                huge += [module] if max(peaks) > HUGE else []
             problems += [
                 f"{self.file}: {key}: NaN or infinity but finite values are expected. Save again."
                 for key in self.saved

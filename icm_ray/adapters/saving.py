@@ -1,5 +1,6 @@
 """Writing an adapter as a folder that PEFT loads to exactly the same change."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from icm_ray.adapters.contents import kernel_of, tensor_keys
+from icm_ray.adapters.fingerprint import largest
 from icm_ray.adapters.gaps import covered, find_gaps, plain_names
 from icm_ray.adapters.peft_format import WEIGHTS_FILE
 from icm_ray.adapters.policy import CONFIG_FILE, known_revision
@@ -85,7 +87,7 @@ def _tensors(
         kernel = kernel_of(layout)
         a, b = factors.a.to(dtype), factors.b.to(dtype)
         for key, values in zip(tensor_keys(module, layout), (a, b), strict=True):
-            if not torch.isfinite(values).all():
+            if not math.isfinite(largest(values)):
                 problems.append(
                     f"{adapter.name}: {key}: values that {dtype} cannot hold but finite ones are "
                     "expected. Choose output dtype float32."

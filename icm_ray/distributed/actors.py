@@ -5,21 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
-from icm_ray.adapters import load_adapter
+from icm_ray.adapters import open_adapter
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES, request, worker_count
 from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.errors import InputError
-from icm_ray.evaluation.probe import probe
 from icm_ray.evaluation.scoring import TaskData, TaskScore, evaluate
 from icm_ray.evidence.base import fingerprint_weights
-from icm_ray.evidence.batches import features, make_batches, tokenize
+from icm_ray.evidence.batches import make_batches, tokenize
 from icm_ray.evidence.gather import AdapterEvidence, gather
-from icm_ray.suites.tasks import Examples, Task
 from icm_ray.types import Adapter, SavedModulesPolicy
 
 
@@ -56,9 +53,10 @@ class AdapterActor:
     def hold(self, source: AdapterSource) -> Adapter:
         """Load the adapter unless it is the one already held."""
         if self.held is None or self.held[0] != source:
-            adapter = load_adapter(
+            # Opened, not `load_adapter`ed: its warnings were told once, before Ray started.
+            adapter = open_adapter(
                 Path(source.path), source.name, saved_modules=source.saved_modules
-            )
+            ).load()
             if source.fingerprint and adapter.fingerprint != source.fingerprint:
                 raise InputError(
                     f"{source.path}: the adapter changed while the job ran. Run it again."
@@ -75,22 +73,16 @@ class AdapterActor:
         return gather(self.base.model, self.hold(source), batches)
 
     def scores(
-        self, source: AdapterSource | None, data: Mapping[str, TaskData], only: Sequence[str], batch: int
+        self,
+        source: AdapterSource | None,
+        data: Mapping[str, TaskData],
+        only: Sequence[str],
+        batch: int,
     ) -> dict[str, TaskScore]:
         """Score base plus adapter (None: the base alone) on some of the tasks in `data`."""
         adapter = self.hold(source) if source else None
         wanted = {name: data[name] for name in only}
         return evaluate(self.base, adapter, wanted, batch=batch, threads=self.threads)
-
-    def probe(self, task: Task, splits: Mapping[str, Examples], batch: int) -> np.ndarray:
-        """Return a refitted linear probe's predictions on the `test` split."""
-        found = {}
-        for name, examples in splits.items():
-            ids = tokenize(self.base.tokenizer, examples.texts, task.max_tokens)
-            batches = make_batches(ids, batch, self.base.tokenizer.pad_token_id)
-            found[name] = features(self.base.model, batches).numpy()
-        pairs = {name: (found[name], splits[name].targets) for name in ("train", "validation")}
-        return probe(task, pairs["train"], pairs["validation"], found["test"])
 
     def base_fingerprint(self) -> str:
         """Return the sha256 of the base as this actor sees it now."""

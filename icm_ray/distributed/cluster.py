@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,21 +24,45 @@ def connected(resources: Resources) -> Iterator[None]:
     A cluster we start asks for a token, listens on the loopback interface, and ends with the body.
 
     Raises:
-        ClusterError: one worker's request does not fit any node.
+        ClusterError: the cluster cannot be joined, or one worker's request fits no node.
     """
     import ray
 
     joined = os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
-            if joined:
-                ray.init(address=joined, log_to_driver=True, logging_level="warning")
-                _warn_if_open()
-            else:
-                _start_local(resources)
+            # Ray's own handler of SIGTERM would end the process with code 1 and tell nobody.
+            with _signals_kept():
+                _join(joined) if joined else _start_local(resources)
             stack.callback(ray.shutdown)
         check_fits(resources)
         yield
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=True, logging_level="warning")
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ClusterError(
+            f"RAY_ADDRESS: {address}: cannot be joined ({type(error).__name__}: {reason}). Check "
+            "that the cluster runs and that RAY_AUTH_MODE and its token are the cluster's own."
+        ) from None
+    _warn_if_open()
 
 
 def _start_local(resources: Resources) -> None:
@@ -65,13 +91,7 @@ def check_fits(resources: Resources) -> None:
     """Raise ClusterError if no node can ever hold one worker."""
     import ray
 
-    need = request(resources)
-    demand = {
-        "CPU": need["num_cpus"],
-        "GPU": need["num_gpus"],
-        "memory": need.get("memory", 0),
-        **need.get("resources", {}),
-    }
+    demand = _demand(resources)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(all(node.get(k, 0) >= v for k, v in demand.items()) for node in nodes):
         return
@@ -100,15 +120,30 @@ def worker_count(resources: Resources, items: int) -> int:
     """Return how many workers to start for `items` pieces of work on this cluster."""
     import ray
 
-    total = ray.cluster_resources()
-    fits = [items]
-    if resources.cpus_per_worker:
-        fits.append(int(total.get("CPU", 0) // resources.cpus_per_worker))
-    if resources.gpus_per_worker:
-        fits.append(int(total.get("GPU", 0) / resources.gpus_per_worker + 1e-9))
-    if resources.workers:
-        fits.append(resources.workers)
-    return max(min(fits), 1)
+    limits = [items, *([resources.workers] if resources.workers else [])]
+    demand = {name: amount for name, amount in _demand(resources).items() if amount}
+    if demand:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        limits.append(sum(_fitting(node, demand) for node in nodes))
+    return max(min(limits), 1)
+
+
+def _fitting(node: Mapping[str, float], demand: Mapping[str, float]) -> int:
+    """Return how many workers fit on one node; one that never starts would be waited for."""
+    counts = []
+    for name, amount in demand.items():
+        held = node.get(name, 0.0)
+        if name == "GPU" and amount < 1:  # a part of a GPU comes from a single one
+            counts.append(int(held) * int(1 / amount + 1e-9))
+        else:
+            counts.append(int(held / amount + 1e-9))
+    return min(counts)
+
+
+def _demand(resources: Resources) -> dict[str, float]:
+    need = request(resources)
+    amounts = {"CPU": need["num_cpus"], "GPU": need["num_gpus"], "memory": need.get("memory", 0)}
+    return {**amounts, **need.get("resources", {})}
 
 
 def run_bounded(
@@ -147,8 +182,8 @@ def run_bounded(
             if not ready:
                 names = ", ".join(str(key) for key, _ in flying.values())
                 raise ClusterError(
-                    f"workers: no answer within {timeout:g} s about {names}. Finished work is kept; "
-                    "run the same command again, or raise resources.timeout_seconds."
+                    f"workers: no answer within {timeout:g} s about {names}. Finished work is "
+                    "kept; run the same command again, or raise resources.timeout_seconds."
                 )
             key, worker = flying.pop(ready[0])
             idle.append(worker)

@@ -60,9 +60,7 @@ def gather_on_ray(
     return list(run_bounded(actors, calls, timeout=timeout).values())
 
 
-def evidence_key(
-    base: str, sources: Sequence[AdapterSource], inputs: Inputs, batch: int
-) -> str:
+def evidence_key(base: str, sources: Sequence[AdapterSource], inputs: Inputs, batch: int) -> str:
     """Return what identifies a piece of evidence: base, adapters, inputs and batch size."""
     return sha256_of(
         {
@@ -72,4 +70,3 @@ def evidence_key(
             "batch": batch,
         }
     )
-

@@ -9,8 +9,10 @@ import torch
 
 from icm_ray.config import FinetuneRecipe
 from icm_ray.distributed.cluster import MAX_RETRIES, request, run_bounded, worker_count
+from icm_ray.distributed.probes import fit_probes, read_probe
 from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.evaluation.experts import ADAPTER, HEAD, METRICS, TRAJECTORIES
+from icm_ray.evaluation.heads import Head
 from icm_ray.files import is_done, sha256_of, whole_folder, write_json
 from icm_ray.finetuning.expert import (
     ExpertJob,
@@ -26,7 +28,7 @@ VERSION = 1
 """Raise it when training or one of its defaults changes: older experts are not today's."""
 
 
-def expert_key(job: ExpertJob, base: str, data: str, dtype: str) -> str:
+def expert_key(job: ExpertJob, base: str, data: str, validation: int, dtype: str) -> str:
     """Return what identifies an expert's bytes: base, data and every hyper-parameter."""
     return sha256_of(
         {
@@ -36,10 +38,9 @@ def expert_key(job: ExpertJob, base: str, data: str, dtype: str) -> str:
             "task": job.task.name,
             # Without defaults, so that a new setting does not disown the experts there are.
             "lora": job.lora.model_dump(exclude_defaults=True),
-            "training": job.training.model_dump(
-                exclude_defaults=True, exclude={"save_every", "probe_examples"}
-            ),
+            "training": job.training.model_dump(exclude_defaults=True, exclude={"save_every"}),
             "set": job.which.label,
+            "validation": validation,  # chose the probe the expert starts from
             "dtype": dtype,
         }
     )
@@ -76,7 +77,13 @@ def finetune(
     jobs = expert_jobs(recipe, suite)
     folders = {key: root / "experts" / key[0] / key[1] for key in jobs}
     keys = {
-        key: expert_key(job, shared.fingerprint, suite.fingerprint(job.task.name), recipe.dtype)
+        key: expert_key(
+            job,
+            shared.fingerprint,
+            suite.fingerprint(job.task.name),
+            recipe.sizes.validation,
+            recipe.dtype,
+        )
         for key, job in jobs.items()
     }
     for key in jobs if ready else ():
@@ -85,11 +92,19 @@ def finetune(
             folders[key] = committed
     missing = [key for key in jobs if not is_done(folders[key], keys[key])]
     data = {t: suite.load(t, "train", recipe.training.train_examples) for _, t in missing}
+    heads = _starting_heads(recipe, suite, shared, root) if missing else {}
     options = request(recipe.resources)
 
     def call(key: tuple[str, str]) -> Any:
         return lambda _slot: _train.options(**options).remote(
-            shared, jobs[key], data[key[1]], recipe, base_name, folders[key], keys[key]
+            shared,
+            jobs[key],
+            data[key[1]],
+            heads[key[1]],
+            recipe,
+            base_name,
+            folders[key],
+            keys[key],
         )
 
     slots = [None] * worker_count(recipe.resources, max(len(missing), 1))
@@ -101,11 +116,22 @@ def finetune(
     return folders
 
 
+def _starting_heads(
+    recipe: FinetuneRecipe, suite: Suite, shared: SharedBase, root: Path
+) -> dict[str, Head]:
+    tasks = list(recipe.tasks or suite.tasks)
+    folders = fit_probes(
+        suite, tasks, recipe.training, recipe.sizes, shared, recipe.resources, root
+    )
+    return {task: read_probe(folder)[0] for task, folder in folders.items()}
+
+
 @ray.remote(max_retries=MAX_RETRIES)
 def _train(
     shared: SharedBase,
     job: ExpertJob,
     train: Examples,
+    start: Head,
     recipe: FinetuneRecipe,
     base_name: str,
     folder: Path,
@@ -120,7 +146,7 @@ def _train(
     with kernel_threads(recipe.resources.threads):
         base = rebuild(shared, recipe.resources)
         trained = train_expert(
-            base, job, train, scratch, lambda step, _loss: bar.update(step - bar._x)
+            base, job, train, start, scratch, lambda step, _loss: bar.update(step - bar._x)
         )
     bar.close()
     info = {
@@ -141,4 +167,3 @@ def _train(
         trained.head.save(target / HEAD)
         write_json(target / METRICS, {"losses": trained.losses, **losses_summary(trained.losses)})
     shutil.rmtree(scratch)
-

@@ -1,14 +1,15 @@
 """From a base and six tasks to one proven adapter: every stage kept by content, all resumable.
 
-    experts/<set>/<task>/       adapter, head, losses
-    trajectories/<set>/<task>/  checkpoints of the second half of training
-    merged/<set>/<row>/<how>/   merged PEFT adapters; <how> is "default" or for example "scale=0.3"
-    evidence/<set>/             task vectors and null-space ratios
-    probes/<task>/              predictions of the refitted linear probe
-    scores/<set>-<split>/       scores by content
-    report/                     the page, the table, Parquet and JSON
+experts/<set>/<task>/       adapter, head, losses
+trajectories/<set>/<task>/  checkpoints of the second half of training
+merged/<set>/<row>/<how>/   merged PEFT adapters; <how> is "default" or for example "scale=0.3"
+evidence/<set>/             task vectors and null-space ratios
+probes/<task>/              the refitted linear probe and its test predictions
+scores/<set>-<split>/       scores by content
+report/                     the page, the table, Parquet and JSON
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,25 +17,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import DataSpec, FinetuneRecipe, MethodRow, PipelineRecipe
 from icm_ray.distributed.actors import AdapterSource, start_actors
-from icm_ray.distributed.cluster import run_bounded
 from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
 from icm_ray.distributed.evidence import evidence_key, gather_on_ray, load_inputs
 from icm_ray.distributed.finetune import finetune
 from icm_ray.distributed.merge import merge_on_ray
+from icm_ray.distributed.probes import fit_probes, read_probe
 from icm_ray.distributed.shared_base import SharedBase, share_base
+from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.evaluation.experts import Expert
 from icm_ray.evaluation.metrics import score
 from icm_ray.evaluation.scoring import TaskData, TaskScore, standing
 from icm_ray.evidence.store import load_evidence, save_evidence
-from icm_ray.files import is_done, sha256_of, whole_folder
+from icm_ray.files import is_done, sha256_of
+from icm_ray.methods.cut import RankRule
+from icm_ray.methods.merge import find_method
 from icm_ray.output import MergedFolder, read_merged, write_merged
+from icm_ray.report.data import REFERENCES
 from icm_ray.suites import SUITES, Suite
 
 BATCH = 64
@@ -84,11 +85,13 @@ class PipelineResults:
     base: SharedBase
     base_path: Path
     sets: list[SetResults]
-    probes: Mapping[str, np.ndarray]
+    probes: Mapping[str, Path]
     evidence: Mapping[str, Path]
 
 
-def run_pipeline(recipe: PipelineRecipe, base_path: Path, base_name: str, root: Path) -> PipelineResults:
+def run_pipeline(
+    recipe: PipelineRecipe, base_path: Path, base_name: str, root: Path
+) -> PipelineResults:
     """Run every stage that is not done yet; call inside `cluster.connected`.
 
     Args:
@@ -99,13 +102,14 @@ def run_pipeline(recipe: PipelineRecipe, base_path: Path, base_name: str, root: 
     """
     suite = SUITES[recipe.suite]
     shared = share_base(base_path)
+    tasks = list(recipe.tasks or suite.tasks)
+    probes = fit_probes(suite, tasks, recipe.training, recipe.sizes, shared, recipe.resources, root)
     experts = _experts(recipe, shared, base_name, root)
     sets = [
         SetResults(label, found, _merges(recipe, label, found, root))
         for label, found in experts.items()
     ]
     actors = start_actors(shared, recipe.resources, len(suite.tasks))
-    probes = _probes(recipe, suite, shared, actors, root)
     evidence = {s.label: _evidence(recipe, s, shared, actors, root) for s in sets}
     for results in sets:
         _score(recipe, suite, results, shared, actors, root)
@@ -134,6 +138,37 @@ def variants(row: MethodRow) -> Iterator[Variant]:
         values = dict(zip(row.grid, point, strict=True))
         name = ",".join(f"{key}={value:g}" for key, value in values.items())
         yield Variant(row, {**row.params, **values}, name)
+
+
+def check_rows(recipe: PipelineRecipe) -> None:
+    """Check tasks and table before anything is trained.
+
+    Raises:
+        RecipeError: every unknown task, method, parameter or rank, and every clash of labels.
+    """
+    suite = SUITES[recipe.suite]
+    tasks = list(recipe.tasks or suite.tasks)
+    problems = [
+        f"tasks: {task!r} is no task of suite {suite.name!r}.{did_you_mean(task, suite.tasks)}"
+        for task in tasks
+        if task not in suite.tasks
+    ]
+    names = [row.name for row in recipe.methods]
+    for name in sorted(set(names)):
+        if name in REFERENCES:
+            problems.append(f"methods: {name!r} is a reference of the table. Set another label.")
+        if names.count(name) > 1:
+            problems.append(f"methods: {name!r} names {names.count(name)} rows. Set labels.")
+    for row in recipe.methods:
+        try:
+            method = find_method(row.method)
+            RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
+            for variant in variants(row):
+                method.bind(variant.params, tasks)
+        except RecipeError as error:
+            problems += [f"methods.{row.name}: {line}" for line in error.problems]
+    if problems:
+        raise RecipeError(dict.fromkeys(problems))
 
 
 def _merges(
@@ -175,42 +210,6 @@ def _sources(experts: Mapping[str, Expert]) -> list[AdapterSource]:
 
 def _merged_source(merged: MergedFolder) -> AdapterSource:
     return AdapterSource(merged.folder.name, str(merged.folder), merged.fingerprint)
-
-
-def _probes(
-    recipe: PipelineRecipe, suite: Suite, shared: SharedBase, actors: list[Any], root: Path
-) -> dict[str, np.ndarray]:
-    """Return the linear probe's test predictions by task."""
-    training = recipe.training
-    count = training.probe_examples or min(
-        training.train_examples, training.steps * training.batch
-    )
-    limits = {"train": count, "validation": recipe.sizes.validation, "test": recipe.sizes.test}
-    calls, folders = {}, {}
-    for task in recipe.tasks or suite.tasks:
-        splits = {name: suite.load(task, name, limit) for name, limit in limits.items()}
-        prints = {name: examples.fingerprint for name, examples in splits.items()}
-        key = sha256_of([shared.fingerprint, prints])
-        folders[task] = root / "probes" / task
-        if not is_done(folders[task], key):
-            calls[task, key] = lambda actor, t=task, s=splits: actor.probe.remote(
-                suite.tasks[t], s, BATCH
-            )
-    run_bounded(
-        actors,
-        calls,
-        timeout=recipe.resources.timeout_seconds,
-        done=lambda key, found: _save_probe(folders[key[0]], key[1], found),
-    )
-    return {
-        task: pq.read_table(folder / "predictions.parquet")["prediction"].to_numpy()
-        for task, folder in folders.items()
-    }
-
-
-def _save_probe(folder: Path, key: str, predictions: np.ndarray) -> None:
-    with whole_folder(folder, info={"key": key}) as target:
-        pq.write_table(pa.table({"prediction": predictions}), target / "predictions.parquet")
 
 
 def _evidence(
@@ -294,7 +293,8 @@ def _best(results: SetResults, row: str) -> str:
         for name, variant in results.merged
         if name == row
     }
-    return max(means, key=lambda variant: means[variant])
+    # NaN: an expert scored nothing, so nothing can be compared with it.
+    return max(means, key=lambda v: -math.inf if math.isnan(means[v]) else means[v])
 
 
 def values(scores: Mapping[str, TaskScore]) -> dict[str, float]:
@@ -305,7 +305,8 @@ def values(scores: Mapping[str, TaskScore]) -> dict[str, float]:
 def probe_scores(results: PipelineResults) -> dict[str, TaskScore]:
     """Return the linear probe's test scores by task."""
     found = {}
-    for task, predictions in results.probes.items():
+    for task, folder in results.probes.items():
+        _, predictions = read_probe(folder)
         examples = results.suite.load(task, "test", results.recipe.sizes.test)
         item = score(results.suite.tasks[task], predictions, examples.targets)
         found[task] = TaskScore(item, predictions)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import load_adapter, open_all
+from icm_ray.adapters import open_all
 from icm_ray.distributed.evaluate import VERSION
 from icm_ray.distributed.pipeline import (
     PipelineResults,
@@ -177,7 +177,8 @@ def _cosines(vectors: Any) -> dict[str, dict[str, float]]:
 
 
 def _delta_cosines(one: SetResults) -> dict[str, dict[str, float]]:
-    adapters = {task: load_adapter(expert.adapter, task) for task, expert in one.experts.items()}
+    files = open_all([(task, expert.adapter) for task, expert in one.experts.items()])
+    adapters = {file.name: file.load() for file in files}
     gram = {t: {o: inner(adapters[t], adapters[o]) for o in adapters} for t in adapters}
     return {
         t: {o: gram[t][o] / max((gram[t][t] * gram[o][o]) ** 0.5, 1e-30) for o in adapters}

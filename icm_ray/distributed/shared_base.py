@@ -19,13 +19,14 @@ class SharedBase:
     Attributes:
         weights: ObjectRef of `{name: float32 array}`; numpy, because Ray maps numpy arrays into
             every process without a copy and torch tensors it copies.
-        files: Config and tokenizer files by name, so that nodes need no shared disk for the base.
+        files: ObjectRef of the config and tokenizer files by name, so that nodes need no shared
+            disk for the base.
         fingerprint: sha256 of the weights.
         bytes: Size of the weights.
     """
 
     weights: Any
-    files: dict[str, bytes]
+    files: Any
     fingerprint: str
     bytes: int
 
@@ -41,17 +42,17 @@ def share_base(path: Path) -> SharedBase:
         if file.suffix in (".json", ".txt", ".model") and file.stat().st_size < SMALL_FILE
     }
     size = sum(array.nbytes for array in weights.values())
-    return SharedBase(ray.put(weights), files, fingerprint_weights(weights), size)
+    return SharedBase(ray.put(weights), ray.put(files), fingerprint_weights(weights), size)
 
 
 def rebuild(shared: SharedBase, resources: Resources) -> Base:
     """Return the base inside a worker, around the weights every process of the node shares."""
     import ray
 
-    weights = ray.get(shared.weights)
+    weights, files = ray.get([shared.weights, shared.files])
     # A deprecation inside transformers that its own models trigger; nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     with tempfile.TemporaryDirectory(prefix="icm_ray-base-") as folder:
-        for name, content in shared.files.items():
+        for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         return build_base(Path(folder), weights, device=resources.device, dtype=resources.dtype)

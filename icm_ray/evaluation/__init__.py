@@ -1,1 +1,1 @@
-"""Scores: predictions of a model with an adapter and a frozen task head, and what they are worth."""
+"""Scores: what a model with an adapter and a frozen task head predicts, and what that is worth."""

@@ -101,6 +101,7 @@ def _macro_f1(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -
 
 def _r2(p: np.ndarray, t: np.ndarray, weights: np.ndarray) -> np.ndarray:
     count = weights.sum(1)
+    p, t = p - t.mean(), t - t.mean()  # a difference of squares far from zero would lose digits
     squared_error = weights @ np.square(t - p)
     spread = weights @ np.square(t) - np.square(weights @ t) / count
     return 1 - squared_error / np.maximum(spread, 1e-12)

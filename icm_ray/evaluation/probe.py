@@ -1,50 +1,70 @@
 """The refitted linear probe: what the frozen base can do on a task without any adapter."""
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from icm_ray.evaluation.heads import target_scale
+from icm_ray.evaluation.heads import Head, target_scale
 from icm_ray.evaluation.metrics import weighted
 from icm_ray.suites.tasks import Task
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
+RIDGE_SCALE = 0.01
+"""Ridge's penalty per example at strength 1, which puts its grid where logistic regression's is."""
+
+Labelled = tuple[Float[Tensor, "_ d_model"], np.ndarray]
+"""Pooled features and targets; training and validation differ in length."""
 
 
-def probe(
-    task: Task,
-    train: tuple[np.ndarray, np.ndarray],
-    validation: tuple[np.ndarray, np.ndarray],
-    test: np.ndarray,
-) -> np.ndarray:
-    """Fit a linear model on base features and predict the test set.
+def fit_probe(task: Task, train: Labelled, validation: Labelled) -> Head:
+    """Fit a linear head on features of the frozen base.
 
     The regularisation strength is chosen on validation data, so the probe is as strong as a
-    linear read-out of the base gets, and an expert that beats it learned something.
+    linear read-out of the base gets, and an expert that beats it has learned something. Experts
+    start from this head: what they gain, the adapter gained.
 
     Args:
         task: What to fit.
-        train: Features `(examples, d_model)` and targets `(examples,)`.
+        train: Pooled features `(examples, d_model)` and targets `(examples,)`.
         validation: The same, to choose the strength.
-        test: Features to predict.
-
-    Returns:
-        Predictions `(examples,)` for `test`.
     """
+    mean, std = target_scale(task, train[1])
+    heads = (_fit(task, train[0].numpy(), (train[1] - mean) / std, s) for s in STRENGTHS)
+    scaled = [Head(head.weight, head.bias, mean, std) for head in heads]
+    ones = np.ones((1, len(validation[1])))
+    scores = [
+        float(weighted(task, head.predict(validation[0], task), validation[1], ones)[0])
+        for head in scaled
+    ]
+    return scaled[int(np.argmax(scores))]
+
+
+def _fit(task: Task, features: np.ndarray, targets: np.ndarray, strength: float) -> Head:
     from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    mean, std = target_scale(task, train[1])
-    best, best_score = None, -np.inf
-    for strength in STRENGTHS:
-        linear = (
-            LogisticRegression(C=strength, max_iter=300)
-            if task.kind == "classification"
-            else Ridge(alpha=len(train[1]) * 0.01 / strength)
-        )
-        model = make_pipeline(StandardScaler(), linear).fit(train[0], (train[1] - mean) / std)
-        guess = model.predict(validation[0]) * std + mean
-        value = weighted(task, guess, validation[1], np.ones((1, len(guess))))[0]
-        if value > best_score:
-            best, best_score = model, value
-    assert best is not None
-    return best.predict(test) * std + mean
+    scaler = StandardScaler().fit(features)
+    standard = scaler.transform(features)
+    if task.kind == "regression":
+        ridge = Ridge(alpha=len(targets) * RIDGE_SCALE / strength).fit(standard, targets)
+        weight, bias = ridge.coef_[None], np.atleast_1d(ridge.intercept_)
+    else:
+        logistic = LogisticRegression(C=strength, max_iter=300, tol=1e-3).fit(standard, targets)
+        weight, bias = _one_row_a_class(task, logistic)
+    weight = weight / scaler.scale_
+    bias = bias - weight @ np.asarray(scaler.mean_)
+    return Head(torch.from_numpy(weight).float(), torch.from_numpy(bias).float())
+
+
+def _one_row_a_class(task: Task, logistic: object) -> tuple[np.ndarray, np.ndarray]:
+    """Spread sklearn's rows over all classes: it leaves out absent ones, and one of two."""
+    coefficients, intercepts = logistic.coef_, logistic.intercept_  # type: ignore[attr-defined]
+    seen = logistic.classes_.astype(int)  # type: ignore[attr-defined]
+    if len(seen) == 2:
+        coefficients = np.concatenate([-coefficients, coefficients]) / 2
+        intercepts = np.concatenate([-intercepts, intercepts]) / 2
+    weight = np.zeros((len(task.classes), coefficients.shape[1]))
+    bias = np.full(len(task.classes), intercepts.min() - 10.0)
+    weight[seen], bias[seen] = coefficients, intercepts
+    return weight, bias

@@ -44,13 +44,21 @@ def load_weights(path: Path) -> dict[str, np.ndarray]:
     Raises:
         InputError: the folder holds no model that transformers can load from safetensors.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     try:
-        model = AutoModel.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, KeyError) as error:
+        # A weight the folder lacks (BERT's pooler, often) is drawn, by everybody alike.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModel.from_pretrained(
+                path,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{path}: not a loadable base model ({error}).") from None
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
@@ -64,9 +72,9 @@ def build_base(path: Path, weights: Weights, *, device: str, dtype: str) -> Base
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, trust_remote_code=False)
     with warnings.catch_warnings():
         # The arrays are read-only on purpose, and torch says so once.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -74,7 +82,7 @@ def build_base(path: Path, weights: Weights, *, device: str, dtype: str) -> Base
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return Base(model, tokenizer, path)
 
 

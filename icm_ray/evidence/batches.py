@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from icm_ray.errors import InputError
 from icm_ray.evidence.base import to_device
 
 
@@ -27,11 +28,19 @@ class Batch:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Return the token ids of each text, special tokens included, cut to `max_tokens`."""
-    return tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    """Return the token ids of each text, special tokens included, cut to `max_tokens`.
+
+    Raises:
+        InputError: a text has no token, so there is no state to average over.
+    """
+    ids = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    empty = [row for row, tokens in enumerate(ids) if not tokens]
+    if empty:
+        raise InputError(f"texts: number {empty[0]} gives no token. Leave empty texts out.")
+    return ids
 
 
-def make_batches(ids: Sequence[Sequence[int]], size: int, pad: int) -> list[Batch]:
+def make_batches(ids: Sequence[Sequence[int]], size: int, pad: int | None) -> list[Batch]:
     """Return batches of examples of similar length.
 
     Sorting by length removes most padding; ties keep their order, so the batches are a function
@@ -39,15 +48,20 @@ def make_batches(ids: Sequence[Sequence[int]], size: int, pad: int) -> list[Batc
     """
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     return [
-        pad_batch([ids[row] for row in order[start : start + size]], order[start : start + size], pad)
+        pad_batch(
+            [ids[row] for row in order[start : start + size]], order[start : start + size], pad
+        )
         for start in range(0, len(order), size)
     ]
 
 
-def pad_batch(ids: Sequence[Sequence[int]], rows: Sequence[int], pad: int) -> Batch:
-    """Return one batch padded on the right to its longest example."""
+def pad_batch(ids: Sequence[Sequence[int]], rows: Sequence[int], pad: int | None) -> Batch:
+    """Return one batch padded on the right to its longest example.
+
+    GPT-2 and Llama have no padding token (None); any will do, since the mask covers it.
+    """
     width = max(len(row) for row in ids)
-    padded = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids])
+    padded = torch.tensor([[*row, *[pad or 0] * (width - len(row))] for row in ids])
     lengths = torch.tensor([len(row) for row in ids])
     return Batch(padded, torch.arange(width)[None] < lengths[:, None], torch.tensor(rows))
 

@@ -1,6 +1,6 @@
 """One adapter's evidence: its task vector and its null-space ratios, in two forward passes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from icm_ray.evidence.base import find_module
 from icm_ray.evidence.batches import Batch, pooled
 from icm_ray.evidence.low_rank import applied
-from icm_ray.linalg.subspace import null_space_ratio, row_space
+from icm_ray.linalg.subspace import axis_ratios, null_space_ratio, row_space
 from icm_ray.types import Adapter
 
 
@@ -39,9 +39,14 @@ def gather(model: nn.Module, adapter: Adapter, batches: Sequence[Batch]) -> Adap
     """Run the same inputs through the base and through base plus adapter.
 
     Both models see exactly the same batches; padding counts neither in the pooled states nor in
-    the ratios.
+    the ratios. Ratios leave out modules of rank 0, convolutions, and modules that these inputs
+    never reach.
     """
-    bases = {m: row_space(f.a) for m, f in adapter.modules.items() if f.rank}
+    bases = {
+        module: _Basis(adapter.layouts.get(module, "linear"), row_space(factors.a))
+        for module, factors in adapter.modules.items()
+        if factors.rank and not adapter.layouts.get(module, "").startswith("conv")
+    }
     base_state, base_ratios = _pass(model, None, bases, batches)
     expert_state, expert_ratios = _pass(model, adapter, bases, batches)
     return AdapterEvidence(
@@ -54,37 +59,52 @@ def gather(model: nn.Module, adapter: Adapter, batches: Sequence[Batch]) -> Adap
     )
 
 
+@dataclass(frozen=True)
+class _Basis:
+    """The row space of one module's A, and how to measure the module's inputs against it."""
+
+    layout: str
+    q: Float[Tensor, "d_in q"]
+
+    def ratios(self, inputs: Tensor, mask: Tensor) -> Float[Tensor, " rows"]:
+        """Return the ratio of each input row; padding is left out where rows are tokens."""
+        q, mask = self.q.to(inputs.device), mask.to(inputs.device)
+        kept = inputs[mask] if inputs.shape[:2] == mask.shape else inputs
+        if self.layout == "embedding":
+            return axis_ratios(q)[kept.flatten()]
+        return null_space_ratio(kept.reshape(-1, q.shape[0]), q)
+
+
 @torch.no_grad()
 def _pass(
     model: nn.Module,
     adapter: Adapter | None,
-    bases: dict[str, Float[Tensor, "d_in q"]],
+    bases: dict[str, _Basis],
     batches: Sequence[Batch],
 ) -> tuple[Float[Tensor, " d_model"], dict[str, float]]:
     """Return the mean pooled state and the mean ratio of every module, in one pass."""
-    sums = dict.fromkeys(bases, 0.0)
-    keep = [torch.ones(0, dtype=torch.bool)]  # the current batch's mask, read by the hooks
+    sums: dict[str, tuple[float, int]] = dict.fromkeys(bases, (0.0, 0))
+    mask = [torch.ones(0, dtype=torch.bool)]  # the current batch's, read by the hooks
     handles = []
-    for path, basis in bases.items():
-        module = find_module(model, path)
-        basis = basis.to(next(module.parameters()).device)
 
-        def count(_m: nn.Module, inputs: tuple[Tensor, ...], path: str = path, q: Tensor = basis) -> None:
-            tokens = inputs[0]
-            if tokens.ndim == 3 and tokens.shape[:2] == keep[0].shape:
-                tokens = tokens[keep[0].to(tokens.device)]
-            ratio = null_space_ratio(tokens.reshape(-1, q.shape[0]), q)
-            sums[path] += float(ratio.double().sum())
+    def counter(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            ratios = bases[path].ratios(inputs[0], mask[0])
+            total, rows = sums[path]
+            sums[path] = total + float(ratios.double().sum()), rows + ratios.numel()
 
-        handles.append(module.register_forward_pre_hook(count))
+        return count
+
     try:
+        for path in bases:
+            handles.append(find_module(model, path).register_forward_pre_hook(counter(path)))
         with applied(model, adapter):
-            total, examples, tokens = torch.zeros(1, dtype=torch.float64), 0, 0
+            total, examples = torch.zeros(1, dtype=torch.float64), 0
             for batch in batches:
-                keep[0] = batch.mask
+                mask[0] = batch.mask
                 total = total + pooled(model, batch).double().sum(0).cpu()
-                examples, tokens = examples + len(batch.rows), tokens + int(batch.mask.sum())
+                examples += len(batch.rows)
     finally:
         for handle in handles:
             handle.remove()
-    return total / examples, {path: value / tokens for path, value in sums.items()}
+    return total / examples, {path: total / rows for path, (total, rows) in sums.items() if rows}

@@ -44,21 +44,26 @@ def _update(
         return lambda _module, inputs, output: output + F.embedding(inputs[0], a.T) @ b.T
     if layout.startswith("conv"):
         kernel = a.reshape(a.shape[0], *weight.shape[1:])
+        convolve: Any = module._conv_forward  # with the module's own stride and padding
         # A 1x1 convolution after the kernel is a linear map over channels.
-        return lambda m, inputs, output: output + (
-            m._conv_forward(inputs[0], kernel, None).movedim(1, -1) @ b.T
-        ).movedim(-1, 1)
+        return lambda _module, inputs, output: (
+            output + (convolve(inputs[0], kernel, None).movedim(1, -1) @ b.T).movedim(-1, 1)
+        )
     return lambda _module, inputs, output: output + (inputs[0] @ a.T) @ b.T
 
 
 def _check_shape(path: str, module: nn.Module, factors: LoRAFactors) -> None:
-    weight = next(module.parameters())
-    d_out, d_in = factors.shape
-    # Conv1D of GPT-2 and embeddings store their weight transposed.
-    if d_out * d_in != weight.numel() or d_out not in weight.shape:
+    weight = next(module.parameters(), None)
+    if weight is None or weight.ndim < 2:
+        raise InputError(f"module {path}: has no weight matrix. The adapter is for another base.")
+    expected = tuple(weight.flatten(1).shape)
+    # GPT-2's Conv1D, which transformers defines, and embeddings store their weight transposed.
+    if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":
+        expected = expected[::-1]
+    if factors.shape != expected:
         raise InputError(
-            f"module {path}: the base's weight is {tuple(weight.shape)} but the adapter's delta "
-            f"is {(d_out, d_in)}. The adapter belongs to another base."
+            f"module {path}: the base's change is {expected} but the adapter's delta is "
+            f"{factors.shape}. The adapter belongs to another base."
         )
 
 

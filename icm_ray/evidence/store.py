@@ -21,6 +21,7 @@ def save_evidence(
     """Write task vectors and ratios of K adapters to a new folder, all or nothing.
 
     Args:
+        folder: The output.
         gathered: One entry a task.
         origin: What it was made from (base, data, key); stored in the manifest.
     """

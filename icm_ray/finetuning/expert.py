@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from icm_ray.config import ExpertSet, LoRARecipe, Training
-from icm_ray.evaluation.heads import Head, loss, target_scale
+from icm_ray.evaluation.heads import Head, loss
 from icm_ray.evidence.base import Base
 from icm_ray.evidence.batches import pad_batch, pooled, tokenize
 from icm_ray.finetuning.state import load_state, save_state
@@ -57,34 +57,36 @@ class TrainedExpert:
 
 
 def train_expert(
-    base: Base, job: ExpertJob, train: Examples, scratch: Path, report: Report | None = None
+    base: Base,
+    job: ExpertJob,
+    train: Examples,
+    start: Head,
+    scratch: Path,
+    report: Report | None = None,
 ) -> TrainedExpert:
     """Train adapter and head together on labelled examples of one task.
 
-    Dropout is off and every draw is keyed by (seed, task, step): a run that was killed continues
-    from its last state in `scratch` to the same bytes as an unbroken one.
+    The head starts as the linear probe of the frozen base (arXiv 2202.10054: features are bent
+    less that way), and both learning rates fall linearly to zero. Dropout is off and every draw
+    is keyed by (seed, task, step): a run that was killed continues from its last state in
+    `scratch` to the same bytes as an unbroken one.
 
     Args:
         base: Frozen base; its weights stay untouched.
         job: Task and hyper-parameters.
         train: At least `job.training.batch` examples.
+        start: The probe's head; its target scale is kept.
         scratch: Folder for resumable state and the trajectory; kept until the caller is done.
         report: Told about each step.
     """
-    model, head = _start(base, job)
-    mean, std = target_scale(job.task, train.targets)
-    targets = torch.from_numpy((train.targets - mean) / std)
+    model, head = _start(base, job, start)
+    targets = torch.from_numpy((train.targets - start.mean) / start.std)
     ids = tokenize(base.tokenizer, train.texts, job.task.max_tokens)
     # The names PEFT writes to disk lack the name of the adapter inside the model.
-    trained = {
-        n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad
-    }
+    trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    rates = (job.training.lora_lr, job.training.head_lr)
     optimizer = torch.optim.AdamW(
-        [
-            {"params": list(trained.values()), "lr": job.training.lora_lr},
-            {"params": list(head.parameters()), "lr": job.training.head_lr},
-        ],
-        weight_decay=0.0,
+        [{"params": list(trained.values())}, {"params": list(head.parameters())}], weight_decay=0.0
     )
     parameters = {**trained, **{f"head.{n}": p for n, p in head.named_parameters()}}
     trajectory = Trajectory(scratch, job.training.steps, job.training.checkpoints)
@@ -93,6 +95,8 @@ def train_expert(
         rows = batch_rows(job, len(ids), step)
         batch = pad_batch([ids[r] for r in rows], rows, base.tokenizer.pad_token_id)
         value = loss(head(pooled(model, batch)), targets[rows], job.task)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / job.training.steps)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -102,11 +106,11 @@ def train_expert(
             save_state(scratch, parameters, optimizer, losses)
         if report:
             report(step + 1, losses[-1])
-    final = Head(head.weight.detach().clone(), head.bias.detach().clone(), mean, std)
+    final = Head(head.weight.detach().clone(), head.bias.detach().clone(), start.mean, start.std)
     return TrainedExpert(model, final, losses)
 
 
-def _start(base: Base, job: ExpertJob) -> tuple[Any, nn.Linear]:
+def _start(base: Base, job: ExpertJob, start: Head) -> tuple[Any, nn.Linear]:
     from peft import LoraConfig, get_peft_model
 
     own = job.task.name if job.which.init == "own" else "every task"
@@ -119,8 +123,9 @@ def _start(base: Base, job: ExpertJob) -> tuple[Any, nn.Linear]:
     )
     with _seeded("lora", job.which.seed, own):
         model = get_peft_model(base.model, config)
-    with _seeded("head", job.which.seed, job.task.name):
-        head = nn.Linear(base.d_model, job.task.outputs)
+    head = nn.Linear(base.d_model, job.task.outputs, device="meta").to_empty(device="cpu")
+    head.weight.data.copy_(start.weight)
+    head.bias.data.copy_(start.bias)
     # Evaluation mode turns dropout off, so training has no draws beyond the batches.
     return model.eval(), head
 

@@ -39,10 +39,14 @@ def load_state(
         return []
     try:
         with safe_open(path, framework="pt") as file:
-            for name, parameter in parameters.items():
-                parameter.data.copy_(file.get_tensor(f"value/{name}"))
-                optimizer.state[parameter] = {m: file.get_tensor(f"{m}/{name}") for m in MOMENTS}
-            return json.loads(file.metadata()["losses"])
-    except SafetensorError:
-        path.unlink()  # cut off by a full disk; the steps are simply trained again
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            losses = json.loads(file.metadata()["losses"])
+        values = {name: stored[f"value/{name}"].reshape(p.shape) for name, p in parameters.items()}
+        moments = {name: {m: stored[f"{m}/{name}"] for m in MOMENTS} for name in parameters}
+    except (SafetensorError, KeyError, TypeError, RuntimeError):
+        path.unlink()  # cut off by a full disk, or not ours; the steps are simply trained again
         return []
+    for name, parameter in parameters.items():
+        parameter.data.copy_(values[name])
+        optimizer.state[parameter] = moments[name]
+    return losses

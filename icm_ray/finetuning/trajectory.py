@@ -23,7 +23,8 @@ class Trajectory:
 
     def __init__(self, scratch: Path, steps: int, count: int) -> None:
         half = steps // 2
-        wanted = np.linspace(half + 1, steps, num=min(count, steps - half))
+        count = min(count, steps - half)
+        wanted = np.linspace(half + 1 if count > 1 else steps, steps, num=count)
         self.steps = frozenset(np.round(wanted).astype(int).tolist())
         self.folder = scratch / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -42,8 +43,9 @@ class Trajectory:
         columns = {"step": pa.array([step]), "loss": pa.array([loss]), "adapter": adapter}
         table = pa.table(columns).replace_schema_metadata({"layout": json.dumps(layout)})
         path = self.folder / f"step-{step:06d}.parquet"
-        pq.write_table(table, path.with_suffix(".tmp"), compression="zstd")
-        path.with_suffix(".tmp").replace(path)
+        temporary = self.folder / f".{path.name}.tmp"  # readers of the data set skip dot files
+        pq.write_table(table, temporary, compression="zstd")
+        temporary.replace(path)
 
 
 def layout_of(parameters: Mapping[str, Tensor]) -> list[dict]:
@@ -58,7 +60,9 @@ def layout_of(parameters: Mapping[str, Tensor]) -> list[dict]:
 
 def read_trajectory(folder: Path) -> tuple[pa.Table, list[dict]]:
     """Return all checkpoints in step order and the flat layout of their `adapter` column."""
-    table = pq.read_table(folder).sort_by("step")
+    # Named one by one: a finished folder holds a manifest too.
+    files = [str(path) for path in sorted(folder.glob("*.parquet"))]
+    table = pq.read_table(files).sort_by("step")
     return table, json.loads(table.schema.metadata[b"layout"])
 
 

@@ -18,19 +18,40 @@ CHOLESKY_FLOOR = 1e-5
 """Smallest ratio of Cholesky pivots at which the Gram route keeps float32 accuracy."""
 
 
+BLOCK_ENTRIES = 2**17
+"""Float64 numbers converted at a time (1 MB): whole copies cost more page faults than the sums."""
+
+
 @dataclass(frozen=True)
 class LowRankSVD:
     """Thin SVD of a low-rank product: `u @ diag(s) @ vh`, numerical zeros dropped.
 
+    `u = left @ left_core` and `vh = right_core @ right` stay products until somebody asks: a cut to
+    a small rank needs few of their columns.
+
     Attributes:
-        u: `(d_out, q)`, orthonormal columns, float64.
+        left: `(d_out, r)`.
+        left_core: `(r, q)`, float64.
         s: `(q,)`, descending, positive, float64.
-        vh: `(q, d_in)`, orthonormal rows, float64.
+        right_core: `(q, r)`, float64.
+        right: `(r, d_in)`.
     """
 
-    u: Float[Tensor, "d_out q"]
+    left: Float[Tensor, "d_out r"]
+    left_core: Float[Tensor, "r q"]
     s: Float[Tensor, " q"]
-    vh: Float[Tensor, "q d_in"]
+    right_core: Float[Tensor, "q r"]
+    right: Float[Tensor, "r d_in"]
+
+    @property
+    def u(self) -> Float[Tensor, "d_out q"]:
+        """Left singular vectors, orthonormal columns, float64."""
+        return self.left.double() @ self.left_core
+
+    @property
+    def vh(self) -> Float[Tensor, "q d_in"]:
+        """Right singular vectors, orthonormal rows, float64."""
+        return self.right_core @ self.right.double()
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return float32 `(b, a)` of the best approximation of at most `rank`.
@@ -39,8 +60,9 @@ class LowRankSVD:
         similar size and survive half precision.
         """
         root = self.s[:rank].sqrt()
-        b, a = self.u[:, :rank] * root, root[:, None] * self.vh[:rank]
-        return b.float().contiguous(), a.float().contiguous()
+        b = _product(self.left, self.left_core[:, :rank] * root)
+        a = _product(self.right.T, self.right_core[:rank].T * root)
+        return b, a.T.contiguous()
 
     def retained_energy(self, rank: int) -> float:
         """Return the share of the squared Frobenius norm inside the first `rank` values."""
@@ -83,15 +105,18 @@ def stack(
 
 
 def norm(b: Float[Tensor, "d_out rank"], a: Float[Tensor, "rank d_in"]) -> float:
-    """Return the Frobenius norm of `b @ a`. Cost: O((d_out + d_in) rank^2)."""
-    return max(inner(b, a, b, a), 0.0) ** 0.5
+    """Return the Frobenius norm of `b @ a`; not finite if an entry of either is not.
+
+    Cost: O((d_out + d_in) rank^2), or O(d_out d_in rank) where that is less.
+    """
+    if _is_wide(b, a):
+        return float(torch.linalg.vector_norm(_dense(b, a)))
+    return max(float((_gram(b, b) * _gram(a.T, a.T)).sum()), 0.0) ** 0.5
 
 
 def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
     """Return the Frobenius inner product of `b1 @ a1` and `b2 @ a2` from r1 x r2 matrices."""
-    left = b1.double().T @ b2.double()
-    right = a1.double() @ a2.double().T
-    return float((left * right).sum())
+    return float((_gram(b1, b2) * _gram(a1.T, a2.T)).sum())
 
 
 def svd(b: Float[Tensor, "d_out rank"], a: Float[Tensor, "rank d_in"]) -> LowRankSVD:
@@ -104,41 +129,80 @@ def svd(b: Float[Tensor, "d_out rank"], a: Float[Tensor, "rank d_in"]) -> LowRan
 
     Cost: O((d_out + d_in) rank^2 + rank^3); nothing larger than the inputs is allocated.
     """
-    b, a = b.double(), a.double()
-    d_out, rank, d_in = b.shape[0], a.shape[0], a.shape[1]
-    if rank == 0:
-        return LowRankSVD(b, b.new_zeros(0), a)
-    if rank * (d_out + d_in) > d_out * d_in:
-        return _positive(*torch.linalg.svd(b @ a, full_matrices=False))
+    if a.shape[0] == 0:
+        empty = torch.zeros(0, 0, dtype=torch.float64)
+        return LowRankSVD(b, empty, empty[0:0].flatten(), empty, a)
+    if _is_wide(b, a):
+        return dense_svd(_dense(b, a))
     return _svd_by_grams(b, a) or _svd_by_qr(b, a)
 
 
 def _svd_by_grams(b: Tensor, a: Tensor) -> LowRankSVD | None:
-    lower, info = torch.linalg.cholesky_ex(a @ a.T)
+    lower, info = torch.linalg.cholesky_ex(_gram(a.T, a.T))
     pivots = lower.diagonal()
     if int(info) != 0 or float(pivots.min()) <= CHOLESKY_FLOOR * float(pivots.max()):
         return None
-    squares, w = torch.linalg.eigh(lower.T @ (b.T @ b) @ lower)
+    squares, w = torch.linalg.eigh(lower.T @ _gram(b, b) @ lower)
     s = squares.flip(0).clamp(min=0).sqrt()
-    w = w.flip(1)
     keep = s > NUMERICAL_RANK * s[0]
-    s, w = s[keep], w[:, keep]
-    vh = torch.linalg.solve_triangular(lower, a, upper=False)
-    return LowRankSVD(b @ (lower @ w) / s, s, w.T @ vh)
+    s, w = s[keep], w.flip(1)[:, keep]
+    solved = torch.linalg.solve_triangular(lower.T, w, upper=True)
+    return LowRankSVD(b, (lower @ w) / s, s, solved.T, a)
 
 
 def _svd_by_qr(b: Tensor, a: Tensor) -> LowRankSVD:
-    qb, rb = torch.linalg.qr(b)
-    qa, ra = torch.linalg.qr(a.T)
-    core = _positive(*torch.linalg.svd(rb @ ra.T, full_matrices=False))
-    return LowRankSVD(qb @ core.u, core.s, core.vh @ qa.T)
+    qb, rb = torch.linalg.qr(b.double())
+    qa, ra = torch.linalg.qr(a.double().T)
+    u, s, vh = _positive(*torch.linalg.svd(rb @ ra.T, full_matrices=False))
+    return LowRankSVD(qb, u, s, vh, qa.T)
 
 
-def _positive(u: Tensor, s: Tensor, vh: Tensor) -> LowRankSVD:
+def _positive(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     keep = s > NUMERICAL_RANK * s[0]
-    return LowRankSVD(u[:, keep], s[keep], vh[keep])
+    return u[:, keep], s[keep], vh[keep]
+
+
+def _is_wide(b: Tensor, a: Tensor) -> bool:
+    """Say whether the factors have more entries than their product."""
+    d_out, rank, d_in = b.shape[0], a.shape[0], a.shape[1]
+    return rank * (d_out + d_in) > d_out * d_in
+
+
+def _rows(rank: int) -> int:
+    return max(BLOCK_ENTRIES // max(rank, 1), 64)
+
+
+def _gram(x: Float[Tensor, "n r"], y: Float[Tensor, "n p"]) -> Float[Tensor, "r p"]:
+    """Return `x.T @ y` in float64, converted block by block."""
+    total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+    step = _rows(max(total.shape))
+    for start in range(0, x.shape[0], step):
+        left = x[start : start + step].double()
+        right = left if y is x else y[start : start + step].double()
+        total.addmm_(left.T, right)
+    return total
+
+
+def _product(x: Float[Tensor, "n r"], core: Float[Tensor, "r q"]) -> Float[Tensor, "n q"]:
+    """Return `x @ core` as float32, computed in float64 block by block."""
+    out = x.new_empty(x.shape[0], core.shape[1], dtype=torch.float32)
+    step = _rows(x.shape[1])
+    for start in range(0, x.shape[0], step):
+        out[start : start + step] = x[start : start + step].double() @ core
+    return out
+
+
+def _dense(b: Tensor, a: Tensor) -> Float[Tensor, "d_out d_in"]:
+    """Return `b @ a` in float64, converting few ranks at a time."""
+    out = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64, device=b.device)
+    step = _rows(max(out.shape))
+    for start in range(0, a.shape[0], step):
+        out.addmm_(b[:, start : start + step].double(), a[start : start + step].double())
+    return out
 
 
 def dense_svd(delta: Float[Tensor, "d_out d_in"]) -> LowRankSVD:
     """Return the thin SVD of a dense matrix in float64, numerical zeros dropped."""
-    return _positive(*torch.linalg.svd(delta.double(), full_matrices=False))
+    u, s, vh = _positive(*torch.linalg.svd(delta.double(), full_matrices=False))
+    core = torch.eye(s.numel(), dtype=torch.float64, device=s.device)  # u and vh are the vectors
+    return LowRankSVD(u, core, s, core, vh)

@@ -15,8 +15,13 @@ def row_space(a: Float[Tensor, "rank d_in"], tolerance: float = 1e-6) -> Float[T
     invertible matrix changes nothing.
     """
     _, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
-    keep = s > tolerance * s.max().clamp(min=torch.finfo(torch.float64).tiny)
+    keep = s > tolerance * s[:1]  # descending; nothing to compare with if there are no rows
     return vh[keep].T.float().contiguous()
+
+
+def axis_ratios(basis: Float[Tensor, "d_in q"]) -> Float[Tensor, " d_in"]:
+    """Return the null-space ratio of each coordinate axis: what the input of an embedding is."""
+    return (1 - basis.square().sum(-1)).clamp(min=RATIO_FLOOR, max=1.0).sqrt()
 
 
 def null_space_ratio(
@@ -28,5 +33,6 @@ def null_space_ratio(
     Differs: the value under the root is clamped, which the reference leaves to rounding.
     """
     z = z.float()
-    inside = (z @ basis).square().sum(-1) / z.square().sum(-1).clamp(min=1e-12)
+    length = z.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+    inside = (z / length @ basis).square().sum(-1)
     return (1 - inside).clamp(min=RATIO_FLOOR, max=1.0).sqrt()

@@ -61,7 +61,6 @@ METHODS: Mapping[str, Method] = frozen(
             cost=_STACK,
             exempt={
                 "scaling": "the sums of A and of B depend on how a delta is split into both",
-                "duplicates": "preset nsc adds K equal adapters up",
             },
         ),
         "negate_add": Method(

@@ -40,7 +40,8 @@ class RankRule:
             RecipeError: the policy is none of the known forms or its number is out of range.
         """
         if policy is None:
-            policy = "exact" if default == "exact" else largest_input
+            # Adapters that hold no rank at all merge to nothing, which any rank can hold.
+            policy = "exact" if default == "exact" else max(largest_input, 1)
         if isinstance(policy, int) and not isinstance(policy, bool) and policy > 0:
             return cls("at most", policy)
         if policy == "exact":

@@ -39,8 +39,12 @@ def linear(
     numbers = task_weights(context, weights, default=1 / len(context.all_tasks))
     signed = [number * f.scaling for number, f in zip(numbers, factors, strict=True)]
     on_a = [(1 if value >= 0 else -1) * abs(value) ** 0.5 for value in signed]
-    # b already holds the scaling once, so the raw B's sqrt|w s| is divided by it.
-    on_b = [scale * abs(v) ** 0.5 / f.scaling for v, f in zip(signed, factors, strict=True)]
+    # b already holds the scaling once, so the raw B's sqrt|w s| is divided by it. A scaling of
+    # zero (alpha 0) left nothing in b to divide.
+    on_b = [
+        scale * abs(value) ** 0.5 / (f.scaling or 1.0)
+        for value, f in zip(signed, factors, strict=True)
+    ]
     return sum_of_factors(factors, on_b, on_a)
 
 

@@ -1,5 +1,6 @@
 """Run a method over the modules of K adapters: the serial path, and the parts Ray reuses."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -110,7 +111,7 @@ def plan_merge(
     if evidence is not None and row.needs is None:
         raise RecipeError(f"evidence: given but method {method!r} uses none. Leave it out.")
     bound = row.bind(params, [adapter.name for adapter in adapters])
-    check_together(adapters)
+    check_together(adapters, values=False)  # its warnings about values are `plan`'s to show
     largest = max(adapter.max_rank for adapter in adapters)
     rule = RankRule.parse(output_rank, row.default_rank, largest)
     tasks = tuple(sorted(adapter.name for adapter in adapters))
@@ -132,23 +133,26 @@ def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedMo
     tasks = order.present[module]
     factors = [read(task, module) for task in tasks]
     context = ModuleContext(module, tasks, order.tasks, order.seed)
+    norms = {t: lowrank.norm(f.b, f.a) for t, f in zip(tasks, factors, strict=True)}
     result = METHODS[order.method].function(factors, context=context, **order.params)
+    del factors  # hundreds of adapters weigh more than the cut needs
     done = cut(result, order.rule)
     report = ModuleReport(
         rank=done.factors.rank,
         exact_rank=done.exact_rank,
-        input_norms={t: lowrank.norm(f.b, f.a) for t, f in zip(tasks, factors, strict=True)},
+        input_norms=norms,
         output_norm=lowrank.norm(done.factors.b, done.factors.a),
         retained_energy=done.retained_energy,
         truncation_error=max(1.0 - done.retained_energy, 0.0) ** 0.5,
         absent=tuple(task for task in order.tasks if task not in tasks),
     )
-    _refuse_not_finite(order, module, done.factors)
+    _refuse_not_finite(order, module, report.output_norm)
     return done.factors, report
 
 
-def _refuse_not_finite(order: MergeOrder, module: str, factors: LoRAFactors) -> None:
-    if not (torch.isfinite(factors.a).all() and torch.isfinite(factors.b).all()):
+def _refuse_not_finite(order: MergeOrder, module: str, norm: float) -> None:
+    # The norm of a product is not finite as soon as one entry of either factor is not.
+    if not math.isfinite(norm):
         raise InputError(
             f"module {module}: method {order.method!r} gave a number that is not finite. "
             "Check the adapters' largest values and the method's parameters."
@@ -199,4 +203,4 @@ def with_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 def _fingerprint(adapter: Any) -> str:
     value = adapter.fingerprint
-    return value() if callable(value) else value
+    return str(value() if callable(value) else value)

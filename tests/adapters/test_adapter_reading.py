@@ -5,65 +5,11 @@ import warnings
 
 import pytest
 import torch
+from adapter_samples import CASES, QKV, peft_deltas, relative
 from safetensors.torch import load_file, save_file
 
 from icm_ray.adapters import fingerprint_of, load_adapter, open_adapter
 from icm_ray.errors import InputError
-
-QKV = ["query", "value"]
-CASES = {
-    "bert list": ("bert", {"r": 4, "target_modules": QKV}),
-    "bert patterns": (
-        "bert",
-        {
-            "r": 4,
-            "target_modules": QKV,
-            "rank_pattern": {r"layer\.1\..*\.query": 8, "query": 2},
-            "alpha_pattern": {"layer.0.attention.self.value": 32, "query|value": 5},
-        },
-    ),
-    "bert rslora": ("bert", {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": QKV}),
-    "bert embedding": ("bert", {"r": 3, "target_modules": ["word_embeddings", "query"]}),
-    "gpt2 conv1d": ("gpt2", {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}),
-    "llama regex": ("llama", {"r": 4, "target_modules": r".*\.(q_proj|v_proj)"}),
-    "llama all-linear": (
-        "llama",
-        {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"},
-    ),
-    "llama unsloth": (
-        "llama",
-        {"r": 2, "target_modules": r"(?:.*?(?:model).*?(?:self_attn|mlp).*?(?:q_proj|up_proj)).*?"},
-    ),
-    "vit": ("vit", {"r": 40, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}),
-    "conv": ("conv", {"r": 2, "lora_alpha": 3, "target_modules": ["0", "1", "2"]}),
-}
-
-
-def peft_deltas(model, folder):
-    """Return PEFT's own B @ A * scaling in float32, and its get_delta_weight, by module."""
-    from peft.tuners.lora import LoraLayer
-
-    products, weights = {}, {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if layer.lora_embedding_A:
-            a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-        else:
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        name = name.removeprefix("base_model.model.")
-        scaling = layer.scaling["default"]
-        products[name] = (b.float().flatten(1) @ a.float().flatten(1)).detach() * scaling
-        if a.dim() == 3:
-            continue  # PEFT 0.21 fails for Conv1d
-        weight = layer.get_delta_weight("default").float().detach()
-        transposed = layer.lora_embedding_A or getattr(layer, "fan_in_fan_out", False)
-        weights[name] = (weight.T if transposed else weight).flatten(1)
-    return products, weights
-
-
-def relative(found, expected):
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -117,6 +63,17 @@ def test_scaling_is_folded_after_the_upcast(make_folder):
     with pytest.warns(UserWarning, match="element types F16, F32 are mixed"):
         adapter = load_adapter(folder)
     assert adapter.modules["layers.0.q"].b.max() == 60000.0 * 30000.0
+
+
+def test_unknown_modules_are_key_errors(make_folder):
+    with pytest.raises(KeyError, match="nowhere"):
+        open_adapter(make_folder()).factors("nowhere")
+
+
+def test_contradicting_alphas_are_told(make_folder):
+    file = open_adapter(make_folder({"alpha_pattern": {"layers.0.q": 8, "q": 2}}))
+    assert file.scaling["layers.0.q"] == 4
+    assert "alpha_pattern: keys contradict each other for 1 modules" in file.warnings[0]
 
 
 def test_names_and_dtypes(make_folder, tmp_path, monkeypatch):
@@ -182,6 +139,7 @@ WARNED = {
     "revision": ({"revision": "../../etc"}, {}, "no branch, tag or commit"),
     "no alpha": ({"lora_alpha": ...}, {}, "PEFT's default 8"),
     "layers": ({"layers_to_transform": [0, 1, 2, 3]}, {}, "the tensors decide"),
+    "fan in": ({"fan_in_fan_out": True}, {}, "layers.0.q seems to be a plain linear layer"),
     "redos": ({"target_modules": "([a-z0-9_.]+)+!"}, {}, "could match for ever"),
     "code": ({"auto_mapping": {"parent_library": "evil", "base_model_class": "X"}}, {}, "imported"),
     "idle target": ({"target_modules": ["q", "v", "k_proj"]}, {}, '"k_proj" has no tensors'),

@@ -1,0 +1,126 @@
+"""The base model of an adapter: its architecture without weights, or the real thing."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from icm_ray.adapters.contents import EMBEDDING
+from icm_ray.adapters.peft_format import AdapterFile
+from icm_ray.errors import InputError
+from icm_ray.types import Adapter
+
+_HEADS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+def check_base(adapters: Sequence[Adapter | AdapterFile], base_path: str | Path) -> None:
+    """Check that a base model has every module of the adapters, in their shape.
+
+    Only the base's `config.json` is read; the architecture is built without weights.
+
+    Args:
+        adapters: Adapters or opened files.
+        base_path: A local transformers model folder.
+
+    Raises:
+        InputError: the config cannot be used, or naming every module that does not fit.
+    """
+    problems = []
+    for adapter in adapters:
+        found = [_misfits(adapter, model) for model in _architectures(Path(base_path), adapter)]
+        # The class with the fewest misfits is the one the adapter was trained on.
+        problems += [f"{adapter.name}: {line}" for line in min(found, key=len)]
+    if problems:
+        raise InputError(problems)
+
+
+def load_base(path: Path, adapter: Adapter) -> Any:
+    """Return the base in float32, as the transformers class that has all of the adapter's modules.
+
+    Raises:
+        InputError: the base cannot be loaded, or no class of it has these modules.
+    """
+    for model in _architectures(path, adapter):
+        if adapter.modules.keys() <= {name for name, _ in model.named_modules()}:
+            try:
+                return (
+                    type(model)
+                    .from_pretrained(
+                        path, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                    )
+                    .eval()
+                )
+            except (OSError, ValueError, RuntimeError) as error:
+                raise _unusable(path, error) from error
+    raise InputError(
+        f"{path}: lacks modules of the adapter but all are expected. Check that it is its base."
+    )
+
+
+def _architectures(path: Path, adapter: Adapter | AdapterFile) -> Iterator[Any]:
+    """Yield the base without weights: as its task's class, as its own, and without a head."""
+    import transformers
+
+    try:
+        # trust_remote_code must be said: left open, transformers asks on the terminal.
+        config = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from error
+    task = _HEADS.get(str(adapter.config.get("task_type")))
+    for name in dict.fromkeys([task, *(config.architectures or []), "AutoModel"]):
+        known = getattr(transformers, str(name), None)
+        if known is None:
+            continue
+        build = known.from_config if hasattr(known, "from_config") else known
+        try:
+            with torch.device("meta"):
+                model = build(config)
+        except ValueError as error:  # no such head for this kind of model
+            if name == "AutoModel":
+                raise _unusable(path, error) from error
+            continue
+        yield model
+
+
+def _unusable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path}: cannot be loaded ({error}) but a local transformers model with safetensors is "
+        "expected. Check the base model."
+    )
+
+
+def _misfits(adapter: Adapter | AdapterFile, model: nn.Module) -> list[str]:
+    layers = dict(model.named_modules())
+    shapes = (
+        {module: shape[:2] for module, shape in adapter.shapes.items()}
+        if isinstance(adapter, AdapterFile)
+        else {module: factors.shape for module, factors in adapter.modules.items()}
+    )
+    lines = []
+    for module, shape in shapes.items():
+        weight = getattr(layers.get(module), "weight", None)
+        if weight is None:
+            lines.append(f"{module}: not in the base model but expected. Check the base.")
+            continue
+        is_turned = adapter.layouts.get(module) == EMBEDDING or "Conv1D" in str(
+            type(layers[module])
+        )
+        size = (weight.shape[0], math.prod(weight.shape[1:]))
+        expected = size[::-1] if is_turned else size
+        if shape != expected:
+            lines.append(
+                f"{module}: {shape[0]} x {shape[1]} but the base's {expected[0]} x {expected[1]} "
+                "is expected. Check the base."
+            )
+    return lines

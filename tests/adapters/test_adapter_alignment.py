@@ -1,0 +1,98 @@
+"""Which adapters may be merged with each other, and what is told about them."""
+
+import pytest
+import torch
+from adapter_samples import PREFIX
+
+from icm_ray.adapters import check_together, name_problems, open_adapter, open_all
+from icm_ray.errors import InputError
+
+
+def test_adapters_of_one_base_pass_in_silence(adapter_of, make_folder):
+    assert (
+        check_together([adapter_of([2, 3], name="a"), adapter_of([1, 4], name="b", seed=1)]) == []
+    )
+    tensors = {f"{PREFIX}layers.0.q.lora_A.weight": torch.ones(2, 5)}
+    files = [open_adapter(make_folder()), open_adapter(make_folder({}, tensors, folder="b"))]
+    assert check_together(files) == []
+
+
+def test_all_problems_are_told_at_once(adapter_of):
+    wide = adapter_of({"layers.0.q": 2}, name="b")
+    wide = type(wide)("b", "other base", wide.modules, {}, "f", layouts={"layers.0.q": "embedding"})
+    with pytest.raises(InputError) as error:
+        check_together([adapter_of([2], name="a"), wide, adapter_of([2], name="../A")])
+    text = str(error.value)
+    assert "'../A': no usable task name" in text
+    assert "'base' (a), 'other base' (b) but one base" in text
+    assert "b: layers.0.q: 6 x 5 embedding but 6 x 5 as in a is expected" in text
+    assert len(error.value.problems) == 3
+    with pytest.raises(InputError, match="none but at least one"):
+        check_together([])
+
+
+BAD_NAMES = ["", "/abs", "../../escape", "..", ".", "a/b", "a\\b", "a\0b", "a\nb", "\x1b[31m"]
+BAD_NAMES += [
+    "-rf",
+    "$(reboot)",
+    "`x`",
+    "a;b",
+    "x" * 300,
+    " a",
+    "a ",
+    "a.",
+    "~",
+    "\u202eb",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_are_no_folder_names(name):
+    assert len(name_problems([name])) == 1
+
+
+def test_names_from_all_over_the_world_are_fine():
+    names = [
+        "qa",
+        "задача 1",
+        "质量",
+        "हिन्दी",
+        "re\u0301sume\u0301",
+        "lora (2)",
+        "a.b-c_d=1+x@y,[z]",
+    ]
+    assert name_problems(names) == []
+
+
+def test_names_that_would_share_a_folder():
+    for one, other in (("a", "a"), ("Task", "task"), ("\u00e9", "e\u0301"), ("straße", "STRASSE")):
+        assert len(name_problems([one, other])) == 1
+
+
+def test_what_looks_unintended_is_told(adapter_of):
+    def told(*adapters):
+        return "\n".join(check_together(adapters))
+
+    a = adapter_of([2, 2], name="a")
+    assert "the only adapter" in told(a)
+    assert "the same change as a, twice" in told(a, adapter_of([2, 2], name="b"))
+    assert "no base model named" in told(a, adapter_of([2], name="b", base_model=None))
+    assert "lacks 1 of 2 modules, such as layers.1.q" in told(a, adapter_of([2], name="b", seed=1))
+    assert "no module is in every adapter" in told(a, adapter_of({"x": 1}, name="b"))
+    config = {"revision": "v1"}, {"revision": "v2"}
+    one, two = (adapter_of([2], name=f"n{i}", seed=i, config=c) for i, c in enumerate(config))
+    assert "revision: the base's differ: v1, v2" in told(one, two)
+    loud = {m: type(f)(f.a, f.b * 1e6) for m, f in a.modules.items()}
+    assert "times that of a" in told(a, type(a)("loud", "base", loud, {}, "f"))
+
+
+def test_open_all_tells_the_problems_of_every_adapter(make_folder, tmp_path):
+    good = make_folder()
+    bad = make_folder({"use_dora": True}, folder="bad")
+    nan = {f"{PREFIX}layers.0.q.lora_A.weight": torch.full((2, 5), float("nan"))}
+    refs = [("good", good), ("bad", bad), ("nan", make_folder({}, nan, "nan")), ("no", tmp_path)]
+    with pytest.raises(InputError) as error:
+        open_all(refs)
+    assert len(error.value.problems) == 4
+    assert [file.name for file in open_all(refs[:1])] == ["good"]

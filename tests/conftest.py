@@ -1,0 +1,137 @@
+"""What every test shares: checked types, one kernel thread, small things to merge and to run."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# Before anything imports the package. An int is a fine float, as PEP 484 says and beartype alone
+# does not.
+# Not `distributed`: Ray sends its functions by value, and a checked function cannot be pickled.
+PACKAGE = Path(__file__).resolve().parents[1] / "icm_ray"
+install_import_hook(
+    [f"icm_ray.{p.stem}" for p in PACKAGE.glob("[a-z]*") if p.stem != "distributed"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+from icm_ray.adapters import fingerprint_of  # noqa: E402
+from icm_ray.types import Adapter, LoRAFactors  # noqa: E402
+
+torch.set_num_threads(1)
+
+# The same examples everywhere, however slow the machine.
+settings.register_profile(
+    "icm_ray", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("icm_ray")
+
+WORDS = (
+    *("the", "of", "and", "sun", "moon", "river", "stone", "bright"),
+    *("dark", "cold", "warm", "old", "new", "small", "large"),
+)
+SHAPES = {"layer.0.q": (6, 5), "layer.0.v": (3, 5), "layer.1.q": (6, 5)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Said by beartype of PEP 585 annotations that are right on every Python we support, and by
+    # transformers of its own models.
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:beartype")
+    config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing.*")
+
+
+MakeAdapter = Callable[..., Adapter]
+
+
+def random_adapter(
+    name: str = "a",
+    *,
+    shapes: Mapping[str, tuple[int, int]] = SHAPES,
+    rank: int | Mapping[str, int] = 2,
+    seed: int | None = None,
+    scaling: float = 1.0,
+    spread: float = 1.0,
+    **fields: object,
+) -> Adapter:
+    """Return a random adapter of modules `{path: (d_out, d_in)}`; the seed is the name's own."""
+    draw = torch.Generator().manual_seed(sum(map(ord, name)) if seed is None else seed)
+    modules = {}
+    for path, (d_out, d_in) in sorted(shapes.items()):
+        r = rank if isinstance(rank, int) else rank[path]
+        a = torch.randn(r, d_in, generator=draw) * spread
+        b = torch.randn(d_out, r, generator=draw) * spread * scaling
+        modules[path] = LoRAFactors(a, b, scaling)
+    return as_adapter(name, modules, **fields)
+
+
+def as_adapter(name: str, modules: Mapping[str, LoRAFactors], **fields: object) -> Adapter:
+    """Return an adapter around factors, with a true fingerprint."""
+    fields = {"base_model": "base", "config": {"target_modules": ["q", "v"]}, **fields}
+    return Adapter(name=name, modules=modules, fingerprint=fingerprint_of(modules), **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def make_adapter() -> MakeAdapter:
+    return random_adapter
+
+
+@pytest.fixture(scope="session")
+def adapter_around() -> Callable[..., Adapter]:
+    return as_adapter
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer BERT of width 16 and a tokenizer of 20 words."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        initializer_range=0.5,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        BertModel(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path, *, pad: str | None = "[PAD]") -> None:
+    """Write a tokenizer that knows WORDS, one id a word."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    plain = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    plain.pre_tokenizer = Whitespace()
+    plain.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, **special, **({"pad_token": pad} if pad else {})
+    )
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def texts() -> tuple[str, ...]:
+    """Twenty-four short texts of different lengths."""
+    return tuple(" ".join(WORDS[(i + j) % len(WORDS)] for j in range(2 + i % 5)) for i in range(24))

@@ -1,0 +1,235 @@
+"""Experts trained on Ray: whole, kept by content, the same bytes for any number of workers."""
+
+import json
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray_samples import finetune_recipe, hashes, stamps, write_yaml
+
+from icm_ray.adapters import load_adapter
+from icm_ray.command import run_job
+from icm_ray.config import EvaluateRecipe, EvidenceRecipe, Resources
+from icm_ray.distributed.finetune import expert_jobs, expert_key, finetune
+from icm_ray.distributed.probes import fit_probes, read_probe
+from icm_ray.distributed.shared_base import share_base
+from icm_ray.evaluation.experts import Expert, find_experts
+from icm_ray.evaluation.probe import fit_probe
+from icm_ray.evidence.base import fingerprint_weights, load_base
+from icm_ray.evidence.batches import features, make_batches, tokenize
+from icm_ray.evidence.store import load_evidence
+from icm_ray.files import read_json, read_manifest
+from icm_ray.finetuning.trajectory import read_trajectory, unflatten
+from icm_ray.suites import SUITES
+
+SET = "shared-seed0"
+TASKS = ("depth", "supersense")
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_bert, ray_session):
+    return share_base(tiny_bert)
+
+
+def test_every_expert_is_a_whole_folder(experts):
+    for task in TASKS:
+        folder = experts / "experts" / SET / task
+        manifest = read_manifest(folder)
+        assert manifest["task"] == task
+        assert set(manifest["files"]) >= {
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+            "head.safetensors",
+            "metrics.json",
+        }
+        assert len(read_json(folder / "metrics.json")["losses"]) == 6
+        assert Expert(task, folder).head().weight.shape[1] == 16
+    assert not list(experts.rglob(".*"))
+    adapters = [load_adapter(experts / "experts" / SET / task / "adapter") for task in TASKS]
+    assert [a.base_model for a in adapters] == ["tiny"] * 2
+    assert adapters[0].fingerprint != adapters[1].fingerprint
+    module = next(iter(adapters[0].modules))
+    # A shared start shows: A moves little from where both tasks began.
+    one, other = (a.modules[module].a for a in adapters)
+    assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9
+
+
+def test_the_checkpoints_of_the_second_half_are_a_data_set(experts):
+    for task in TASKS:
+        folder = experts / "trajectories" / SET / task
+        read_manifest(folder)
+        table, layout = read_trajectory(folder)
+        assert table["step"].to_pylist() == [4, 5, 6]
+        assert table.column_names == ["step", "loss", "adapter"]
+        last = unflatten(np.array(table["adapter"][2].as_py(), dtype=np.float32), layout)
+        final = load_adapter(experts / "experts" / SET / task / "adapter")
+        for module, factors in final.modules.items():
+            a = last[f"base_model.model.{module}.lora_A.weight"]
+            assert torch.equal(a, factors.a)
+
+
+def test_a_second_run_trains_nothing(experts, tiny_bert, shared):
+    before = stamps(experts)
+    folders = finetune(finetune_recipe(tiny_bert, experts), shared, "tiny", experts)
+    assert set(folders) == {(SET, task) for task in TASKS}
+    assert stamps(experts) == before
+
+
+def test_one_worker_gives_the_bytes_of_two(experts, tiny_bert, shared, tmp_path):
+    recipe = finetune_recipe(tiny_bert, tmp_path, resources={"workers": 1})
+    finetune(recipe, shared, "tiny", tmp_path)
+    assert hashes(tmp_path / "experts") == hashes(experts / "experts")
+    assert hashes(tmp_path / "trajectories") == hashes(experts / "trajectories")
+
+
+def test_another_seed_trains_other_experts(experts, tiny_bert, shared, tmp_path):
+    sets = [{"init": "own", "seed": 1}]
+    recipe = finetune_recipe(tiny_bert, tmp_path, sets=sets, tasks=["depth"])
+    folders = finetune(recipe, shared, "tiny", tmp_path)
+    assert list(folders) == [("own-seed1", "depth")]
+    found = load_adapter(folders["own-seed1", "depth"] / "adapter")
+    before = load_adapter(experts / "experts" / SET / "depth" / "adapter")
+    assert found.fingerprint != before.fingerprint
+
+
+def test_other_steps_train_again_in_the_same_place(tiny_bert, shared, tmp_path):
+    keys = []
+    for steps in (2, 3, 3):
+        training = {"steps": steps, "batch": 8, "train_examples": 48}
+        recipe = finetune_recipe(tiny_bert, tmp_path, training=training, tasks=["depth"])
+        folder = finetune(recipe, shared, "tiny", tmp_path)[SET, "depth"]
+        assert len(read_json(folder / "metrics.json")["losses"]) == steps
+        keys.append(read_manifest(folder)["key"])
+    assert keys[0] != keys[1] == keys[2]
+
+
+def test_ready_experts_are_used_only_if_they_are_these(experts, tiny_bert, shared, tmp_path):
+    recipe = finetune_recipe(tiny_bert, tmp_path, tasks=["depth"])
+    ready = str(experts / "experts")
+    found = finetune(recipe, shared, "tiny", tmp_path, ready=ready)
+    assert found[SET, "depth"] == experts / "experts" / SET / "depth"
+    assert not (tmp_path / "experts").exists()
+    other = finetune_recipe(tiny_bert, tmp_path, tasks=["depth"], dtype="float16")
+    found = finetune(other, shared, "tiny", tmp_path, ready=ready)
+    assert found[SET, "depth"] == tmp_path / "experts" / SET / "depth"
+
+
+def test_every_hyper_parameter_counts_but_how_often_the_state_is_saved(tiny_bert, tmp_path):
+    def key(base="b", data="d", validation=24, dtype="float32", **changes):
+        recipe = finetune_recipe(tiny_bert, tmp_path, **changes)
+        job = next(iter(expert_jobs(recipe, SUITES["text"]).values()))
+        return expert_key(job, base, data, validation, dtype)
+
+    training = {"steps": 6, "batch": 8, "train_examples": 48, "checkpoints": 3}
+    assert key(training={**training, "save_every": 1}) == key()
+    keys = {
+        key(),
+        key(base="c"),
+        key(data="e"),
+        key(validation=25),
+        key(dtype="float16"),
+        key(tasks=["supersense"]),
+        key(sets=[{"seed": 1}]),
+        key(sets=[{"init": "own"}]),
+        key(lora={"rank": 3}),
+        *(key(training={**training, name: 7}) for name in ("steps", "batch", "checkpoints")),
+        *(key(training={**training, name: 0.1}) for name in ("lora_lr", "head_lr")),
+    }
+    assert len(keys) == 14
+
+
+def test_training_leaves_the_base_in_the_store_alone(experts, shared):
+    assert fingerprint_weights(ray.get(shared.weights)) == shared.fingerprint
+
+
+def test_probes_are_the_serial_ones_and_kept_by_content(tiny_bert, shared, tmp_path):
+    recipe = finetune_recipe(tiny_bert, tmp_path)
+    suite, resources = SUITES["text"], Resources(workers=2, cpus_per_worker=0.5)
+
+    def probes(sizes=recipe.sizes):
+        return fit_probes(suite, list(TASKS), recipe.training, sizes, shared, resources, tmp_path)
+
+    folders = probes()
+    base = load_base(tiny_bert)
+    for task in TASKS:
+        found = {}
+        for split, limit in (("train", 48), ("validation", 24), ("test", 24)):
+            examples = suite.load(task, split, limit)
+            ids = tokenize(base.tokenizer, examples.texts, suite.tasks[task].max_tokens)
+            batches = make_batches(ids, 64, base.tokenizer.pad_token_id)
+            found[split] = (features(base.model, batches), examples.targets)
+        expected = fit_probe(suite.tasks[task], found["train"], found["validation"])
+        head, predictions = read_probe(folders[task])
+        assert torch.equal(head.weight, expected.weight)
+        assert (predictions == expected.predict(found["test"][0], suite.tasks[task])).all()
+    before = stamps(tmp_path)
+    assert probes() == folders
+    assert stamps(tmp_path) == before
+    probes(recipe.sizes.model_copy(update={"test": 20}))
+    assert len(read_probe(folders["depth"])[1]) == 20
+
+
+def test_the_evidence_job(experts, tiny_bert, tmp_path):
+    from jobs.evidence import work
+
+    refs = [{"name": t, "path": str(experts / "experts" / SET / t / "adapter")} for t in TASKS]
+    plain = {
+        "base": str(tiny_bert),
+        "adapters": refs,
+        "data": {"suite": "text", "inputs_per_task": 12},
+        "resources": {"cpus_per_worker": 0.5},
+        "output": str(tmp_path / "evidence"),
+    }
+    recipe = write_yaml(tmp_path / "evidence.yaml", plain)
+    assert run_job(EvidenceRecipe, work, "", ["-c", str(recipe)]) == 0
+    prints = {ref["name"]: load_adapter(ref["path"]).fingerprint for ref in refs}
+    vectors, ratios = load_evidence(tmp_path / "evidence", prints)
+    assert set(vectors.vectors) == set(TASKS)
+    # A of rank 2 sees little of 16 dimensions.
+    assert all(0.3 < v < 1 for rows in ratios.expert.values() for v in rows.values())
+    found = read_json(tmp_path / "evidence" / "results.json")
+    assert found["status"] == "done"
+    assert set(found["task_vector_norms"]) == set(TASKS)
+
+
+def test_the_evaluate_job(experts, tiny_bert, tmp_path, capsys):
+    from jobs.evaluate import work
+
+    folder = experts / "experts" / SET
+    plain = {
+        "experts": str(folder),
+        "base": str(tiny_bert),
+        "adapters": [{"name": "own", "path": str(folder / "depth" / "adapter")}],
+        "examples": 30,
+        "resources": {"cpus_per_worker": 0.5},
+        "output": str(tmp_path / "scores"),
+    }
+    recipe = write_yaml(tmp_path / "evaluate.yaml", plain)
+    assert run_job(EvaluateRecipe, work, "", ["-c", str(recipe)]) == 0
+    scores = read_json(tmp_path / "scores" / "results.json")["scores"]
+    assert set(scores) == {"expert", "base", "own"}
+    assert set(find_experts(folder)) == set(TASKS)
+    # The expert of a task scores on it what the expert scores.
+    assert scores["own"]["score"]["depth"] == scores["expert"]["depth"]
+    low, high = scores["own"]["interval"]["supersense"]
+    assert low <= scores["own"]["score"]["supersense"] <= high
+    assert "NaN" not in (tmp_path / "scores" / "results.json").read_text()
+    plain["adapters"][0]["name"] = "base"
+    recipe = write_yaml(tmp_path / "clash.yaml", plain)
+    assert run_job(EvaluateRecipe, work, "", ["-c", str(recipe)]) == 2
+    assert "a reference. Choose another name" in capsys.readouterr().err
+
+
+def test_the_finetune_job_reports_experts_without_any_merge(tiny_bert, tmp_path):
+    from icm_ray.config import FinetuneRecipe
+    from jobs.finetune import work
+
+    recipe = finetune_recipe(tiny_bert, tmp_path / "out")
+    plain = json.loads(recipe.model_dump_json(exclude_defaults=True))
+    path = write_yaml(tmp_path / "finetune.yaml", plain)
+    assert run_job(FinetuneRecipe, work, "", ["-c", str(path)]) == 0
+    found = read_json(tmp_path / "out" / "results.json")
+    assert (tmp_path / "out" / "report" / "index.html").is_file()
+    assert "adapter" not in found["outputs"]
+    assert any(name.endswith("/expert") for name in found["scores"])

@@ -1,0 +1,138 @@
+"""The whole pipeline on MiniLM: two tasks, a few steps, two methods, and nothing done twice."""
+
+import pyarrow.parquet as pq
+import pytest
+from ray_samples import ROOT, hashes, stamps, write_yaml
+from typer.testing import CliRunner
+
+from icm_ray.adapters import load_adapter
+from icm_ray.cli import app
+from icm_ray.command import run_job
+from icm_ray.config import PipelineRecipe, load_recipe
+from icm_ray.files import read_json, read_manifest
+from jobs.pipeline import work
+
+SET = "shared-seed0"
+KEPT = ("experts", "trajectories", "probes", "merged", "evidence", "scores", "adapter")
+RECIPE = {
+    "name": "tiny",
+    "tasks": ["depth", "supersense"],
+    "lora": {"rank": 4, "alpha": 8, "targets": ["query", "value"]},
+    "training": {"steps": 4, "batch": 8, "train_examples": 64, "checkpoints": 2},
+    "sizes": {"calibration": 16, "validation": 32, "test": 40},
+    "resources": {"workers": 2, "cpus_per_worker": 1},
+    "methods": [
+        {"method": "svd"},
+        {"method": "task_arithmetic", "params": {"scale": 0.9}, "grid": {"scale": [0.3, 0.6]}},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipeline")
+    return write_yaml(root / "tiny.yaml", {**RECIPE, "output": str(root / "out")})
+
+
+@pytest.fixture(scope="module")
+def out(recipe, minilm, ray_session):
+    assert run_job(PipelineRecipe, work, "", ["-c", str(recipe)]) == 0
+    return recipe.with_name("out")
+
+
+def test_the_report_has_every_row(out):
+    (data,) = (out / "report").glob("*.parquet")
+    rows = pq.read_table(data).to_pylist()
+    for task in RECIPE["tasks"]:
+        shown = {
+            (r["method"], r["tuned"]) for r in rows if (r["task"], r["split"]) == (task, "test")
+        }
+        assert shown == {
+            ("expert", False),
+            ("base", False),
+            ("probe", False),
+            ("svd", False),
+            ("task_arithmetic", False),
+            ("task_arithmetic", True),
+        }
+    assert all(r["low"] <= r["score"] <= r["high"] for r in rows)
+    page = (out / "report" / "index.html").read_text()
+    assert "task_arithmetic" in page
+    assert str(out) not in page
+
+
+def test_results_say_what_was_made(out):
+    found = read_json(out / "results.json")
+    assert (found["status"], found["exit_code"], found["problems"]) == ("done", 0, [])
+    assert found["outputs"] == {
+        "adapter": str(out / "adapter"),
+        "report": str(out / "report" / "index.html"),
+    }
+    rows = {f"{SET}/{row}" for row in ("svd", "task_arithmetic", "task_arithmetic (tuned)")}
+    assert rows | {f"{SET}/expert", f"{SET}/base"} <= set(found["scores"])
+    assert found["scores"][f"{SET}/expert"] == {"mean": 1.0, "worst": 1.0}
+
+
+def test_the_test_split_scored_the_default_and_what_was_chosen_alone(out):
+    merged = {
+        path.parent.name for path in (out / "merged" / SET).glob("task_arithmetic/*/README.md")
+    }
+    assert merged == {"default", "scale=0.3", "scale=0.6"}
+    references = 1 + len(RECIPE["tasks"])  # the base, and each task's expert
+    scored = {
+        split: len(list((out / "scores" / f"{SET}-{split}").iterdir()))
+        for split in ("validation", "test")
+    }
+    assert scored == {"validation": references + 3, "test": references + 3}  # svd is not tuned
+    for folder in (out / "scores").glob("*/*"):
+        read_manifest(folder)
+
+
+def test_running_it_again_touches_nothing(out, recipe):
+    before = {name: stamps(out / name) for name in KEPT}
+    assert all(before.values())
+    assert run_job(PipelineRecipe, work, "", ["-c", str(recipe)]) == 0
+    assert {name: stamps(out / name) for name in KEPT} == before
+
+
+def test_a_new_row_adds_its_own_work_only(out, recipe):
+    kept = {name: stamps(out / name) for name in ("experts", "evidence", "probes")}
+    merged = stamps(out / "merged" / SET / "svd")
+    path = write_yaml(
+        recipe.with_name("more.yaml"),
+        {**RECIPE, "output": str(out), "methods": [*RECIPE["methods"], {"method": "soup"}]},
+    )
+    assert run_job(PipelineRecipe, work, "", ["-c", str(path)]) == 0
+    assert {name: stamps(out / name) for name in kept} == kept
+    assert stamps(out / "merged" / SET / "svd") == merged
+    assert f"{SET}/soup" in read_json(out / "results.json")["scores"]
+
+
+def test_the_adapter_is_proven(out, minilm):
+    cli = CliRunner()
+    done = cli.invoke(app, ["verify", str(out / "adapter"), "--base", str(minilm)])
+    assert done.exit_code == 0, done.output
+    done = cli.invoke(app, ["reproduce", str(out / "adapter")])
+    assert done.exit_code == 0, done.output
+    card = (out / "adapter" / "README.md").read_text()
+    assert "sentence-transformers/all-MiniLM-L6-v2" in card
+    assert "Scores on the test split" in card
+    report = read_json(out / "adapter" / "merge_report.json")
+    merged = out / "merged" / SET / report["method"]
+    prints = {load_adapter(path.parent).fingerprint for path in merged.glob("*/README.md")}
+    assert report["fingerprint"] in prints
+
+
+def test_every_stage_left_whole_folders_and_nothing_else(out):
+    assert not list(out.rglob(".*"))
+    assert {path.name for path in out.iterdir()} == {*KEPT, "report", "results.json"}
+    for name in ("adapter", f"evidence/{SET}", f"experts/{SET}/depth", "probes/depth", "report"):
+        read_manifest(out / name)
+    assert hashes(out / "adapter")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pipeline").glob("*.yaml")), ids=str)
+def test_shipped_tables_are_sound(path):
+    from icm_ray.distributed.pipeline import check_rows
+
+    check_rows(load_recipe(PipelineRecipe, path))

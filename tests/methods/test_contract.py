@@ -1,0 +1,346 @@
+"""What holds for every row of METHODS; a row opts out of a property by name, with a reason.
+
+Properties a row may name in `exempt`: identity, homogeneity, scaling. Everything else holds always.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import icm_ray
+from icm_ray import METHODS, RecipeError
+from icm_ray.methods.merge import assemble, merge_modules, plan_merge
+from icm_ray.types import Adapter, LoRAFactors, MergeResult
+
+# Parameters that leave a single adapter as it is, and that every property is tested with. Names
+# of adapters are a, b, c; methods with roles say who plays what.
+PARAMS: dict[str, list[dict[str, Any]]] = {
+    "soup": [{}, {"space": "factors"}],
+    "linear": [{}, {"preset": "nsc"}],
+    "negate_add": [{"target": "a", "a": "a", "b": "a"}],
+}
+# Roles of three adapters where the parameters above name only one.
+OF_THREE: dict[str, dict[str, Any]] = {"negate_add": {"target": "b", "a": "a", "b": "c"}}
+
+GAUGE_FREE = {"soup": [{}]}  # its space="factors" depends on the split, by definition
+
+ROWS = [(name, params) for name in METHODS for params in PARAMS.get(name, [{}])]
+EXEMPTIONS = ("identity", "homogeneity", "scaling")
+
+
+def each_row() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("method", "params"), ROWS, ids=[f"{n}{list(p.values()) or ''}" for n, p in ROWS]
+    )
+
+
+def three(params: Mapping[str, Any], method: str) -> dict[str, Any]:
+    return {**params, **OF_THREE.get(method, {})}
+
+
+def rows_with(property_name: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(n, p) for n, p in ROWS if property_name not in METHODS[n].exempt]
+
+
+def deltas(result: MergeResult | Adapter) -> dict[str, torch.Tensor]:
+    adapter = result.adapter if isinstance(result, MergeResult) else result
+    return {module: factors.delta() for module, factors in adapter.modules.items()}
+
+
+def assert_close(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for module, delta in expected.items():
+        atol = 2e-5 * max(float(delta.abs().max()), 1e-30)
+        torch.testing.assert_close(found[module], delta, rtol=1e-4, atol=atol)
+
+
+def same_bits(one: MergeResult, two: MergeResult) -> bool:
+    return one.adapter.fingerprint == two.adapter.fingerprint and all(
+        torch.equal(f.a, two.adapter.modules[m].a) and torch.equal(f.b, two.adapter.modules[m].b)
+        for m, f in one.adapter.modules.items()
+    )
+
+
+@pytest.fixture
+def abc(make_adapter) -> list[Adapter]:
+    """Three adapters of unequal ranks and scalings; each lacks a module another has."""
+    shapes = {"l.0": (6, 5), "l.1": (4, 7), "l.2": (6, 5)}
+    return [
+        make_adapter("a", shapes={m: shapes[m] for m in ("l.0", "l.1")}, rank=2, scaling=2.0),
+        make_adapter("b", shapes=shapes, rank={"l.0": 3, "l.1": 1, "l.2": 4}),
+        make_adapter("c", shapes={m: shapes[m] for m in ("l.1", "l.2")}, rank=1, scaling=0.5),
+    ]
+
+
+def test_every_method_is_covered_and_every_exemption_is_known() -> None:
+    assert {name for name, _ in ROWS} == set(METHODS)
+    for name, row in METHODS.items():
+        assert set(row.exempt) <= set(EXEMPTIONS), name
+        assert all(len(reason) > 20 for reason in row.exempt.values()), f"{name}: say why"
+
+
+@each_row()
+@settings(max_examples=15)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.sampled_from([1.0, 0.25, -3.0]))
+def test_one_adapter_gives_itself_back(
+    make_adapter, method: str, params: dict, d_out: int, d_in: int, rank: int, scaling: float
+) -> None:
+    if "identity" in METHODS[method].exempt:
+        return
+    shapes = {"m": (d_out, d_in), "n": (d_in, d_out)}
+    one = make_adapter("a", shapes=shapes, rank=rank, scaling=scaling)
+    assert_close(deltas(icm_ray.merge([one], method, params=params)), deltas(one))
+
+
+@each_row()
+def test_the_order_of_the_adapters_does_not_matter(abc, method: str, params: dict) -> None:
+    chosen = three(params, method)
+    forward = icm_ray.merge(abc, method, params=chosen)
+    backward = icm_ray.merge(abc[::-1], method, params=chosen)
+    assert same_bits(forward, backward)
+    assert forward.report == backward.report
+    assert forward.adapter.config == backward.adapter.config
+
+
+@each_row()
+def test_inputs_are_left_as_they_were(abc, method: str, params: dict) -> None:
+    before = [
+        {m: (f.a.clone(), f.b.clone()) for m, f in adapter.modules.items()} for adapter in abc
+    ]
+    result = icm_ray.merge(abc, method, params=three(params, method))
+    for factors in result.adapter.modules.values():  # nor is the result a view of an input
+        factors.a.add_(1)
+        factors.b.add_(1)
+    for adapter, modules in zip(abc, before, strict=True):
+        for module, (a, b) in modules.items():
+            assert torch.equal(adapter.modules[module].a, a)
+            assert torch.equal(adapter.modules[module].b, b)
+
+
+@each_row()
+@pytest.mark.parametrize("zero", ["a", "b", "both"])
+def test_nothing_in_nothing_out(adapter_around, method: str, params: dict, zero: str) -> None:
+    a = torch.zeros(2, 5) if zero != "b" else torch.ones(2, 5)
+    b = torch.zeros(6, 2) if zero != "a" else torch.ones(6, 2)
+    adapters = [adapter_around(name, {"m": LoRAFactors(a, b)}) for name in "abc"]
+    for rank in (None, 1, "exact", "energy:0.9", "serving:8"):
+        chosen = three(params, method)
+        result = icm_ray.merge(adapters, method, params=chosen, output_rank=rank)
+        assert torch.equal(result.adapter.modules["m"].delta(), torch.zeros(6, 5))
+        report = result.report.modules["m"]
+        assert (report.output_norm, report.retained_energy, report.truncation_error) == (0, 1, 0)
+        assert result.report.retained_energy == 1.0
+
+
+@each_row()
+def test_modules_that_hold_no_rank_at_all(adapter_around, method: str, params: dict) -> None:
+    empty = {"m": LoRAFactors(torch.zeros(0, 5), torch.zeros(6, 0))}
+    adapters = [adapter_around(name, empty) for name in "abc"]
+    result = icm_ray.merge(adapters, method, params=three(params, method))
+    assert torch.equal(result.adapter.modules["m"].delta(), torch.zeros(6, 5))
+
+
+@each_row()
+def test_duplicates_and_deficient_ranks_stay_finite(
+    make_adapter, adapter_around, method: str, params: dict
+) -> None:
+    one = make_adapter("a", rank=3)
+    modules = {m: LoRAFactors(f.a[[0, 0, 1]], f.b[:, [1, 1, 0]]) for m, f in one.modules.items()}
+    adapters = [adapter_around(name, modules) for name in "abc"]
+    for rank in (None, 1, "exact", "energy:0.99", "serving:8"):
+        chosen = three(params, method)
+        result = icm_ray.merge(adapters, method, params=chosen, output_rank=rank)
+        assert all(torch.isfinite(delta).all() for delta in deltas(result).values())
+    again = icm_ray.merge(adapters, method, params=three(params, method))
+    # Three times the same points nowhere new: the result is a multiple of the one adapter,
+    # except where factors are mixed.
+    if "scaling" not in METHODS[method].exempt and not params.get("space"):
+        for module, delta in deltas(again).items():
+            rank = torch.linalg.matrix_rank(
+                torch.stack([delta, modules[module].delta()]).flatten(1)
+            )
+            assert rank == 1
+
+
+def gauge_rows() -> list[tuple[str, dict[str, Any]]]:
+    return [(n, p) for n, p in rows_with("scaling") if p in GAUGE_FREE.get(n, [p])]
+
+
+def regauged(adapters: Sequence[Adapter], around: Callable[..., Adapter]) -> list[Adapter]:
+    """Split every delta differently into factors: by powers of two, other ones in each adapter."""
+    changed = []
+    for power, adapter in enumerate(adapters, start=1):
+        c = 2.0**power
+        modules = {m: LoRAFactors(f.a * c, f.b / c, f.scaling) for m, f in adapter.modules.items()}
+        changed.append(around(adapter.name, modules))
+    return changed
+
+
+@pytest.mark.parametrize(("method", "params"), gauge_rows())
+def test_how_a_delta_is_split_does_not_matter(abc, adapter_around, method, params) -> None:
+    chosen = three(params, method)
+    plain = icm_ray.merge(abc, method, params=chosen)
+    other = icm_ray.merge(regauged(abc, adapter_around), method, params=chosen)
+    assert_close(deltas(other), deltas(plain))
+
+
+@each_row()
+def test_the_result_grows_with_its_inputs(abc, adapter_around, method: str, params: dict) -> None:
+    if "homogeneity" in METHODS[method].exempt:
+        return
+    larger = [
+        adapter_around(
+            x.name, {m: LoRAFactors(f.a, f.b * 8, f.scaling * 8) for m, f in x.modules.items()}
+        )
+        for x in abc
+    ]
+    chosen = three(params, method)
+    expected = {m: 8 * d for m, d in deltas(icm_ray.merge(abc, method, params=chosen)).items()}
+    assert_close(deltas(icm_ray.merge(larger, method, params=chosen)), expected)
+
+
+def splits(modules: Sequence[str]) -> Iterator[list[list[str]]]:
+    yield [[module] for module in modules]
+    yield [list(modules[1:]), list(modules[:1])]
+    yield [list(reversed(modules)), []]
+
+
+@each_row()
+@pytest.mark.parametrize("rank", [None, 2, "energy:0.9"])
+def test_any_split_over_workers_gives_the_same_bits(abc, method: str, params: dict, rank) -> None:
+    chosen = three(params, method)
+    order = plan_merge(abc, method, chosen, None, rank, seed=3)
+    by_name = {adapter.name: adapter for adapter in abc}
+    whole = icm_ray.merge(abc, method, params=chosen, output_rank=rank, seed=3)
+    for parts in splits(list(order.present)):
+        merged: dict[str, Any] = {}
+        for part in parts:
+            merged |= merge_modules(order, part, lambda task, m: by_name[task].modules[m])
+        again = assemble(order, merged, abc)
+        assert same_bits(again, whole)
+        assert again.report == whole.report
+
+
+@each_row()
+def test_seeds_repeat(abc, method: str, params: dict) -> None:
+    chosen = three(params, method)
+    one, two = (icm_ray.merge(abc, method, params=chosen, seed=5) for _ in range(2))
+    assert same_bits(one, two)
+    assert one.report.seed == 5
+
+
+@each_row()
+def test_modules_missing_in_some_adapters_count_as_no_change(
+    abc, adapter_around, method: str, params: dict
+) -> None:
+    def filled(adapter: Adapter) -> Adapter:
+        zeros = {
+            m: LoRAFactors(torch.zeros(1, f.shape[1]), torch.zeros(f.shape[0], 1))
+            for other in abc
+            for m, f in other.modules.items()
+        }
+        return adapter_around(adapter.name, {**zeros, **adapter.modules})
+
+    chosen = three(params, method)
+    result = icm_ray.merge(abc, method, params=chosen)
+    assert_close(
+        deltas(result), deltas(icm_ray.merge(list(map(filled, abc)), method, params=chosen))
+    )
+    assert {m: r.absent for m, r in result.report.modules.items()} == {
+        "l.0": ("c",),
+        "l.1": (),
+        "l.2": ("a",),
+    }
+    assert list(result.report.modules["l.0"].input_norms) == ["a", "b"]
+
+
+@each_row()
+def test_reports_and_adapters_travel(abc, method: str, params: dict) -> None:
+    import json
+    import pickle
+
+    from icm_ray.output import report_as_dict, report_from_dict
+
+    result = icm_ray.merge(abc, method, params=three(params, method), output_rank="energy:0.9")
+    plain = json.loads(json.dumps(report_as_dict(result.report), allow_nan=False))
+    assert report_from_dict(plain) == result.report
+    assert same_bits(pickle.loads(pickle.dumps(result)), result)
+    assert set(result.report.inputs) == {"a", "b", "c"}
+    assert result.report.formula == METHODS[method].formula
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unknown_parameters_are_refused_with_the_nearest(make_adapter, method: str) -> None:
+    known = list(METHODS[method].parameters())
+    roles = PARAMS.get(method, [{}])[0]
+    with pytest.raises(RecipeError) as caught:
+        icm_ray.merge([make_adapter("a")], method, params={**roles, f"{known[0]}x": 1})
+    assert f"params.{known[0]}x: method {method!r} has no such parameter" in str(caught.value)
+    assert f"Did you mean {known[0]!r}?" in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wrong_types_and_ranges_are_refused_all_at_once(make_adapter, method: str) -> None:
+    roles = PARAMS.get(method, [{}])[0]
+    wrong: list[object] = [object(), float("nan"), float("inf"), [1, 2, 3], {"z": 1.0}, "7"]
+    for name in METHODS[method].parameters():
+        for value in wrong:
+            with pytest.raises(RecipeError, match=rf"params\.{name}: "):
+                icm_ray.merge([make_adapter("a")], method, params={**roles, name: value})
+    everything = dict.fromkeys(METHODS[method].parameters(), "7")
+    with pytest.raises(RecipeError) as caught:
+        icm_ray.merge([make_adapter("a")], method, params={**everything, "zzz": 1})
+    assert len(caught.value.problems) == len(everything) + 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_describe_themselves(method: str) -> None:
+    import json
+
+    row = METHODS[method]
+    schema = json.loads(json.dumps(row.schema(), allow_nan=False))
+    assert row.summary.endswith(".")
+    assert set(schema["parameters"]) == set(row.parameters())
+    for name, parameter in schema["parameters"].items():
+        assert parameter.get("description"), f"{method}.{name} has no description"
+        assert "default" in parameter
+        assert {"type", "anyOf", "enum", "const"} & set(parameter), f"{method}.{name} has no type"
+    assert schema["default_rank"] in ("exact", "largest input")
+    assert row.bind(PARAMS.get(method, [{}])[0], ["a"])
+
+
+def holds(property_name: str, method: str, params: dict, abc, adapter_around) -> bool:
+    """Say whether a property that a row opted out of holds all the same."""
+    chosen = three(params, method)
+    try:
+        if property_name == "scaling":
+            test_how_a_delta_is_split_does_not_matter(abc, adapter_around, method, params)
+        elif property_name == "identity":
+            assert_close(deltas(icm_ray.merge([abc[1]], method, params=chosen)), deltas(abc[1]))
+        else:
+            larger = [
+                adapter_around(
+                    x.name,
+                    {m: LoRAFactors(f.a, f.b * 8, f.scaling * 8) for m, f in x.modules.items()},
+                )
+                for x in abc
+            ]
+            plain = deltas(icm_ray.merge(abc, method, params=chosen))
+            grown = deltas(icm_ray.merge(larger, method, params=chosen))
+            assert_close(grown, {m: 8 * delta for m, delta in plain.items()})
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("method", "exempt"), [(n, e) for n, row in METHODS.items() for e in row.exempt]
+)
+def test_every_exemption_is_needed(abc, adapter_around, method: str, exempt: str) -> None:
+    assert not all(
+        holds(exempt, method, params, abc, adapter_around) for params in PARAMS.get(method, [{}])
+    )

@@ -1,0 +1,146 @@
+"""The walls of design.md section 3: who may import whom, and what stays out of a plain import."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "icm_ray"
+
+# Each room and the rooms it may import. Leaves come first; a new arrow is a decision.
+BASICS = {"errors", "types", "files", "seeding"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "seeding": set(),
+    "linalg": set(),
+    "types": {"errors"},
+    "files": {"errors"},
+    "config": {"errors", "types"},
+    "adapters": BASICS | {"linalg"},
+    "methods": BASICS | {"linalg", "adapters"},
+    "suites": BASICS,
+    "evidence": BASICS | {"linalg", "adapters", "methods", "suites"},
+    "evaluation": BASICS | {"linalg", "adapters", "evidence", "suites"},
+    "finetuning": BASICS | {"config", "evaluation", "evidence", "suites"},
+    "report": BASICS,
+    "output": BASICS | {"adapters", "linalg", "methods", "report"},
+    "planning": BASICS | {"adapters", "config", "linalg", "methods", "output"},
+    "command": {"config", "errors", "files"},
+    "distributed": BASICS
+    | {"adapters", "config", "evaluation", "evidence", "finetuning", "linalg", "methods"}
+    | {"output", "planning", "report", "suites"},
+    "cli": BASICS | {"adapters", "command", "config", "methods", "output", "planning", "suites"},
+    "__init__": {"adapters", "errors", "methods", "types"},
+    "__main__": {"cli"},
+    "jobs": {"command", "config", "distributed", "errors", "suites"},
+}
+KEPT_OUT = ("ray", "transformers", "peft", "sklearn", "matplotlib", "accelerate", "deepspeed")
+VAGUE = ("utils", "util", "common", "core", "base", "manager", "helpers", "misc")
+
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py")])
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def room_of(path: Path) -> str:
+    if path.is_relative_to(PACKAGE):
+        return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    return "jobs"
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield every imported module, absolute, including `from x import y` as `x.y`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}: relative import"
+            assert node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_room_is_known() -> None:
+    assert {room_of(path) for path in FILES} <= set(MAY_IMPORT)
+
+
+def test_the_allowed_directions_have_no_circle() -> None:
+    done: set[str] = set()
+    while rest := {room for room in MAY_IMPORT if room not in done}:
+        free = {room for room in rest if MAY_IMPORT[room] <= done}
+        assert free, f"a circle among {sorted(rest)}"
+        done |= free
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_the_right_way(path: Path) -> None:
+    room = room_of(path)
+    for module in imports(path):
+        first, *rest = module.split(".")
+        if first in ("icm_ray", "jobs"):
+            other = rest[0] if rest and first == "icm_ray" else "__init__"
+            assert first == "icm_ray", f"{name_of(path)} imports {module}"
+            assert other in MAY_IMPORT[room] | {room}, f"{name_of(path)} imports {module}"
+        if first == "ray":
+            assert room == "distributed", f"{name_of(path)} imports {module}"
+
+
+def test_a_plain_import_stays_light() -> None:
+    script = (
+        "import sys, icm_ray\n"
+        f"print(*sorted({{m.split('.')[0] for m in sys.modules}} & {set(KEPT_OUT)!r}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert run.stdout.split() == []
+
+
+def test_jobs_are_short_and_name_their_recipe() -> None:
+    jobs = [path for path in (ROOT / "jobs").glob("*.py") if path.name != "__init__.py"]
+    assert len(jobs) >= 6
+    for path in jobs:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 80, name_of(path)
+        assert f"python -m jobs.{path.stem} -c configs/{path.stem}/" in text, name_of(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_whatever_is_public_says_what_it_does(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree) or not tree.body, name_of(path)
+    for where in [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))]:
+        for node in where.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                told = ast.get_docstring(node) or node.name.startswith("_")
+                assert told, f"{name_of(path)}:{node.lineno}: {node.name} has no docstring"
+
+
+def test_no_room_has_a_vague_name() -> None:
+    rooms = [path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()]
+    assert not set(rooms) & set(VAGUE)
+
+
+@pytest.mark.parametrize(
+    "room", sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file())
+)
+def test_each_room_has_a_folder_of_tests(room: str) -> None:
+    assert list((ROOT / "tests" / room).glob("test_*.py")), f"tests/{room} is empty"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_code_comes_from_inputs(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "yaml.load", "pickle.load", "pickle.loads"), (
+                f"{name_of(path)}:{node.lineno}"
+            )
+            for keyword in node.keywords:
+                if keyword.arg == "trust_remote_code":
+                    assert ast.unparse(keyword.value) == "False", f"{name_of(path)}:{node.lineno}"

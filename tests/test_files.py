@@ -1,0 +1,246 @@
+"""Folders that appear whole or not at all, and manifests that notice every change."""
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from icm_ray import files
+from icm_ray.errors import InputError, ResourceError
+from icm_ray.files import (
+    MANIFEST,
+    RUN_FILE,
+    is_done,
+    read_json,
+    read_manifest,
+    sha256_of,
+    sha256_of_file,
+    whole_folder,
+    write_json,
+)
+
+
+def make(target: Path, text: str = "one", **info: str) -> Path:
+    with whole_folder(target, info=info) as folder:
+        (folder / "a.txt").write_text(text)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b.txt").write_text(text)
+    return target
+
+
+def write_and_raise(folder: Path, error: type[BaseException]) -> None:
+    (folder / "a.txt").write_text("half")
+    raise error
+
+
+def test_a_folder_holds_its_files_and_a_manifest_of_them(tmp_path: Path) -> None:
+    target = make(tmp_path / "new" / "out", key="k")
+    manifest = read_manifest(target)
+    assert manifest["key"] == "k"
+    assert set(manifest["files"]) == {"a.txt", "sub/b.txt"}
+    assert manifest["files"]["a.txt"] == sha256_of_file(target / "a.txt")
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_every_file_can_be_read_by_others(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "secretive").write_text("")
+        (folder / "secretive").chmod(0o600)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    assert modes == {"secretive": 0o644, MANIFEST: 0o644}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_after_an_exception(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), whole_folder(tmp_path / "out") as folder:
+        write_and_raise(folder, error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_folder_survives_a_failed_replacement(tmp_path: Path) -> None:
+    target = make(tmp_path / "out")
+    with pytest.raises(RuntimeError), whole_folder(target) as folder:
+        write_and_raise(folder, RuntimeError)
+    assert (target / "a.txt").read_text() == "one"
+    assert read_manifest(target)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_earlier_folder_survives_a_rename_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = make(tmp_path / "out")
+    rename = Path.rename
+
+    def fail(self: Path, to: Path) -> Path:
+        if ".tmp-" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ResourceError, match="No space left on device"):
+        make(target, "two")
+    assert (target / "a.txt").read_text() == "one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_reader_never_sees_half_a_folder(tmp_path: Path) -> None:
+    target = make(tmp_path / "out", "0" * 100)
+    seen, stop = set(), threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                handle = os.open(target, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+            # Relative to the open folder, so a replacement in between cannot mix two of them.
+            try:
+                names = [os.open(name, os.O_RDONLY, dir_fd=handle) for name in ("a.txt", MANIFEST)]
+                seen.add(len(os.read(names[0], 1000)))
+                for name in names:
+                    os.close(name)
+            except FileNotFoundError:
+                pass  # the old folder, on its way out
+            os.close(handle)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for digit in range(1, 20):
+        make(target, str(digit % 10) * 100)
+    stop.set()
+    reader.join()
+    assert seen <= {100}
+    assert (target / "a.txt").read_text() == "9" * 100
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folders_this_project_did_not_make_are_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds files this project did not write"):
+        make(foreign)
+    # Many other programs call a file of theirs manifest.json.
+    for theirs in ('{"name": "web app"}', "[]", "no json", '{"files": ["chapter.tex"]}'):
+        (foreign / MANIFEST).write_text(theirs)
+        with pytest.raises(InputError, match="holds files this project did not write"):
+            make(foreign)
+    assert (foreign / "chapter.tex").read_text() == "years of work"
+
+
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert is_done(make(tmp_path / "out", key="k"), "k")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "file", "below a file"])
+def test_links_and_files_in_the_way_are_refused(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    if kind == "link":
+        target.symlink_to(make(tmp_path / "real"), target_is_directory=True)
+    elif kind == "dangling":
+        target.symlink_to(tmp_path / "nowhere")
+    else:
+        target.write_text("a file")
+    with pytest.raises(InputError, match="is no folder"):
+        make(target / "deeper" if kind == "below a file" else target)
+    assert target.is_symlink() or target.read_text() == "a file"
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ResourceError, match=r"out: could not be written \(No space"),
+        whole_folder(tmp_path / "out"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(BrokenPipeError), whole_folder(tmp_path / "out"):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    target = make(tmp_path / "out", key="k")
+    assert is_done(target, "k")
+    assert not is_done(target, "another")
+    content = bytearray((target / "sub" / "b.txt").read_bytes())
+    content[0] ^= 1
+    (target / "sub" / "b.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"sub/b\.txt: sha256 differs from manifest\.json"):
+        read_manifest(target)
+    assert not is_done(target, "k")
+
+
+def test_a_missing_file_is_noticed_and_all_problems_are_told(tmp_path: Path) -> None:
+    target = make(tmp_path / "out")
+    (target / "a.txt").unlink()
+    (target / "sub" / "b.txt").write_text("other")
+    with pytest.raises(InputError) as caught:
+        read_manifest(target)
+    assert len(caught.value.problems) == 2
+    assert "a.txt: listed in manifest.json but missing" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/../../outside"])
+def test_a_manifest_that_points_outside_is_refused(tmp_path: Path, name: str) -> None:
+    target = make(tmp_path / "out")
+    (tmp_path / "outside").write_text("x")
+    digest = sha256_of_file(tmp_path / "outside")
+    write_json(target / MANIFEST, {"files": {name: digest}})
+    with pytest.raises(InputError, match="missing"):
+        read_manifest(target)
+
+
+def test_what_carries_a_clock_is_outside_the_manifest(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / RUN_FILE).write_text("{}")
+        (folder / "a").write_text("")
+    (tmp_path / "out" / RUN_FILE).write_text('{"seconds": 1}')
+    assert set(read_manifest(tmp_path / "out")["files"]) == {"a"}
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    one, two = make(tmp_path / "one", key="k"), make(tmp_path / "two", key="k")
+    assert (one / MANIFEST).read_bytes() == (two / MANIFEST).read_bytes()
+
+
+def test_json_is_sorted_and_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"b": 1, "a": [1.5]})
+    assert path.read_text() == '{\n  "a": [\n    1.5\n  ],\n  "b": 1\n}\n'
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path) == {"a": [1.5], "b": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{\n\n oops}", r"x\.json: line 3: not JSON"),
+        (b"\xff\xfe{}", "not readable as UTF-8 JSON"),
+        (b"[" * 200_000, "not readable as UTF-8 JSON"),
+        (b"1" * 10_000, "not readable as UTF-8 JSON"),
+    ],
+)
+def test_broken_json_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_json(tmp_path / "x.json")
+
+
+def test_absent_json_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(InputError, match="Is a directory"):
+        read_json(tmp_path)
+
+
+def test_hashes_of_values_forget_the_order_of_keys() -> None:
+    assert sha256_of({"a": 1, "b": [2]}) == sha256_of({"b": [2], "a": 1})
+    assert sha256_of({"a": 1}) != sha256_of({"a": 1.5})
+    assert sha256_of(1) == files.hashlib.sha256(b"1").hexdigest()
+    assert json.loads("1") == 1
