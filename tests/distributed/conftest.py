@@ -39,8 +39,12 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _on_ray(request: pytest.FixtureRequest) -> None:
     """Every test of this folder has the session, but those that start a cluster of their own."""
-    if not any(request.node.get_closest_marker(name) for name in ("own_ray", "cluster", "slow")):
-        request.getfixturevalue("ray_session")
+    marks = ("cluster", "slow")
+    if getattr(request.module, "OWN_RAY", False) or any(
+        request.node.get_closest_marker(name) for name in marks
+    ):
+        return
+    request.getfixturevalue("ray_session")
 
 
 @pytest.fixture(scope="session")

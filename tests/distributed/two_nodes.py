@@ -1,0 +1,106 @@
+"""Gather evidence on a cluster of two nodes, in a process of its own; prints what happened.
+
+python tests/distributed/two_nodes.py BASE ADAPTER ADAPTER
+"""
+
+import contextlib
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import icm_ray.distributed  # noqa: F401  isort: skip
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from icm_ray.adapters import load_adapter, open_all
+from icm_ray.config import Resources
+from icm_ray.distributed.actors import AdapterSource, start_actors
+from icm_ray.distributed.evidence import gather_on_ray
+from icm_ray.distributed.shared_base import share_base
+from icm_ray.evidence.base import load_base
+from icm_ray.evidence.batches import make_batches, tokenize
+from icm_ray.evidence.gather import gather
+from icm_ray.suites import SUITES
+
+HEALTH = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 3,
+    "health_check_timeout_ms": 1000,
+}
+
+
+def serial(base_path: Path, refs: list[tuple[str, Path]], texts: list[str]) -> list:
+    torch.set_num_threads(1)
+    base = load_base(base_path)
+    ids = tokenize(base.tokenizer, texts, 24)
+    batches = make_batches(ids, 8, base.tokenizer.pad_token_id)
+    return [gather(base.model, load_adapter(path, name), batches) for name, path in refs]
+
+
+def same(found: list, expected: list) -> bool:
+    return all(
+        torch.equal(one.task_vector, other.task_vector)
+        and one.expert_ratios == other.expert_ratios
+        and one.base_ratios == other.base_ratios
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+def main(base: Path, folders: list[Path]) -> None:
+    texts = SUITES["text"].load("year", "train", 1500).texts
+    refs = [(f"task{i}", folder) for i, folder in enumerate(folders)]
+    inputs = {name: (texts, 24) for name, _ in refs}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "object_store_memory": 200_000_000,
+            "_system_config": HEALTH,
+            "include_dashboard": False,
+        },
+    )
+    second = cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
+    ray.init(address=cluster.address, logging_level="warning", log_to_driver=False)
+    try:
+        shared = share_base(base)
+        files = open_all(refs)
+        sources = [AdapterSource(f.name, str(f.path), f.fingerprint()) for f in files]
+        actors = start_actors(shared, Resources(cpus_per_worker=1), len(sources))
+        found = gather_on_ray(actors, sources, inputs, batch=8, timeout=300)
+        where = [
+            actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+            for actor in actors
+        ]
+        nodes = set(ray.get(where, timeout=60))
+        expected = serial(base, refs, list(texts))
+        print(json.dumps({"nodes": len(nodes), "same": same(found, expected)}), flush=True)
+        # One node is lost in the middle; its actor starts again once the other has room.
+        del actors
+        time.sleep(1)
+        small = Resources(cpus_per_worker=0.5, workers=4)
+        actors = start_actors(shared, small, 4)
+        ray.get([actor.base_fingerprint.remote() for actor in actors], timeout=120)
+        calls = {s.name: s for s in sources}
+        refs_ = [actors[i].evidence.remote(calls[f"task{i % 2}"], texts, 24, 8) for i in range(4)]
+        time.sleep(0.3)
+        with contextlib.redirect_stdout(io.StringIO()):
+            cluster.remove_node(second, allow_graceful=False)
+        # Two of four find no room until the others are gone, so only what can be is waited for.
+        done, _ = ray.wait(refs_, num_returns=2, timeout=120)
+        after = ray.get(done)
+        print(
+            json.dumps({"lost": all(same([e], [expected[int(e.task[4:])]]) for e in after)}),
+            flush=True,
+        )
+    finally:
+        ray.shutdown()
+        with contextlib.redirect_stdout(io.StringIO()):
+            cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Path(word) for word in sys.argv[2:]])

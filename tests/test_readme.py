@@ -1,0 +1,69 @@
+"""Every command and snippet of the README does what it says."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import icm_ray
+from icm_ray.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def workplace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_adapter: Callable[..., icm_ray.Adapter]
+) -> Path:
+    """A folder with the README's two adapters and its recipe."""
+    for seed, name in enumerate(("legal", "medical")):
+        icm_ray.save_adapter(make_adapter(name, seed=seed), tmp_path / "adapters" / name)
+    (tmp_path / "my_merge.yaml").write_text(blocks("yaml")[0])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_merge_commands_run_in_their_order(workplace: Path) -> None:
+    commands = [
+        shlex.split(line, comments=True)[1:]
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("icm-ray ")
+    ]
+    assert [words[0] for words in commands] == ["inspect", "plan", "merge", "verify", "reproduce"]
+    for words in commands:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, (words, result.output)
+    assert (workplace / "merged/both/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_python_snippet_runs(workplace: Path) -> None:
+    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    assert icm_ray.load_adapter(workplace / "merged/both").max_rank <= 16
+
+
+def test_every_file_it_names_exists() -> None:
+    named = set(re.findall(r"configs/[\w/]+\.yaml|docs/[\w/]+\.md|\]\(([\w./-]+)\)", README))
+    named |= set(re.findall(r"(?:configs|docs)/[\w/-]+\.(?:yaml|md)", README))
+    missing = [name for name in named if name and not (ROOT / name).exists()]
+    assert named
+    assert missing == []
+
+
+def test_every_job_is_listed() -> None:
+    jobs = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__"}
+    assert jobs == set(re.findall(r"`jobs\.(\w+)`", README))
+
+
+def test_every_method_is_listed() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
+    assert set(icm_ray.METHODS) <= set(listed)
