@@ -12,12 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from icm_ray.config import Recipe, load_recipe, output_folder
+from icm_ray.config import Recipe, load_recipe
 from icm_ray.errors import ICMRayError, ResourceError, one_line
-from icm_ray.files import write_json
+from icm_ray.files import RESULTS_FILE, write_json
+from icm_ray.storage import fetch, locate, publish
 
 R = TypeVar("R", bound=Recipe)
-RESULTS = "results.json"
 INTERRUPTED, TERMINATED = 130, 143
 
 
@@ -49,18 +49,34 @@ def run_job(
     parser.add_argument("overrides", nargs="*", help="dotted.key=value")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
-    target: Path | None = None
+    place: tuple[Path, str | None] | None = None
 
     def job() -> dict[str, Any]:
-        nonlocal target
+        nonlocal place
         recipe = load_recipe(kind, options.config, options.overrides)
-        target = output_folder(recipe, recipe.output_path)
+        place = target, address = locate(recipe)
+        if address:
+            fetch(address, target)
         return work(recipe, target)
 
     code, problems, found = guarded(job, debug=options.debug)
-    if target is not None:
+    if place is not None:
+        target, address = place
         _write_results(target, code, problems, found)
+        if address:
+            failed, *_ = guarded(lambda: _upload(target, address), debug=options.debug)
+            return code or failed
     return code
+
+
+def _upload(target: Path, address: str) -> dict[str, Any]:
+    """Mirror what there is; a failed job's finished stages too, so that a rerun resumes."""
+    if target.is_dir():
+        publish(target, address)
+    beside = target.with_name(f"{target.name}.{RESULTS_FILE}")
+    if beside.is_file():
+        publish(beside, f"{address}.{RESULTS_FILE}")
+    return {}
 
 
 def guarded(
@@ -81,13 +97,12 @@ def guarded(
         full = isinstance(error, MemoryError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
         code = ResourceError.exit_code if full else 1
         problems = [one_line(f"{type(error).__name__}: {error}")]
-    except KeyboardInterrupt as error:
-        code, problems, cause = INTERRUPTED, ["interrupted. Run the same command to resume."], error
-    except _Terminated as error:
-        code, problems, cause = TERMINATED, ["terminated. Run the same command to resume."], error
-    except Exception as error:  # a bug of ours: still one line, still a code
-        code, cause = 1, error
-        problems = [one_line(f"internal: {type(error).__name__}: {error}. Run with --debug.")]
+    except (KeyboardInterrupt, _Terminated, Exception) as error:
+        cause = error
+        code, problems = _interruption(error) or (
+            1,  # a bug of ours: still one line, still a code
+            [one_line(f"internal: {type(error).__name__}: {error}. Run with --debug.")],
+        )
     finally:
         signal.signal(signal.SIGTERM, previous)
     for problem in problems:
@@ -97,12 +112,26 @@ def guarded(
     return code, problems, {}
 
 
+def _interruption(error: BaseException | None) -> tuple[int, list[str]] | None:
+    """Return code and problem if a signal is what ended the work.
+
+    Compiled code that a signal interrupts, such as Ray's waits, may raise a SystemError around it.
+    """
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return INTERRUPTED, ["interrupted. Run the same command to resume."]
+        if isinstance(error, _Terminated):
+            return TERMINATED, ["terminated. Run the same command to resume."]
+        error = error.__cause__
+    return None
+
+
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     raise _Terminated
 
 
 def _write_results(target: Path, code: int, problems: list[str], found: dict[str, Any]) -> None:
-    beside = target.with_name(f"{target.name}.{RESULTS}")
+    beside = target.with_name(f"{target.name}.{RESULTS_FILE}")
     status = {"status": "failed" if code else "done", "exit_code": code, "problems": problems}
     content = _plain({"outputs": {}, "scores": {}, **found, **status})
     try:
@@ -110,7 +139,7 @@ def _write_results(target: Path, code: int, problems: list[str], found: dict[str
             beside.parent.mkdir(parents=True, exist_ok=True)
             write_json(beside, content)
         else:
-            write_json(target / RESULTS, content)
+            write_json(target / RESULTS_FILE, content)
             beside.unlink(missing_ok=True)
     except OSError as error:
         print(f"error: {beside}: {error.strerror}", file=sys.stderr)

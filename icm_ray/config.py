@@ -399,21 +399,19 @@ def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     return list(current.model_fields)
 
 
+def storage_root(recipe: Recipe) -> str | None:
+    """Return the root of relative outputs: the recipe's, else the environment's, else None."""
+    return recipe.storage or os.environ.get(STORAGE_VARIABLE)
+
+
 def output_folder(recipe: Recipe, output: str) -> Path:
-    """Return the local folder for `output`, under the recipe's storage if it is relative.
+    """Return the local folder for `output`, under the storage root if it is relative.
 
     Raises:
-        RecipeError: the place is no folder but a URI, or the job runs from a submitted, unpacked
-            copy of a working directory and the output would vanish with it.
+        RecipeError: the job runs from a submitted, unpacked copy of a working directory and the
+            output would vanish with it.
     """
-    root = recipe.storage or os.environ.get(STORAGE_VARIABLE)
-    for place in filter(None, (root, output)):
-        scheme, found, _ = place.partition("://")
-        if found:  # Path would turn it into a local folder called "s3:"
-            raise RecipeError(
-                f"storage: a {scheme}:// address but a folder is expected. Mount it, or give a "
-                "folder that every node sees."
-            )
+    root = storage_root(recipe)
     target = Path(root) / output if root else Path(output)
     if not target.is_absolute() and SUBMITTED_JOB_VARIABLE in os.environ:
         raise RecipeError(
@@ -422,10 +420,3 @@ def output_folder(recipe: Recipe, output: str) -> Path:
         )
     return target.absolute()
 
-
-def existing_folder(path: str, what: str) -> Path:
-    """Return `path` if it is a folder; InputError otherwise."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{path}: no such folder, expected {what}. Check the path.")
-    return folder

@@ -20,6 +20,9 @@ MANIFEST = "manifest.json"
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 RUN_FILE = "run.json"
 """Holds clocks, hosts and paths; it is the one file outside the byte comparison."""
+RESULTS_FILE = "results.json"
+"""How a job went; written after the manifest."""
+BESIDE_MANIFEST = (RUN_FILE, RESULTS_FILE)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -100,19 +103,25 @@ def refuse_foreign(target: Path) -> None:
     nearest = next((parent for parent in target.parents if parent.exists()), target.parent)
     if not nearest.is_dir():
         raise InputError(f"{nearest}: exists and is no folder. Choose another output path.")
-    if target.is_dir() and any(target.iterdir()) and not _is_ours(target):
+    foreign = _foreign_files(target) if target.is_dir() else []
+    if foreign:
         raise InputError(
-            f"{target}: holds files this project did not write. Choose an empty or new folder."
+            f"{target}: holds files this project did not write ({', '.join(foreign[:3])}). Choose "
+            "an empty or new folder."
         )
 
 
-def _is_ours(folder: Path) -> bool:
-    # Web applications and browser extensions have a manifest.json too, so its name is not enough.
+def _foreign_files(folder: Path) -> list[str]:
+    """Return the files of a folder that its manifest does not list, sorted."""
     try:
         manifest = read_json(folder / MANIFEST)
     except InputError:
-        return False
-    return isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
+        manifest = None
+    # Web applications and browser extensions have a manifest.json too, so its name is not enough.
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    ours = {*listed, MANIFEST, *BESIDE_MANIFEST} if isinstance(listed, dict) else set()
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted({path.relative_to(folder).as_posix() for path in files} - ours)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

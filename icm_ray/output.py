@@ -119,7 +119,8 @@ def write_merged(
         texts = {"README.md": card + _saved_card(kept), REPORT: as_json(report)}
         texts[RUN_FILE] = as_json(_run_facts(inputs, seconds, checks))
         if scores:
-            texts[SCORES] = as_json([asdict(row) for row in scores])
+            # Without the seconds, which no second run repeats.
+            texts[SCORES] = as_json([asdict(replace(row, seconds=0.0)) for row in scores])
         (trial / MANIFEST).unlink()  # the whole folder's own is written when it is complete
         for file in trial.iterdir():
             file.rename(target / file.name)

@@ -12,7 +12,6 @@ from icm_ray.config import (
     MergeRecipe,
     PipelineRecipe,
     Recipe,
-    existing_folder,
     load_recipe,
     output_folder,
 )
@@ -274,17 +273,3 @@ def test_submitted_jobs_need_a_place_that_stays(load, no_environment) -> None:
         output_folder(load(PLAIN + "storage: runs\n"), "out")
     assert output_folder(load(), "/abs") == Path("/abs")
     assert output_folder(load(PLAIN + "storage: /s\n"), "out") == Path("/s/out")
-
-
-def test_addresses_are_not_taken_for_folders(load, no_environment) -> None:
-    with pytest.raises(RecipeError, match="a s3:// address but a folder") as caught:
-        output_folder(load(PLAIN + "storage: s3://key:hunter2@bucket\n"), "out")
-    assert "hunter2" not in str(caught.value)
-    with pytest.raises(RecipeError, match="a gs:// address"):
-        output_folder(load(), "gs://bucket/out")
-
-
-def test_folders_that_must_exist(tmp_path: Path) -> None:
-    assert existing_folder(str(tmp_path), "an adapter") == tmp_path
-    with pytest.raises(InputError, match="no such folder, expected an adapter"):
-        existing_folder(str(tmp_path / "none"), "an adapter")

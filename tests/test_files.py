@@ -132,6 +132,16 @@ def test_folders_this_project_did_not_make_are_refused(tmp_path: Path) -> None:
     assert (foreign / "chapter.tex").read_text() == "years of work"
 
 
+def test_files_a_user_added_to_a_result_are_not_lost(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"did not write \(notes\.txt\)"):
+        make(tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    (tmp_path / "out" / "notes.txt").rename(tmp_path / "out" / RUN_FILE)
+    make(tmp_path / "out")  # run.json and results.json lie beside the manifest and are ours
+
+
 def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert is_done(make(tmp_path / "out", key="k"), "k")

@@ -158,6 +158,18 @@ def test_sigterm_ends_with_143_and_says_how_to_go_on(recipe, capsys):
     assert "Run the same command to resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_is_found_behind_the_error_of_compiled_code(recipe, name, code):
+    def work(_recipe, _target):
+        try:
+            os.kill(os.getpid(), getattr(signal, name))
+            signal.pause()
+        except BaseException as error:
+            raise SystemError("returned a result with an exception set") from error
+
+    assert run_job(MergeRecipe, work, "", ["-c", str(recipe)]) == code
+
+
 def test_success_clears_away_an_earlier_failure(recipe):
     def work(_recipe, target):
         target.mkdir()

@@ -66,6 +66,16 @@ def test_config_is_plain(write, two):
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (5, 5, False)
 
 
+def test_the_order_of_names_in_the_inputs_configs_says_nothing(write, two, tmp_path):
+    """PEFT keeps target_modules as a set and writes it in any order."""
+    first, _, _ = write(two)
+    save_lora(two["b"], 2, rank=3, target_modules=["value", "query"])
+    second, _, _ = write(two, target=tmp_path / "again")
+    config = (first / "adapter_config.json").read_text()
+    assert (second / "adapter_config.json").read_text() == config
+    assert json.loads(config)["target_modules"] == ["query", "value"]
+
+
 def test_clocks_and_paths_are_in_run_json_alone(write, two, tmp_path):
     target, _, _ = write(two)
     run = json.loads((target / "run.json").read_text())

@@ -156,7 +156,11 @@ def save_adapter_of(model: Any, folder: Path, dtype: torch.dtype, base_name: str
     """Write the trained adapter with PEFT itself, in `dtype`, naming its base."""
     from safetensors.torch import load_file, save_file
 
-    model.peft_config["default"].base_model_name_or_path = base_name
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base_name
+    if isinstance(config.target_modules, set):
+        # PEFT writes the set in the order of string hashes, another one in every process.
+        config.target_modules = sorted(config.target_modules)
     with contextlib.redirect_stdout(io.StringIO()):
         # Looking for resized embeddings would ask a hub about the base; there are none here.
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)

@@ -192,8 +192,13 @@ def assemble(
 def merged_config(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the PEFT settings the result inherits: what every input agrees on."""
     kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "target_modules")
-    first = configs[0]
-    return {k: first[k] for k in kept if k in first and all(c.get(k) == first[k] for c in configs)}
+    # PEFT keeps lists of names as sets, so their order says nothing.
+    plain = [
+        {k: sorted(v) if isinstance(v, list) else v for k, v in c.items() if k in kept}
+        for c in configs
+    ]
+    first = plain[0]
+    return {k: first[k] for k in kept if k in first and all(c.get(k) == first[k] for c in plain)}
 
 
 def with_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:

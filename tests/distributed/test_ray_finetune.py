@@ -49,6 +49,7 @@ def test_every_expert_is_a_whole_folder(experts):
     adapters = [load_adapter(experts / "experts" / SET / task / "adapter") for task in TASKS]
     assert [a.base_model for a in adapters] == ["tiny"] * 2
     assert adapters[0].fingerprint != adapters[1].fingerprint
+    assert all(a.config["target_modules"] == ["query", "value"] for a in adapters)
     module = next(iter(adapters[0].modules))
     # A shared start shows: A moves little from where both tasks began.
     one, other = (a.modules[module].a for a in adapters)

@@ -1,0 +1,90 @@
+"""Where a job's output goes: a folder, or an address that pyarrow can write to.
+
+A job always works in a folder. For an address (`s3://`, `gs://`, `hdfs://`, `file://`, whatever
+`pyarrow.fs` opens) that folder is a local copy: what is already there is fetched first, so that a
+rerun resumes, and everything is uploaded at the end, manifests last.
+"""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from icm_ray.config import Recipe, output_folder, storage_root
+from icm_ray.errors import ResourceError
+from icm_ray.files import MANIFEST, sha256_of
+from icm_ray.suites import default_cache
+
+
+def locate(recipe: Recipe) -> tuple[Path, str | None]:
+    """Return the folder a job works in, and the address it mirrors or None.
+
+    Raises:
+        RecipeError: the output is relative in a submitted job.
+    """
+    root, output = storage_root(recipe), recipe.output_path
+    address = output if "://" in output else f"{root.rstrip('/')}/{output}" if root else output
+    if "://" not in address:
+        return output_folder(recipe, output), None
+    staging = default_cache() / "staging" / sha256_of(address)[:16]
+    return staging / Path(urlsplit(address).path).name, address
+
+
+def fetch(address: str, folder: Path) -> None:
+    """Bring what `address` holds into `folder`; nothing there is fine.
+
+    Raises:
+        ResourceError: the address cannot be opened.
+    """
+    from pyarrow import fs
+
+    filesystem, path = _open(address)
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        folder.mkdir(parents=True, exist_ok=True)
+        _copy(filesystem, path, fs.LocalFileSystem(), str(folder))
+
+
+def publish(folder: Path, address: str) -> None:
+    """Upload a folder or a single file to `address`, manifests after the files they list.
+
+    Raises:
+        ResourceError: the address cannot be opened or written.
+    """
+    from pyarrow import fs
+
+    filesystem, path = _open(address)
+    local = fs.LocalFileSystem()
+    if folder.is_file():
+        filesystem.create_dir(str(Path(path).parent), recursive=True)
+        _copy(local, str(folder), filesystem, path)
+        return
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == MANIFEST):
+        target = f"{path}/{file.relative_to(folder).as_posix()}"
+        filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        _copy(local, str(file), filesystem, target)
+
+
+def _open(address: str) -> tuple[Any, str]:
+    import pyarrow as pa
+    from pyarrow import fs
+
+    try:
+        return fs.FileSystem.from_uri(address)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        # The address may hold a password, so only its scheme is repeated.
+        raise ResourceError(
+            f"storage: a {urlsplit(address).scheme}:// address that cannot be opened "
+            f"({type(error).__name__}). Check it and its credentials."
+        ) from None
+
+
+def _copy(source: Any, path: str, target: Any, place: str) -> None:
+    from pyarrow import fs
+
+    try:
+        fs.copy_files(path, place, source_filesystem=source, destination_filesystem=target)
+    except OSError as error:
+        raise ResourceError(
+            f"storage: {Path(place).name} could not be copied ({type(error).__name__}). What is "
+            "finished is kept in the cache; run the same command again."
+        ) from None

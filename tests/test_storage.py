@@ -1,0 +1,72 @@
+"""Outputs at an address: fetched before, uploaded after, manifests last."""
+
+from pathlib import Path
+
+import pytest
+
+from icm_ray.config import STORAGE_VARIABLE, SUBMITTED_JOB_VARIABLE, PrepareRecipe
+from icm_ray.errors import RecipeError, ResourceError
+from icm_ray.files import MANIFEST, read_manifest, whole_folder
+from icm_ray.storage import fetch, locate, publish
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(STORAGE_VARIABLE, raising=False)
+    monkeypatch.delenv(SUBMITTED_JOB_VARIABLE, raising=False)
+    monkeypatch.setenv("ICM_RAY_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_folder_is_its_own_place(tmp_path: Path) -> None:
+    place, address = locate(PrepareRecipe(storage=str(tmp_path), output="out"))
+    assert (place, address) == (tmp_path / "out", None)
+
+
+def test_an_address_is_worked_on_in_the_cache(tmp_path: Path) -> None:
+    recipe = PrepareRecipe(storage="s3://bucket/runs/", output="out")
+    place, address = locate(recipe)
+    assert address == "s3://bucket/runs/out"
+    assert place.name == "out"
+    assert place.is_relative_to(tmp_path / "cache")
+    assert locate(recipe) == (place, address)
+    assert locate(PrepareRecipe(output="s3://other/out"))[0] != place
+
+
+def test_an_address_is_no_relative_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SUBMITTED_JOB_VARIABLE, "{}")
+    assert locate(PrepareRecipe(storage="gs://bucket", output="out"))[1] == "gs://bucket/out"
+    with pytest.raises(RecipeError, match="is relative"):
+        locate(PrepareRecipe(output="out"))
+
+
+def test_what_was_published_is_fetched_back(tmp_path: Path) -> None:
+    address = (tmp_path / "remote" / "out").as_uri()
+    with whole_folder(tmp_path / "one", info={"key": "k"}) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a.txt").write_text("a")
+    publish(tmp_path / "one", address)
+    fetch(address, tmp_path / "two")
+    assert read_manifest(tmp_path / "two") == read_manifest(tmp_path / "one")
+    assert (tmp_path / "two" / "inner" / "a.txt").read_text() == "a"
+
+
+def test_manifests_come_last(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "one") as folder:
+        (folder / "z.txt").write_text("z")
+    # A file where a folder must go: the upload of z.txt fails, so no manifest may be there.
+    remote = tmp_path / "remote"
+    (remote / "z.txt").mkdir(parents=True)
+    with pytest.raises(ResourceError, match=r"z\.txt could not be copied"):
+        publish(tmp_path / "one", remote.as_uri())
+    assert not (remote / MANIFEST).exists()
+
+
+def test_nothing_there_is_fine(tmp_path: Path) -> None:
+    fetch((tmp_path / "none").as_uri(), tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_bad_address_is_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="a nonsense:// address") as caught:
+        publish(tmp_path, "nonsense://user:hunter2@host/x")
+    assert "hunter2" not in str(caught.value)
