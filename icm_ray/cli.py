@@ -10,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from icm_ray.command import guarded, quiet_libraries
-from icm_ray.config import MergeRecipe, load_recipe, output_folder
-from icm_ray.errors import RecipeError, one_line
-from icm_ray.files import refuse_foreign, sha256_of
+from icm_ray.command import guarded, quiet_libraries, run_recipe
+from icm_ray.config import MergeRecipe
+from icm_ray.errors import one_line
 from icm_ray.methods import METHODS
+from icm_ray.recipe_files import load_recipe
+from icm_ray.types import MergeResult
 
 app = typer.Typer(
     help="Merge many LoRA adapters of one base model into one.",
@@ -74,7 +74,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show adapters: rank, scaling, size, norm, warnings, and whether they fit together."""
-    from icm_ray.planning import inspect_adapters
+    from icm_ray.planning import inspect_adapters, warn
 
     def work() -> None:
         found = inspect_adapters(folders)
@@ -90,7 +90,7 @@ def inspect(
             cells += [_span(scalings), row["dtype"], f"{row['bytes'] / 1e6:.2f}"]
             table.add_row(*(one_line(str(cell)) for cell in cells), f"{row['norm']:.4g}")
         _console().print(table)
-        _warn(found["warnings"])
+        warn(found["warnings"])
         for a, others in found["cosines"].items():
             shown = "  ".join(f"{b} {value:+.3f}" for b, value in others.items())
             print(f"cosine of deltas, {a}: {shown}")
@@ -103,7 +103,7 @@ def plan(
     config: Config, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Say before any spend whether adapters fit, and what the merge will cost and make."""
-    from icm_ray.planning import plan_recipe
+    from icm_ray.planning import plan_recipe, warn
 
     def work() -> None:
         recipe = load_recipe(MergeRecipe, config, overrides or [])
@@ -115,7 +115,7 @@ def plan(
         for name, value in found["summary"].items():
             table.add_row(name, one_line(str(value)))
         _console().print(table)
-        _warn(found["warnings"])
+        warn(found["warnings"])
 
     _finish(work, debug)
 
@@ -123,52 +123,21 @@ def plan(
 @app.command()
 def merge(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Merge in this process, without Ray: data-free and ready-evidence methods."""
-    from icm_ray.adapters import check_base, open_all
+    from icm_ray.adapters import AdapterFile
+    from icm_ray.merging import merge_recipe
     from icm_ray.methods.merge import merge as merge_adapters
-    from icm_ray.methods.merge import plan_merge
-    from icm_ray.output import write_merged
-    from icm_ray.planning import warnings_of
-    from icm_ray.suites import prepare_base
 
-    def work() -> None:
-        recipe = load_recipe(MergeRecipe, config, overrides or [])
-        target = output_folder(recipe, recipe.output.path)
-        refuse_foreign(target)
-        if recipe.data is not None or recipe.evidence is not None:
-            raise RecipeError(
-                f"data, evidence: method {recipe.method!r} uses none. Leave them out."
-            )
-        refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
-        files = open_all(refs, recipe.modules_to_save)
-        order = {"params": recipe.params, "output_rank": recipe.output.rank, "seed": recipe.seed}
-        plan_merge(files, recipe.method, recipe.params, None, recipe.output.rank, recipe.seed)
-        base = None
-        if recipe.base:
-            cache = Path(recipe.cache) if recipe.cache else None
-            base = prepare_base(recipe.base, cache, recipe.revision, progress=print)
-            check_base(files, base)
-        _warn(warnings_of(files))
-        started = time.monotonic()
-        result = merge_adapters([file.load() for file in files], recipe.method, **order)
-        prints = {file.name: file.fingerprint() for file in files}
-        write_merged(
-            result,
-            target,
-            key=sha256_of([recipe.method, order, prints, recipe.output.dtype]),
-            inputs={name: str(path.absolute()) for name, path in refs},
-            seconds=time.monotonic() - started,
-            dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
-            base=base,
-            files=files,
-            modules_to_save=recipe.modules_to_save,
-        )
-        energy = result.report.retained_energy
-        print(
-            f"{target}: {len(files)} adapters merged with {recipe.method}, "
-            f"rank {result.adapter.max_rank}, {energy:.2%} of the energy kept, verified"
-        )
+    def work(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
+        def serial(files: list[AdapterFile], order: dict[str, Any]) -> tuple[MergeResult, float]:
+            started = time.monotonic()
+            result = merge_adapters([file.load() for file in files], recipe.method, **order)
+            return result, time.monotonic() - started
 
-    _finish(work, debug)
+        return merge_recipe(recipe, target, serial)
+
+    code = run_recipe(MergeRecipe, work, config, overrides or [], debug=debug)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -198,11 +167,6 @@ def reproduce(folder: Folder, debug: Debug = False) -> None:
         print(f"{folder}: reproduced, {len(names)} files equal ({', '.join(names)})")
 
     _finish(work, debug)
-
-
-def _warn(lines: list[str]) -> None:
-    for line in lines:
-        print(f"warning: {one_line(line)}", file=sys.stderr)
 
 
 def _span(values: list[float]) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from icm_ray.config import Recipe, load_recipe
+from icm_ray.config import Recipe
 from icm_ray.errors import ICMRayError, ResourceError, one_line
 from icm_ray.files import RESULTS_FILE, write_json
+from icm_ray.recipe_files import load_recipe
 from icm_ray.storage import fetch, locate, publish
 
 R = TypeVar("R", bound=Recipe)
@@ -38,9 +39,6 @@ def run_job(
         work: Gets the recipe and its output folder; returns `outputs` and `scores`.
         usage: The job's docstring, shown by --help.
         arguments: Command line without the program; `sys.argv` by default.
-
-    `results.json` says how it went: in the output folder after success, beside it (as
-    `<output>.results.json`) after a failure, since a failed job leaves no output folder behind.
     """
     parser = argparse.ArgumentParser(
         description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -49,22 +47,38 @@ def run_job(
     parser.add_argument("overrides", nargs="*", help="dotted.key=value")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
+    return run_recipe(kind, work, options.config, options.overrides, debug=options.debug)
+
+
+def run_recipe(
+    kind: type[R],
+    work: Callable[[R, Path], dict[str, Any]],
+    config: str | Path,
+    overrides: Sequence[str],
+    *,
+    debug: bool,
+) -> int:
+    """Load a recipe, run `work` on it in its output folder, report; return the exit code.
+
+    `results.json` says how it went: in the output folder after success, beside it (as
+    `<output>.results.json`) after a failure, since a failed job leaves no output folder behind.
+    """
     place: tuple[Path, str | None] | None = None
 
     def job() -> dict[str, Any]:
         nonlocal place
-        recipe = load_recipe(kind, options.config, options.overrides)
+        recipe = load_recipe(kind, config, overrides)
         place = target, address = locate(recipe)
         if address:
             fetch(address, target)
         return work(recipe, target)
 
-    code, problems, found = guarded(job, debug=options.debug)
+    code, problems, found = guarded(job, debug=debug)
     if place is not None:
         target, address = place
         _write_results(target, code, problems, found)
         if address:
-            failed, *_ = guarded(lambda: _upload(target, address), debug=options.debug)
+            failed, *_ = guarded(lambda: _upload(target, address), debug=debug)
             return code or failed
     return code
 

@@ -1,11 +1,13 @@
 """What adapters are and what a merge of them will cost, read from file headers."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, check_together, open_all
 from icm_ray.config import MergeRecipe
+from icm_ray.errors import one_line
 from icm_ray.linalg import lowrank
 from icm_ray.methods.cut import serving_rank
 from icm_ray.methods.merge import MergeOrder, find_method, plan_merge
@@ -36,6 +38,12 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
 def warnings_of(files: Sequence[AdapterFile]) -> list[str]:
     """Return, once each, what is odd about adapters, together and alone; none stops a merge."""
     return list(dict.fromkeys([*check_together(files), *(w for f in files for w in f.warnings)]))
+
+
+def warn(lines: Sequence[str]) -> None:
+    """Tell warnings on stderr, one safe line each."""
+    for line in lines:
+        print(f"warning: {one_line(line)}", file=sys.stderr)
 
 
 def _facts(file: AdapterFile) -> dict[str, Any]:

@@ -5,14 +5,19 @@ A job always works in a folder. For an address (`s3://`, `gs://`, `hdfs://`, `fi
 rerun resumes, and everything is uploaded at the end, manifests last.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from icm_ray.config import Recipe, output_folder, storage_root
-from icm_ray.errors import ResourceError
+from icm_ray.config import Recipe
+from icm_ray.errors import RecipeError, ResourceError
 from icm_ray.files import MANIFEST, sha256_of
 from icm_ray.suites import default_cache
+
+STORAGE_VARIABLE = "ICM_RAY_STORAGE"
+SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the driver of a submitted job."""
 
 
 def locate(recipe: Recipe) -> tuple[Path, str | None]:
@@ -27,6 +32,28 @@ def locate(recipe: Recipe) -> tuple[Path, str | None]:
         return output_folder(recipe, output), None
     staging = default_cache() / "staging" / sha256_of(address)[:16]
     return staging / Path(urlsplit(address).path).name, address
+
+
+def storage_root(recipe: Recipe) -> str | None:
+    """Return the root of relative outputs: the recipe's, else the environment's, else None."""
+    return recipe.storage or os.environ.get(STORAGE_VARIABLE)
+
+
+def output_folder(recipe: Recipe, output: str) -> Path:
+    """Return the local folder for `output`, under the storage root if it is relative.
+
+    Raises:
+        RecipeError: the job runs from a submitted, unpacked copy of a working directory and the
+            output would vanish with it.
+    """
+    root = storage_root(recipe)
+    target = Path(root) / output if root else Path(output)
+    if not target.is_absolute() and SUBMITTED_JOB_VARIABLE in os.environ:
+        raise RecipeError(
+            f"output: {output!r} is relative, but a submitted job runs in a copy of the working "
+            f"directory that is thrown away. Set storage: or {STORAGE_VARIABLE}."
+        )
+    return target.absolute()
 
 
 def fetch(address: str, folder: Path) -> None:

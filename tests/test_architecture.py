@@ -29,11 +29,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": BASICS,
     "output": BASICS | {"adapters", "linalg", "methods", "report"},
     "planning": BASICS | {"adapters", "config", "linalg", "methods", "output"},
-    "command": {"config", "errors", "files"},
+    "recipe_files": {"config", "errors"},
+    "storage": {"config", "errors", "files", "suites"},
+    "command": {"config", "errors", "files", "recipe_files", "storage"},
+    "merging": BASICS | {"adapters", "config", "methods", "output", "planning", "suites"},
     "distributed": BASICS
     | {"adapters", "config", "evaluation", "evidence", "finetuning", "linalg", "methods"}
-    | {"output", "planning", "report", "suites"},
-    "cli": BASICS | {"adapters", "command", "config", "methods", "output", "planning", "suites"},
+    | {"merging", "output", "planning", "report", "suites"},
+    "cli": BASICS
+    | {"adapters", "command", "config", "merging", "methods", "output", "planning"}
+    | {"recipe_files", "suites"},
     "__init__": {"adapters", "errors", "methods", "types"},
     "__main__": {"cli"},
     "jobs": {"command", "config", "distributed", "errors", "suites"},

@@ -4,18 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from icm_ray import config
-from icm_ray.config import (
-    STORAGE_VARIABLE,
-    SUBMITTED_JOB_VARIABLE,
-    FinetuneRecipe,
-    MergeRecipe,
-    PipelineRecipe,
-    Recipe,
-    load_recipe,
-    output_folder,
-)
-from icm_ray.errors import InputError, RecipeError
+from icm_ray import recipe_files
+from icm_ray.config import FinetuneRecipe, MergeRecipe, PipelineRecipe, Recipe
+from icm_ray.errors import RecipeError
+from icm_ray.recipe_files import load_recipe
+from icm_ray.storage import STORAGE_VARIABLE, SUBMITTED_JOB_VARIABLE, output_folder
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -225,7 +218,7 @@ def test_files_that_are_missing_or_huge_are_refused(tmp_path: Path) -> None:
         load_recipe(MergeRecipe, tmp_path / "none.yaml")
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(MergeRecipe, tmp_path)
-    (tmp_path / "big.yaml").write_text(PLAIN + "#" * config.MAX_RECIPE_BYTES)
+    (tmp_path / "big.yaml").write_text(PLAIN + "#" * recipe_files.MAX_RECIPE_BYTES)
     with pytest.raises(RecipeError, match="A recipe is a short text"):
         load_recipe(MergeRecipe, tmp_path / "big.yaml")
 

@@ -5,11 +5,12 @@ import torch
 from command_samples import SHAPES, recipe_of, save_lora
 
 from icm_ray.adapters import open_all
-from icm_ray.config import MergeRecipe, load_recipe
+from icm_ray.config import MergeRecipe
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.methods.merge import merge
 from icm_ray.output import write_merged
 from icm_ray.planning import inspect_adapters, plan_recipe
+from icm_ray.recipe_files import load_recipe
 
 LARGE = {
     f"layers.{i}.{leaf}": size

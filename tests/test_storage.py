@@ -4,10 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from icm_ray.config import STORAGE_VARIABLE, SUBMITTED_JOB_VARIABLE, PrepareRecipe
+from icm_ray.config import PrepareRecipe
 from icm_ray.errors import RecipeError, ResourceError
 from icm_ray.files import MANIFEST, read_manifest, whole_folder
-from icm_ray.storage import fetch, locate, publish
+from icm_ray.storage import (
+    STORAGE_VARIABLE,
+    SUBMITTED_JOB_VARIABLE,
+    fetch,
+    locate,
+    publish,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from icm_ray.errors import ClusterError, ICMRayError
 
 Key = TypeVar("Key", bound=Hashable)
 MAX_RETRIES = 3
+JOIN_SECONDS = 15.0
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +54,11 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _join(address: str) -> None:
-    import ray
+    import ray.exceptions
 
+    _refuse_silence(address)
     try:
-        ray.init(address=address, log_to_driver=True, logging_level="warning")
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).partition("\n")[0]
         raise ClusterError(
@@ -63,6 +66,20 @@ def _join(address: str) -> None:
             "that the cluster runs and that RAY_AUTH_MODE and its token are the cluster's own."
         ) from None
     _warn_if_open()
+
+
+def _refuse_silence(address: str) -> None:
+    """Raise ClusterError if nobody listens there: Ray itself would go on asking for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdigit():  # "auto" and "local" are Ray's to find
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=JOIN_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"RAY_ADDRESS: {address}: nobody answers ({error.strerror or error}) but a running "
+            "cluster is expected. Start it, or unset RAY_ADDRESS for a local one."
+        ) from None
 
 
 def _start_local(resources: Resources) -> None:
@@ -74,7 +91,7 @@ def _start_local(resources: Resources) -> None:
         address="local",
         num_cpus=max(cpus, int(wanted)),
         include_dashboard=False,
-        logging_level="warning",
+        logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )
 
@@ -199,7 +216,7 @@ def run_bounded(
 
 def fetch(reference: Any, what: object) -> Any:
     """Return a remote result; errors of ours come back as themselves, Ray's as ClusterError."""
-    import ray
+    import ray.exceptions
 
     try:
         return ray.get(reference)

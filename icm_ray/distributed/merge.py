@@ -75,7 +75,7 @@ def shard_modules(
 
 @ray.remote(max_retries=MAX_RETRIES)
 def _merge_shard(
-    order: MergeOrder, modules: Sequence[str], files: Mapping[str, AdapterFile]
+    order: MergeOrder, modules: Sequence[str], files: dict[str, AdapterFile]
 ) -> Shipped:
     merged = merge_modules(order, modules, lambda task, module: files[task].factors(module))
     return {m: (f.a.numpy(), f.b.numpy(), report) for m, (f, report) in merged.items()}

@@ -1,14 +1,10 @@
 """What each job does once its recipe is read: check, connect, work, report."""
 
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from icm_ray.adapters import AdapterFile, check_base, open_all
+from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import (
     EvaluateRecipe,
     EvidenceRecipe,
@@ -25,15 +21,15 @@ from icm_ray.distributed.merge import merge_on_ray
 from icm_ray.distributed.pipeline import check_rows, run_pipeline, task_data, values
 from icm_ray.distributed.reporting import console, publish, report_data
 from icm_ray.distributed.shared_base import share_base
-from icm_ray.errors import RecipeError, one_line
+from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts
 from icm_ray.evaluation.scoring import standing
 from icm_ray.evidence.store import save_evidence
-from icm_ray.files import refuse_foreign, sha256_of
-from icm_ray.methods.merge import plan_merge
-from icm_ray.output import write_merged
-from icm_ray.planning import warnings_of
+from icm_ray.files import refuse_foreign
+from icm_ray.merging import merge_recipe
+from icm_ray.planning import warn, warnings_of
 from icm_ray.suites import BASES, SUITES, prepare_base
+from icm_ray.types import MergeResult
 
 
 def base_folder(recipe: Recipe, spec: str, revision: str | None) -> Path:
@@ -47,42 +43,16 @@ def base_name(spec: str) -> str:
     return BASES[spec].hub_id if spec in BASES else spec
 
 
-def _warn(files: Sequence[AdapterFile]) -> None:
-    for line in warnings_of(files):
-        print(f"warning: {one_line(line)}", file=sys.stderr)
-
-
 def merge_and_write(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
     """Merge on Ray and write the verified result; see `MergeRecipe`."""
-    refuse_foreign(target)
-    if recipe.data is not None or recipe.evidence is not None:
-        raise RecipeError(f"data, evidence: method {recipe.method!r} uses none. Leave them out.")
-    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save)
-    order = {"params": recipe.params, "output_rank": recipe.output.rank, "seed": recipe.seed}
-    plan_merge(files, recipe.method, recipe.params, None, recipe.output.rank, recipe.seed)
-    prints = {file.name: file.fingerprint() for file in files}
-    base = base_folder(recipe, recipe.base, recipe.revision) if recipe.base else None
-    if base is not None:
-        check_base(files, base)
-    _warn(files)
-    with connected(recipe.resources):
-        started = time.monotonic()
-        result = merge_on_ray(files, recipe.method, resources=recipe.resources, **order)
-        seconds = time.monotonic() - started
-    checks = write_merged(
-        result,
-        target,
-        key=sha256_of([recipe.method, order, prints, recipe.output.dtype]),
-        inputs={name: str(path.absolute()) for name, path in refs},
-        seconds=seconds,
-        dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
-        base=base,
-        files=files,
-        modules_to_save=recipe.modules_to_save,
-    )
-    print(f"merged {len(files)} adapters with {recipe.method} in {seconds:.2f} s: {target}")
-    return {"outputs": {"adapter": str(target)}, "checks": checks}
+
+    def on_ray(files: list[AdapterFile], order: dict[str, Any]) -> tuple[MergeResult, float]:
+        with connected(recipe.resources):
+            started = time.monotonic()
+            result = merge_on_ray(files, recipe.method, resources=recipe.resources, **order)
+            return result, time.monotonic() - started
+
+    return merge_recipe(recipe, target, on_ray)
 
 
 def gather_evidence(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
@@ -90,7 +60,7 @@ def gather_evidence(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     refuse_foreign(target)
     refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     files = open_all(refs, recipe.modules_to_save)
-    _warn(files)
+    warn(warnings_of(files))
     sources = [
         AdapterSource(f.name, str(f.path.absolute()), f.fingerprint(), recipe.modules_to_save)
         for f in files

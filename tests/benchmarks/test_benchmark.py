@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from icm_ray.config import BenchmarkRecipe, load_recipe
+from icm_ray.config import BenchmarkRecipe
 from icm_ray.distributed import benchmark
 from icm_ray.distributed.benchmark_memory import PeakMemory, random_adapter
+from icm_ray.recipe_files import load_recipe
 
 LAYERS = {"q_proj": [64, 48], "v_proj": [16, 48]}
 

@@ -179,7 +179,7 @@ def test_the_evidence_job(experts, tiny_bert, tmp_path):
         "base": str(tiny_bert),
         "adapters": refs,
         "data": {"suite": "text", "inputs_per_task": 12},
-        "resources": {"cpus_per_worker": 0.5},
+        "resources": {"cpus_per_worker": 0.5, "workers": 1},
         "output": str(tmp_path / "evidence"),
     }
     recipe = write_yaml(tmp_path / "evidence.yaml", plain)
@@ -203,7 +203,7 @@ def test_the_evaluate_job(experts, tiny_bert, tmp_path, capsys):
         "base": str(tiny_bert),
         "adapters": [{"name": "own", "path": str(folder / "depth" / "adapter")}],
         "examples": 30,
-        "resources": {"cpus_per_worker": 0.5},
+        "resources": {"cpus_per_worker": 0.5, "workers": 1},
         "output": str(tmp_path / "scores"),
     }
     recipe = write_yaml(tmp_path / "evaluate.yaml", plain)
@@ -226,7 +226,7 @@ def test_the_finetune_job_reports_experts_without_any_merge(tiny_bert, tmp_path)
     from icm_ray.config import FinetuneRecipe
     from jobs.finetune import work
 
-    recipe = finetune_recipe(tiny_bert, tmp_path / "out")
+    recipe = finetune_recipe(tiny_bert, tmp_path / "out", resources={"workers": 1})
     plain = json.loads(recipe.model_dump_json(exclude_defaults=True))
     path = write_yaml(tmp_path / "finetune.yaml", plain)
     assert run_job(FinetuneRecipe, work, "", ["-c", str(path)]) == 0

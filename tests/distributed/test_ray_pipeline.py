@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 from icm_ray.adapters import load_adapter
 from icm_ray.cli import app
 from icm_ray.command import run_job
-from icm_ray.config import PipelineRecipe, load_recipe
+from icm_ray.config import PipelineRecipe
 from icm_ray.files import read_json, read_manifest
+from icm_ray.recipe_files import load_recipe
 from jobs.pipeline import work
 
 SET = "shared-seed0"

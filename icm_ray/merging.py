@@ -1,0 +1,66 @@
+"""One merge recipe, from the first check to the verified folder; the caller says who computes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icm_ray.adapters import AdapterFile, check_base, open_all
+from icm_ray.config import MergeRecipe
+from icm_ray.errors import RecipeError
+from icm_ray.files import refuse_foreign, sha256_of
+from icm_ray.methods.merge import plan_merge
+from icm_ray.output import write_merged
+from icm_ray.planning import warn, warnings_of
+from icm_ray.suites import prepare_base
+from icm_ray.types import MergeResult
+
+Merger = Callable[[list[AdapterFile], dict[str, Any]], tuple[MergeResult, float]]
+"""Merges open files, given params, output_rank and seed; returns the result and its seconds."""
+
+
+def merge_recipe(recipe: MergeRecipe, target: Path, merger: Merger) -> dict[str, Any]:
+    """Check everything, merge, write and verify; see `MergeRecipe`.
+
+    Args:
+        recipe: What to merge, and how.
+        target: The output folder; appears whole or not at all.
+        merger: The serial merge, or the one over Ray; both give the same bytes.
+
+    Raises:
+        RecipeError: method, parameters or rank policy are wrong.
+        InputError: adapters are broken, do not fit together or do not fit the base.
+    """
+    refuse_foreign(target)
+    if recipe.data is not None or recipe.evidence is not None:
+        raise RecipeError(f"data, evidence: method {recipe.method!r} uses none. Leave them out.")
+    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
+    files = open_all(refs, recipe.modules_to_save)
+    order = {"params": recipe.params, "output_rank": recipe.output.rank, "seed": recipe.seed}
+    plan_merge(files, recipe.method, recipe.params, None, recipe.output.rank, recipe.seed)
+    prints = {file.name: file.fingerprint() for file in files}
+    base = None
+    if recipe.base:
+        cache = Path(recipe.cache) if recipe.cache else None
+        base = prepare_base(recipe.base, cache, recipe.revision, progress=print)
+        check_base(files, base)
+    warn(warnings_of(files))
+    result, seconds = merger(files, order)
+    checks = write_merged(
+        result,
+        target,
+        key=sha256_of([recipe.method, order, prints, recipe.output.dtype]),
+        inputs={name: str(path.absolute()) for name, path in refs},
+        seconds=seconds,
+        dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
+        base=base,
+        files=files,
+        modules_to_save=recipe.modules_to_save,
+    )
+    print(
+        f"{target}: {len(files)} adapters merged with {recipe.method} in {seconds:.2f} s, "
+        f"rank {result.adapter.max_rank}, {result.report.retained_energy:.2%} of the energy "
+        "kept, verified"
+    )
+    return {"outputs": {"adapter": str(target)}, "checks": checks}

@@ -1,0 +1,149 @@
+"""Recipes from YAML files, read strictly: every problem of a file in one go, one line each.
+
+    load_recipe(MergeRecipe, "configs/merge/soup.yaml", ["output.rank=8", "seed=1"])
+
+Unknown keys are errors with the nearest known key; `key=value` overrides use the same dotted names.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from icm_ray.config import Recipe
+from icm_ray.errors import RecipeError, did_you_mean
+
+MAX_RECIPE_BYTES = 1_000_000
+MAX_DEPTH = 20
+R = TypeVar("R", bound=Recipe)
+
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+
+
+def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
+    """Read, override and check a recipe.
+
+    Args:
+        kind: The recipe class.
+        path: YAML file, at most 1 MB.
+        overrides: `dotted.key=value`; values are YAML.
+
+    Raises:
+        RecipeError: every problem of the file and the overrides, one line each.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    source = Path(path)
+    values = _read_yaml(source)
+    # An override may hold a pasted secret as well, so only its key is repeated.
+    keys = [override.partition("=")[0] for override in overrides]
+    for key, override in zip(keys, overrides, strict=True):
+        if not re.match(r"^[A-Za-z_][\w.\[\]-]*=", override):
+            raise RecipeError(f"{key}: not of the form key=value. Write for example seed=1.")
+    try:
+        config = OmegaConf.create(values)
+        config.merge_with_dotlist(list(overrides))
+        plain = OmegaConf.to_container(config)  # no interpolation: a recipe says what it says
+        return kind.model_validate(plain)
+    except ValidationError as error:
+        raise RecipeError([_problem(kind, source, item) for item in error.errors()]) from None
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, IndexError) as error:
+        where = f"with {', '.join(keys)} set: " if keys else ""
+        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise RecipeError(f"{source}: {where}{what}. Write plain YAML values.") from None
+
+
+def _read_yaml(source: Path) -> dict[str, Any]:
+    import yaml
+
+    if not source.is_file():
+        raise RecipeError(f"{source}: no such recipe. Look in configs/ for ready ones.")
+    if source.stat().st_size > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{source}: over {MAX_RECIPE_BYTES} bytes. A recipe is a short text.")
+    try:
+        text = source.read_text(encoding="utf-8")
+        _check_events(source, text)
+        values = yaml.safe_load(text)
+    except UnicodeDecodeError:
+        raise RecipeError(f"{source}: not UTF-8. Save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        what = getattr(error, "problem", None) or type(error).__name__
+        raise RecipeError(f"{source}: {where}not plain YAML ({what}).") from None
+    except ValueError as error:  # a date or number that looks like one and is none
+        raise RecipeError(f"{source}: not plain YAML ({error}).") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(f"{source}: {type(values).__name__} but a table of keys is expected.")
+    return values
+
+
+def _check_events(source: Path, text: str) -> None:
+    """Refuse aliases, deep nesting, and a key given twice, of which YAML would take the last.
+
+    Reads the text as a stream and stops at the first of these, so none can exhaust anything.
+    """
+    import yaml
+
+    open_tables: list[set[str] | None] = []  # the keys of each open table; None for a list
+    key_next: list[bool] = []
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):  # an alias bomb needs them; no recipe does
+            raise RecipeError(f"{source}: YAML aliases (*name) are not allowed. Write it out.")
+        if isinstance(event, yaml.CollectionEndEvent):
+            open_tables.pop()
+            key_next.pop()
+        elif isinstance(event, yaml.NodeEvent):
+            seen = open_tables[-1] if open_tables else None
+            if seen is not None:
+                if key_next[-1] and isinstance(event, yaml.ScalarEvent):
+                    if event.value in seen:
+                        raise RecipeError(
+                            f"{source}: line {event.start_mark.line + 1}: {event.value}: twice. "
+                            "Keep one of them."
+                        )
+                    seen.add(event.value)
+                key_next[-1] = not key_next[-1]
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_tables.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+                key_next.append(True)
+        if len(open_tables) > MAX_DEPTH:
+            raise RecipeError(f"{source}: nested too deeply. A recipe is flat.")
+
+
+def _problem(kind: type[BaseModel], source: Path, item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(kind, item["loc"][:-1])
+        near = did_you_mean(str(item["loc"][-1]), known)
+        return f"{source}: {where}: unknown key.{near} Known: {', '.join(known)}."
+    if item["type"] == "missing":
+        return f"{source}: {where}: missing. Add it."
+    # A recipe may hold a pasted secret, so only short plain values are repeated.
+    value = item["input"]
+    shown = f"{value!r}: " if isinstance(value, int | float | bool) else ""
+    hint = ""
+    if item["type"] == "float_type" and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        hint = " YAML takes 1e-3 for text. Write 1.0e-3."
+    return f"{source}: {where}: {shown}{item['msg']}.{hint}"
+
+
+def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Return the known keys of the part at `location`, following nested models and lists."""
+    import typing
+
+    current: Any = kind
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = current.model_fields[part].annotation
+        options = [annotation, *typing.get_args(annotation)]
+        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not models:
+            return []
+        current = models[0]
+    return list(current.model_fields)
