@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from icm_ray import recipe_files
+from icm_ray import config, recipe_files
 from icm_ray.config import FinetuneRecipe, MergeRecipe, PipelineRecipe, Recipe
 from icm_ray.errors import RecipeError
 from icm_ray.recipe_files import load_recipe

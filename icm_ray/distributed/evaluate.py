@@ -81,7 +81,9 @@ def score_on_ray(
         for item in items
         if not is_done(folder / keys[item.label], keys[item.label])
     }
-    shared = ray.put(dict(data)) if missing else None
+    if not missing:  # an empty bar would stay on the terminal
+        return {item.label: load_scores(folder / keys[item.label]) for item in items}
+    shared = ray.put(dict(data))
     bar = tqdm_ray.tqdm(total=len(missing), desc=f"evaluate {folder.name}")
 
     def call(item: ScoreItem) -> Any:
