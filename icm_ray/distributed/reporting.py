@@ -111,15 +111,16 @@ def _score_rows(
     where = standing(values(scores), expert, values(one.scores[BASE, "default", split]))
     merged = one.merged.get((name, variant))
     ranks = [m["rank"] for m in merged.report["modules"].values()] if merged else [0]
-    tuned = variant != "default" and one.chosen.get(name) == variant
+    # The default setting can be the best one, and then stands in both rows.
+    shown = [False] * (variant == "default") + [True] * (one.chosen.get(name) == variant)
     lora = results.recipe.lora.rank if name == EXPERT else 0
 
-    def row(task: str, score: Score) -> ScoreRow:
+    def row(task: str, score: Score, tuned: bool) -> ScoreRow:
         return ScoreRow(
             expert_set=one.label,
             method=name,
             tuned=tuned,
-            params="" if variant == "default" else variant,
+            params=variant if tuned or variant != "default" else "",
             rank=max(ranks) or lora,
             task=task,
             split="test" if split == "test" else "validation",
@@ -133,8 +134,7 @@ def _score_rows(
             seconds=float(merged.run.get("seconds", 0.0)) if merged else 0.0,
         )
 
-    shown = variant == "default" or tuned
-    return [row(task, item.score) for task, item in scores.items()] if shown else []
+    return [row(task, item.score, tuned) for tuned in shown for task, item in scores.items()]
 
 
 def _number(value: float) -> float | None:
