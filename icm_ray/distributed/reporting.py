@@ -15,7 +15,7 @@ from icm_ray.distributed.pipeline import (
     values,
     variants,
 )
-from icm_ray.evaluation.metrics import Score
+from icm_ray.evaluation.metrics import Score, difference_interval
 from icm_ray.evaluation.scoring import TaskScore, standing
 from icm_ray.evidence.store import load_evidence
 from icm_ray.files import is_done, sha256_of, whole_folder
@@ -67,7 +67,7 @@ def report_data(results: PipelineResults, root: Path) -> ReportData:
             row: {m: r["retained_energy"] for m, r in merged.report["modules"].items()}
             for row, merged in default.items()
         },
-        notes=NOTES,
+        notes=(*NOTES, *(_gain_note(results, one) for one in results.sets)),
     )
 
 
@@ -135,6 +135,22 @@ def _score_rows(
         )
 
     return [row(task, item.score, tuned) for tuned in shown for task, item in scores.items()]
+
+
+def _gain_note(results: PipelineResults, one: SetResults) -> str:
+    """Say how far each expert beats the probe; paired, as both answered the same examples."""
+    probes = probe_scores(results)
+    parts = []
+    for task, expert in one.scores[EXPERT, "default", "test"].items():
+        examples = results.suite.load(task, "test", results.recipe.sizes.test)
+        low, high = difference_interval(
+            results.suite.tasks[task],
+            expert.predictions,
+            probes[task].predictions,
+            examples.targets,
+        )
+        parts.append(f"{task} {low:+.3f} to {high:+.3f}")
+    return f"{one.label}, expert minus probe, paired 95 % intervals: {'; '.join(parts)}."
 
 
 def _number(value: float) -> float | None:
