@@ -67,7 +67,8 @@ def report_data(results: PipelineResults, root: Path) -> ReportData:
             row: {m: r["retained_energy"] for m, r in merged.report["modules"].items()}
             for row, merged in default.items()
         },
-        notes=(*NOTES, *(_gain_note(results, one) for one in results.sets)),
+        expert_gains={one.label: _expert_gains(results, one) for one in results.sets},
+        notes=NOTES,
     )
 
 
@@ -137,20 +138,18 @@ def _score_rows(
     return [row(task, item.score, tuned) for tuned in shown for task, item in scores.items()]
 
 
-def _gain_note(results: PipelineResults, one: SetResults) -> str:
-    """Say how far each expert beats the probe; paired, as both answered the same examples."""
+def _expert_gains(results: PipelineResults, one: SetResults) -> dict[str, tuple[float, float]]:
+    """Return paired intervals of expert minus probe; both answered the same examples."""
     probes = probe_scores(results)
-    parts = []
-    for task, expert in one.scores[EXPERT, "default", "test"].items():
-        examples = results.suite.load(task, "test", results.recipe.sizes.test)
-        low, high = difference_interval(
+    return {
+        task: difference_interval(
             results.suite.tasks[task],
             expert.predictions,
             probes[task].predictions,
-            examples.targets,
+            results.suite.load(task, "test", results.recipe.sizes.test).targets,
         )
-        parts.append(f"{task} {low:+.3f} to {high:+.3f}")
-    return f"{one.label}, expert minus probe, paired 95 % intervals: {'; '.join(parts)}."
+        for task, expert in one.scores[EXPERT, "default", "test"].items()
+    }
 
 
 def _number(value: float) -> float | None:

@@ -14,6 +14,8 @@ Split = Literal["validation", "test"]
 SPLITS: tuple[Split, ...] = ("test", "validation")
 Table = Mapping[str, Mapping[str, float]]
 """Numbers by row and column."""
+Gains = Mapping[str, Mapping[str, tuple[float, float]]]
+"""Intervals by expert set and task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class ReportData:
         delta_cosines: Cosine of each pair of whole weight changes.
         retained_energy: For each method and module, the share the final cut kept, in [0, 1].
         output_norms: For each method and module, the Frobenius norm of the merged delta.
+        expert_gains: Paired 95 % interval of the expert's test score minus the probe's.
         notes: What a reader must know to read the numbers rightly.
     """
 
@@ -86,4 +89,5 @@ class ReportData:
     delta_cosines: Table = field(default_factory=dict)
     retained_energy: Table = field(default_factory=dict)
     output_norms: Table = field(default_factory=dict)
+    expert_gains: Gains = field(default_factory=dict)
     notes: Sequence[str] = ()

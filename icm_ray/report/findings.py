@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from icm_ray.report.data import BASE, EXPERT, PROBE, REFERENCES, ScoreRow, Split
+from icm_ray.report.data import BASE, EXPERT, PROBE, REFERENCES, Gains, ScoreRow, Split
 from icm_ray.report.summary import InitSummary, Spread, Summary
 from icm_ray.report.text import natural_key
 
@@ -41,8 +41,8 @@ class ExpertCheck:
     """One expert beside a linear probe and the frozen base.
 
     Attributes:
-        verdict: "beyond" if the expert's whole interval lies above the probe's, "above" if only
-            its score does, else "not above".
+        verdict: "beyond" if the expert is better than the probe beyond the 95 % interval, "above"
+            if only its score is, else "not above".
     """
 
     expert_set: str
@@ -76,8 +76,17 @@ def headline(summary: Summary, init: str) -> Headline | None:
     )
 
 
-def check_experts(scores: Iterable[ScoreRow], split: Split) -> list[ExpertCheck]:
-    """Compare every expert of one split with its probe and base, by expert set and task."""
+def check_experts(
+    scores: Iterable[ScoreRow], split: Split, gains: Gains | None = None
+) -> list[ExpertCheck]:
+    """Compare every expert of one split with its probe and base, by expert set and task.
+
+    Args:
+        scores: Scores of any methods; only the references count.
+        split: Which examples.
+        gains: Paired intervals of expert minus probe. Both answered the same examples, so these
+            are sharper than two intervals side by side, which decide where none is given.
+    """
     found = {
         (row.expert_set, row.task, row.method): row
         for row in scores
@@ -88,14 +97,16 @@ def check_experts(scores: Iterable[ScoreRow], split: Split) -> list[ExpertCheck]
         if method == EXPERT:
             probe = found.get((expert_set, task, PROBE))
             base = found.get((expert_set, task, BASE))
-            checks.append(ExpertCheck(expert_set, task, row, probe, base, _verdict(row, probe)))
+            gain = (gains or {}).get(expert_set, {}).get(task)
+            verdict = _verdict(row, probe, gain)
+            checks.append(ExpertCheck(expert_set, task, row, probe, base, verdict))
     return sorted(checks, key=lambda check: (natural_key(check.expert_set), check.task))
 
 
-def _verdict(expert: ScoreRow, probe: ScoreRow | None) -> Verdict:
+def _verdict(expert: ScoreRow, probe: ScoreRow | None, gain: tuple[float, float] | None) -> Verdict:
     if probe is None:
         return "no probe"
-    if expert.low > probe.high:
+    if gain[0] > 0 if gain else expert.low > probe.high:
         return "beyond"
     return "above" if expert.score > probe.score else "not above"
 

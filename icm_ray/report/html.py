@@ -45,7 +45,7 @@ def page(data: ReportData) -> str:
         summary=summary,
         folded=validation if main == "test" else None,
         headlines=[h for init in summary.inits if (h := headline(summary, init))],
-        checks=_by_set(check_experts(data.scores, main)),
+        checks=_by_set(check_experts(data.scores, main, data.expert_gains)),
         pictures=[(p, Markup(p.svg)) for p in _pictures(data, summary)],
     )
 

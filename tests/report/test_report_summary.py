@@ -93,3 +93,12 @@ def test_an_expert_beats_the_probe_only_beyond_both_intervals(make_row, make_sco
     ]
     lone = check_experts([make_row("expert", "a", 0.8)], "test")
     assert lone[0].verdict == "no probe"
+
+
+def test_a_paired_interval_decides_where_there_is_one() -> None:
+    rows = [make_row("expert", "a", 0.60), make_row("probe", "a", 0.58)]
+    (touching,) = check_experts(rows, "test")
+    label = touching.expert_set
+    assert touching.verdict == "above"
+    assert check_experts(rows, "test", {label: {"a": (0.01, 0.03)}})[0].verdict == "beyond"
+    assert check_experts(rows, "test", {label: {"a": (-0.01, 0.03)}})[0].verdict == "above"
