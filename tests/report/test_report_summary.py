@@ -95,7 +95,7 @@ def test_an_expert_beats_the_probe_only_beyond_both_intervals(make_row, make_sco
     assert lone[0].verdict == "no probe"
 
 
-def test_a_paired_interval_decides_where_there_is_one() -> None:
+def test_a_paired_interval_decides_where_there_is_one(make_row):
     rows = [make_row("expert", "a", 0.60), make_row("probe", "a", 0.58)]
     (touching,) = check_experts(rows, "test")
     label = touching.expert_set
