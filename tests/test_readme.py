@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(
+def user_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_adapter: Callable[..., icm_ray.Adapter]
 ) -> Path:
     """A folder with the README's two adapters and its recipe."""
@@ -31,7 +31,7 @@ def workplace(
     return tmp_path
 
 
-def test_the_merge_commands_run_in_their_order(workplace: Path) -> None:
+def test_the_merge_commands_run_in_their_order(user_folder: Path) -> None:
     commands = [
         shlex.split(line, comments=True)[1:]
         for block in blocks("sh")
@@ -42,13 +42,13 @@ def test_the_merge_commands_run_in_their_order(workplace: Path) -> None:
     for words in commands:
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, (words, result.output)
-    assert (workplace / "merged/both/adapter_model.safetensors").is_file()
+    assert (user_folder / "merged/both/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_python_snippet_runs(workplace: Path) -> None:
+def test_the_python_snippet_runs(user_folder: Path) -> None:
     exec(compile(blocks("python")[0], "README.md", "exec"), {})
-    assert icm_ray.load_adapter(workplace / "merged/both").max_rank <= 16
+    assert icm_ray.load_adapter(user_folder / "merged/both").max_rank <= 16
 
 
 def test_every_file_it_names_exists() -> None:
