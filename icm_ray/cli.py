@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from icm_ray.command import guarded, quiet_libraries, run_recipe
@@ -63,7 +64,7 @@ def methods(as_json: AsJson = False) -> None:
     for name, row in METHODS.items():
         parameters = ", ".join(row.parameters())
         cells = (name, row.formula, row.use, parameters, row.default_rank, row.needs or "-")
-        table.add_row(*cells, row.paper)
+        table.add_row(*map(escape, (*cells, row.paper)))
     _console().print(table)
 
 
@@ -88,7 +89,7 @@ def inspect(
             ranks, scalings = row["ranks"], row["scalings"]
             cells = [row["name"], str(row["base_model"]), row["modules"], _span(ranks)]
             cells += [_span(scalings), row["dtype"], f"{row['bytes'] / 1e6:.2f}"]
-            table.add_row(*(one_line(str(cell)) for cell in cells), f"{row['norm']:.4g}")
+            table.add_row(*(escape(one_line(str(cell))) for cell in cells), f"{row['norm']:.4g}")
         _console().print(table)
         warn(found["warnings"])
         for a, others in found["cosines"].items():
@@ -113,7 +114,7 @@ def plan(
             return
         table = Table(title=f"plan: {recipe.method}", show_header=False)
         for name, value in found["summary"].items():
-            table.add_row(name, one_line(str(value)))
+            table.add_row(name, escape(one_line(str(value))))
         _console().print(table)
         warn(found["warnings"])
 

@@ -52,6 +52,7 @@ def test_methods_lists_every_method(cli):
     code, out, _ = cli("methods")
     assert code == 0
     assert all(name in out for name in METHODS)
+    assert "[w_1" in out, "brackets are no markup"
 
 
 def test_the_schema_says_all_a_caller_needs(cli):
