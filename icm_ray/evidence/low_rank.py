@@ -1,7 +1,7 @@
 """Adapters applied to a base as low-rank updates on the fly; no weight is copied or changed."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,8 +65,3 @@ def _check_shape(path: str, module: nn.Module, factors: LoRAFactors) -> None:
             f"module {path}: the base's change is {expected} but the adapter's delta is "
             f"{factors.shape}. The adapter belongs to another base."
         )
-
-
-def as_adapter(name: str, modules: Mapping[str, LoRAFactors]) -> Adapter:
-    """Return a nameless-config adapter around factors, for running them on a base."""
-    return Adapter(name, None, modules, {}, fingerprint="")

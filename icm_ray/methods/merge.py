@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -199,11 +199,6 @@ def merged_config(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ]
     first = plain[0]
     return {k: first[k] for k in kept if k in first and all(c.get(k) == first[k] for c in plain)}
-
-
-def with_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """Return the adapter marked to be stored as `dtype`."""
-    return replace(adapter, dtype=dtype)
 
 
 def _fingerprint(adapter: Any) -> str:

@@ -9,8 +9,8 @@ from torch import nn
 from icm_ray.adapters import load_adapter
 from icm_ray.errors import InputError
 from icm_ray.evidence.base import find_module
-from icm_ray.evidence.low_rank import applied, as_adapter
-from icm_ray.types import LoRAFactors
+from icm_ray.evidence.low_rank import applied
+from icm_ray.types import Adapter, LoRAFactors
 
 IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 3, 0, 0]])
 
@@ -107,6 +107,10 @@ def test_convolutions_equal_a_changed_weight(adapter_around) -> None:
         torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
 
 
+def adapter_of(modules: dict[str, LoRAFactors]) -> Adapter:
+    return Adapter("x", None, modules, {}, fingerprint="")
+
+
 def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -117,7 +121,7 @@ def small() -> nn.Module:
 
 
 def test_hooks_are_gone_after_an_exception(small) -> None:
-    adapter = as_adapter("x", {"0": LoRAFactors(torch.ones(1, 3), torch.ones(4, 1))})
+    adapter = adapter_of({"0": LoRAFactors(torch.ones(1, 3), torch.ones(4, 1))})
     with pytest.raises(RuntimeError, match="mat1 and mat2"), applied(small, adapter):
         small(torch.ones(1, 7))
     assert hooks(small) == 0
@@ -141,14 +145,14 @@ def test_adapters_of_another_base_are_refused(small, module: str, shape, words: 
     fits = LoRAFactors(torch.ones(1, 3), torch.ones(4, 1))
     with (
         pytest.raises(InputError, match=words),
-        applied(small, as_adapter("x", {"0": fits, module: factors})),
+        applied(small, adapter_of({"0": fits, module: factors})),
     ):
         pass
     assert hooks(small) == 0
 
 
 def test_half_precision_bases_are_served_in_their_dtype(small) -> None:
-    adapter = as_adapter("x", {"0": LoRAFactors(torch.ones(1, 3), torch.ones(4, 1))})
+    adapter = adapter_of({"0": LoRAFactors(torch.ones(1, 3), torch.ones(4, 1))})
     half = small[:2].to(torch.bfloat16)
     with torch.no_grad(), applied(half, adapter):
         assert half(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -1,11 +1,12 @@
 """Each method against its formula, written out densely; and what merge() refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import icm_ray
 from icm_ray import InputError, RecipeError
-from icm_ray.methods.merge import with_dtype
 from icm_ray.types import LoRAFactors
 
 # The toy of the algorithm sheet: D1 = [[2,1],[0,0]], D2 = [[-1,2],[-1,2]].
@@ -152,7 +153,7 @@ def test_what_the_inputs_agree_on_is_inherited(make_adapter) -> None:
     assert same.name == "soup-of-2"
     other = icm_ray.merge([make("a", task_type="X"), make("b", task_type="Y")], "soup").adapter
     assert "task_type" not in other.config
-    mixed = [make("a"), with_dtype(make("b"), torch.bfloat16)]
+    mixed = [make("a"), replace(make("b"), dtype=torch.bfloat16)]
     assert icm_ray.merge(mixed, "soup").adapter.dtype == torch.float32
 
 
