@@ -148,7 +148,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check a merged folder: hashes, PEFT's reading, norms, and the forward pass of a base."""
-    from icm_ray.output import verify_folder
+    from icm_ray.reproduction import verify_folder
     from icm_ray.suites import prepare_base
 
     def work() -> None:
@@ -161,7 +161,7 @@ def verify(
 @app.command()
 def reproduce(folder: Folder, debug: Debug = False) -> None:
     """Merge again from the inputs and compare every file's sha256."""
-    from icm_ray.output import reproduce as rebuild
+    from icm_ray.reproduction import reproduce as rebuild
 
     def work() -> None:
         names = rebuild(folder)

@@ -169,8 +169,12 @@ class FinetuneRecipe(Recipe):
 
 
 class EvidenceRecipe(Recipe):
-    """Recipe of `jobs.evidence`: task vectors and null-space ratios of K adapters."""
+    """Recipe of `jobs.evidence`: what methods and reports must know of K adapters and inputs."""
 
+    kind: Literal["task_vectors", "gram_statistics"] = Field(
+        default="task_vectors",
+        description="Task vectors and null-space ratios, or what regmean needs.",
+    )
     base: str
     revision: str | None = None
     adapters: list[AdapterRef] = Field(min_length=1)

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,9 +14,7 @@ from safetensors.torch import save_file
 
 from icm_ray.adapters import (
     AdapterFile,
-    load_adapter,
     open_adapter,
-    open_all,
     save_adapter,
     verify_forward,
     verify_written,
@@ -29,19 +26,15 @@ from icm_ray.files import (
     MANIFEST,
     RUN_FILE,
     read_json,
-    read_manifest,
-    sha256_of_file,
     whole_folder,
 )
-from icm_ray.linalg import lowrank
-from icm_ray.methods.merge import merge
 from icm_ray.report import ScoreRow, model_card
 from icm_ray.types import MergeReport, MergeResult, ModuleReport, SavedModulesPolicy
 
 REPORT = "merge_report.json"
 SCORES = "scores.json"
 SAVED_MODULES = "saved_modules"
-NORM_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+PER_TASK = "per_task"
 NO_OP = 1e-6
 """A merge this much smaller than its largest input has cancelled out, up to rounding."""
 
@@ -78,6 +71,7 @@ def write_merged(
     scores: list[ScoreRow] | None = None,
     files: Sequence[AdapterFile] = (),
     modules_to_save: SavedModulesPolicy = "refuse",
+    evidence: Path | None = None,
 ) -> dict[str, float]:
     """Write a merge, reload it with PEFT, compare it with the algebra, and only then show it.
 
@@ -92,6 +86,7 @@ def write_merged(
         scores: Shown on the model card.
         files: The inputs; whole layers that they keep go to `saved_modules/<task>.safetensors`.
         modules_to_save: The policy they were opened with.
+        evidence: Where what the method was told is, for `reproduce`.
 
     Returns:
         Measured relative errors of the checks.
@@ -108,16 +103,19 @@ def write_merged(
         checks = dict(verify_written(trial, adapter))
         if base is not None:
             checks |= verify_forward(trial, adapter, base)
+        own = _write_per_task(result, adapter.dtype, target / PER_TASK, checks)
         report = {
             **report_as_dict(result.report),
+            "per_task": own,
             "fingerprint": open_adapter(trial).fingerprint(),
             "dtype": dtype_name(adapter.dtype),
             "modules_to_save": modules_to_save,
             "saved_modules": kept,
         }
         card = model_card(result.report, sorted(inputs), adapter.base_model, scores or [])
-        texts = {"README.md": card + _saved_card(kept), REPORT: as_json(report)}
-        texts[RUN_FILE] = as_json(_run_facts(inputs, seconds, checks))
+        card += _per_task_card(result.report.per_task) + _saved_card(kept)
+        texts = {"README.md": card, REPORT: as_json(report)}
+        texts[RUN_FILE] = as_json(_run_facts(inputs, seconds, checks, evidence))
         if scores:
             # Without the seconds, which no second run repeats.
             texts[SCORES] = as_json([asdict(replace(row, seconds=0.0)) for row in scores])
@@ -129,6 +127,41 @@ def write_merged(
             (target / name).write_text(text, encoding="utf-8")
         _copy_saved_modules(files, target / SAVED_MODULES)
     return checks
+
+
+def _write_per_task(
+    result: MergeResult, dtype: torch.dtype, folder: Path, checks: dict[str, float]
+) -> dict[str, Any]:
+    """Write each task's own adapter, check it like the common one, and say what the cut kept."""
+    told = {}
+    for task, adapter in result.per_task.items():
+        stored = replace(adapter, dtype=dtype)
+        save_adapter(stored, folder / task)
+        found = verify_written(folder / task, stored)
+        checks["max_relative_error"] = max(
+            checks["max_relative_error"], found["max_relative_error"]
+        )
+        told[task] = {
+            "fingerprint": open_adapter(folder / task).fingerprint(),
+            "retained_energy": result.report.per_task[task],
+        }
+        (folder / task / MANIFEST).unlink()  # the whole folder's own covers it
+    return told
+
+
+def _per_task_card(per_task: Mapping[str, float]) -> str:
+    if not per_task:
+        return ""
+    lines = [
+        f"- `{PER_TASK}/{task}`: {share:.1%} of its energy" for task, share in per_task.items()
+    ]
+    return (
+        "\n## An adapter for each task\n\nThis method makes one common adapter, which is this "
+        "folder, and one for each task, to be loaded when the task is known. The cut to a LoRA "
+        "kept:\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def _refuse_no_op(report: MergeReport, folder: Path) -> None:
@@ -168,11 +201,12 @@ def _copy_saved_modules(files: Sequence[AdapterFile], folder: Path) -> None:
 
 
 def _run_facts(
-    inputs: Mapping[str, str], seconds: float, checks: Mapping[str, float]
+    inputs: Mapping[str, str], seconds: float, checks: Mapping[str, float], evidence: Path | None
 ) -> dict[str, Any]:
     """Return what has a clock, host or path in it and so stays out of the byte comparison."""
     return {
         "inputs": dict(inputs),
+        "evidence": str(evidence.absolute()) if evidence else None,
         "seconds": seconds,
         "checks": checks,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -195,6 +229,7 @@ def report_as_dict(report: MergeReport) -> dict[str, Any]:
     """Return a MergeReport as plain data."""
     plain = asdict(report)
     plain["retained_energy"] = report.retained_energy
+    plain["per_task"] = {t: {"retained_energy": kept} for t, kept in report.per_task.items()}
     return plain
 
 
@@ -205,104 +240,11 @@ def report_from_dict(plain: Mapping[str, Any]) -> MergeReport:
         name: ModuleReport(**{**module, "absent": tuple(module["absent"])})
         for name, module in plain["modules"].items()
     }
-    return MergeReport(**{name: plain[name] for name in names}, modules=modules)
+    per_task = {task: told["retained_energy"] for task, told in plain.get("per_task", {}).items()}
+    return MergeReport(**{name: plain[name] for name in names}, modules=modules, per_task=per_task)
 
 
 def read_merged(folder: Path) -> MergedFolder:
     """Read back what `write_merged` wrote, without its tensors."""
     run = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
     return MergedFolder(folder, read_json(folder / REPORT), run)
-
-
-def verify_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
-    """Check a merged folder long after it was written.
-
-    Hashes against the manifest, PEFT's reading against ours, norms against the report; with a
-    base, the whole forward pass.
-
-    Raises:
-        InputError: what does not hold, all of it.
-    """
-    read_manifest(folder)
-    adapter = load_adapter(folder)
-    report = read_json(folder / REPORT)
-    checks: dict[str, Any] = dict(verify_written(folder, adapter))
-    tolerance = NORM_TOLERANCE[report["dtype"]]
-    problems = []
-    for module, expected in report["modules"].items():
-        factors = adapter.modules.get(module)
-        norm = lowrank.norm(factors.b, factors.a) if factors else 0.0
-        if abs(norm - expected["output_norm"]) > tolerance * max(expected["output_norm"], 1e-12):
-            problems.append(
-                f"{folder}: {module}: norm {norm:.6g} but {REPORT} says "
-                f"{expected['output_norm']:.6g}. Merge again."
-            )
-    if adapter.fingerprint != report["fingerprint"]:
-        problems.append(f"{folder}: fingerprint differs from {REPORT}. Merge again.")
-    if problems:
-        raise InputError(problems)
-    if base is not None:
-        checks |= verify_forward(folder, adapter, base)
-    return {"modules": len(report["modules"]), "fingerprint": adapter.fingerprint, **checks}
-
-
-def reproduce(folder: Path) -> list[str]:
-    """Merge again from the inputs and compare every file's sha256 with the manifest.
-
-    Returns:
-        Names of the files compared, all equal.
-
-    Raises:
-        InputError: an input is gone or has changed, or a file comes out different.
-    """
-    manifest = read_manifest(folder)
-    merged = read_merged(folder)
-    report = report_from_dict(merged.report)
-    if "inputs" not in merged.run:
-        raise InputError(f"{folder / RUN_FILE}: missing, so where the inputs are is not known.")
-    # Absent in reports of before the policy was recorded.
-    policy = merged.report.get("modules_to_save", "refuse")
-    files = open_all(list(merged.run["inputs"].items()), policy)
-    _refuse_changed(files, report)
-    again = merge(
-        [file.load() for file in files],
-        report.method,
-        params=report.params,
-        output_rank=report.output_rank,
-        seed=report.seed,
-    )
-    scores = None
-    if (folder / SCORES).is_file():
-        scores = [ScoreRow(**row) for row in read_json(folder / SCORES)]
-    with tempfile.TemporaryDirectory(prefix="icm_ray-") as scratch:
-        copy = Path(scratch) / "again"
-        write_merged(
-            again,
-            copy,
-            key=manifest["key"],
-            inputs=merged.run["inputs"],
-            seconds=0.0,
-            dtype=getattr(torch, merged.report["dtype"]),
-            scores=scores,
-            files=files,
-            modules_to_save=policy,
-        )
-        names = sorted(manifest["files"])
-        different = [
-            name
-            for name in names
-            if not (copy / name).is_file() or sha256_of_file(copy / name) != manifest["files"][name]
-        ]
-    if different:
-        raise InputError(
-            [f"{folder / name}: comes out different when merged again." for name in different]
-        )
-    return [*names, MANIFEST]
-
-
-def _refuse_changed(files: list[AdapterFile], report: MergeReport) -> None:
-    changed = [f for f in files if f.fingerprint() != report.inputs.get(f.name)]
-    if changed:
-        raise InputError(
-            [f"{f.path}: is not the adapter this merge was made from any more." for f in changed]
-        )

@@ -7,7 +7,7 @@ Two words that other projects mix up:
     task vector  the hidden-state difference of ICM-Fusion Eq. 1, `(d_model,)`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -60,6 +60,52 @@ class LoRAFactors:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """A dense weight change that is made block by block, so that it is never held K times.
+
+    Attributes:
+        shape: `(d_out, d_in)`.
+        blocks: Starts a pass: yields blocks of consecutive rows from top to bottom, float32, each
+            `(rows, d_in)`. Every pass gives the same bytes. A block is the caller's until the next
+            one is asked for; its memory may be used again then.
+    """
+
+    shape: tuple[int, int]
+    blocks: Callable[[], Iterator[Tensor]]
+
+    @classmethod
+    def of(cls, dense: Float[Tensor, "d_out d_in"]) -> "Delta":
+        """Return a matrix that is in memory already as a Delta of one block."""
+        return cls((dense.shape[0], dense.shape[1]), lambda: iter((dense,)))
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        """Return the whole matrix. Cost: d_out * d_in floats, once."""
+        out = torch.empty(self.shape)
+        row = 0
+        for block in self.blocks():
+            out[row : row + block.shape[0]] = block
+            row += block.shape[0]
+        return out
+
+
+@dataclass(frozen=True)
+class PerTask:
+    """One module's result of a method that makes an adapter for each task besides the common one.
+
+    Attributes:
+        unified: The one change that stands for all tasks.
+        tasks: The change of each task that has the module.
+    """
+
+    unified: "LoRAFactors | Delta"
+    tasks: Mapping[str, "LoRAFactors | Delta"]
+
+
+ModuleEvidence = Mapping[str, Tensor]
+"""What evidence tells one module: tensors by kind, or by `<kind>.<task>` such as "gram.law"."""
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One LoRA adapter of one base model.
 
@@ -108,12 +154,23 @@ class ModuleContext:
         tasks: Names of the adapters that have this module, in the order of the factors.
         all_tasks: Names of every adapter of the merge, sorted.
         seed: Seed of the whole merge; draw with `seeding.generator(seed, task, module)`.
+        statistics: What the row's passes over all modules concluded; see `table.Pass`.
     """
 
     module: str
     tasks: tuple[str, ...]
     all_tasks: tuple[str, ...]
     seed: int = 0
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[int]:
+        """Positions of the present tasks among all tasks: rows of per-task statistics."""
+        return [self.all_tasks.index(task) for task in self.tasks]
+
+
+CutRoute = Literal["none", "exact", "randomised"]
+"""How a module was cut: not at all, by an exact SVD, or by a randomised one (energy measured)."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +185,8 @@ class ModuleReport:
         retained_energy: Share of the squared Frobenius norm that the final cut kept, in [0, 1].
         truncation_error: Relative Frobenius error of the final cut, sqrt(1 - retained_energy).
         absent: Tasks without this module; their delta counts as zero.
+        cut: How the rank was reached.
+        task_energy: For methods with an adapter for each task: what the cut kept of each one's.
     """
 
     rank: int
@@ -137,11 +196,26 @@ class ModuleReport:
     retained_energy: float
     truncation_error: float
     absent: tuple[str, ...] = ()
+    cut: CutRoute = "none"
+    task_energy: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The provenance of one merge: everything needed to repeat and to judge it."""
+    """The provenance of one merge: everything needed to repeat and to judge it.
+
+    Attributes:
+        method: Name in METHODS.
+        formula: The result in one line.
+        params: Every parameter, defaults included.
+        seed: Seed of the merge.
+        output_rank: The rank policy as given.
+        inputs: Fingerprint of each adapter by name.
+        modules: What happened to each module.
+        evidence: sha256 of what the method was told of models and data, or None.
+        per_task: For methods with an adapter for each task: the share of the squared norm of each
+            one's change that the final cut kept.
+    """
 
     method: str
     formula: str
@@ -151,6 +225,7 @@ class MergeReport:
     inputs: Mapping[str, str]
     modules: Mapping[str, ModuleReport]
     evidence: str | None = None
+    per_task: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def retained_energy(self) -> float:

@@ -12,7 +12,8 @@ from icm_ray.adapters import load_adapter, open_all
 from icm_ray.errors import InputError
 from icm_ray.files import sha256_of_file
 from icm_ray.methods.merge import merge
-from icm_ray.output import read_merged, reproduce, verify_folder, write_merged
+from icm_ray.output import read_merged, write_merged
+from icm_ray.reproduction import reproduce, verify_folder
 
 FILES = {
     "adapter_config.json",

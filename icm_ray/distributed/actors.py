@@ -1,14 +1,15 @@
 """Actors that hold the shared base and, one at a time, a task's adapter."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from icm_ray.adapters import open_adapter
+from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES, request, worker_count
 from icm_ray.distributed.shared_base import SharedBase, rebuild
@@ -17,7 +18,12 @@ from icm_ray.evaluation.scoring import TaskData, TaskScore, evaluate
 from icm_ray.evidence.base import fingerprint_weights
 from icm_ray.evidence.batches import make_batches, tokenize
 from icm_ray.evidence.gather import AdapterEvidence, gather
-from icm_ray.types import Adapter, SavedModulesPolicy
+from icm_ray.evidence.grams import Grams, gather_grams
+from icm_ray.files import sha256_of
+from icm_ray.linalg.threads import kernel_threads
+from icm_ray.methods.given import given
+from icm_ray.methods.merge import merge
+from icm_ray.types import Adapter, LoRAFactors, SavedModulesPolicy
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,53 @@ class AdapterSource:
     fingerprint: str | None = None
     saved_modules: SavedModulesPolicy = "refuse"
 
+    @classmethod
+    def of(cls, file: AdapterFile, saved_modules: SavedModulesPolicy = "refuse") -> "AdapterSource":
+        """Return where to find an adapter that was opened and checked already."""
+        return cls(file.name, str(file.path.absolute()), file.fingerprint(), saved_modules)
+
+    def load(self) -> Adapter:
+        """Read the adapter; an InputError if it is not the one that was meant."""
+        # Opened, not `load_adapter`ed: its warnings were told once, before Ray started.
+        policy = self.saved_modules
+        adapter = open_adapter(Path(self.path), self.name, saved_modules=policy).load()
+        if self.fingerprint and adapter.fingerprint != self.fingerprint:
+            raise InputError(f"{self.path}: the adapter changed while the job ran. Run it again.")
+        return adapter
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """A merge that an actor makes for itself, so that a point of a grid needs no folder.
+
+    Attributes:
+        files: The adapters to merge.
+        order: What `merge` is called with besides.
+        fingerprint: sha256 of all that; the same merge always gives the same adapter.
+    """
+
+    files: tuple[AdapterFile, ...]
+    order: Mapping[str, Any]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, files: Sequence[AdapterFile], order: Mapping[str, Any]) -> "MergeSource":
+        """Return the source of `merge(files, **order)`."""
+        told = given(order["evidence"])
+        plain = {**order, "evidence": told.identity if told else None}
+        prints = {file.name: file.fingerprint() for file in files}
+        return cls(tuple(files), order, sha256_of(["merge", plain, prints]))
+
+    def load(self) -> Adapter:
+        """Merge, and round as a written adapter would."""
+        merged = merge(self.files, **self.order).adapter
+        dtype = merged.dtype
+        rounded = {
+            m: LoRAFactors(f.a.to(dtype).float(), f.b.to(dtype).float())
+            for m, f in merged.modules.items()
+        }
+        return replace(merged, modules=rounded)
+
 
 @ray.remote(max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES)
 class AdapterActor:
@@ -48,20 +101,12 @@ class AdapterActor:
         torch.set_num_threads(resources.threads)
         self.base = rebuild(shared, resources)
         self.threads = resources.threads
-        self.held: tuple[AdapterSource, Adapter] | None = None
+        self.held: tuple[AdapterSource | MergeSource, Adapter] | None = None
 
-    def hold(self, source: AdapterSource) -> Adapter:
+    def hold(self, source: AdapterSource | MergeSource) -> Adapter:
         """Load the adapter unless it is the one already held."""
         if self.held is None or self.held[0] != source:
-            # Opened, not `load_adapter`ed: its warnings were told once, before Ray started.
-            adapter = open_adapter(
-                Path(source.path), source.name, saved_modules=source.saved_modules
-            ).load()
-            if source.fingerprint and adapter.fingerprint != source.fingerprint:
-                raise InputError(
-                    f"{source.path}: the adapter changed while the job ran. Run it again."
-                )
-            self.held = (source, adapter)
+            self.held = (source, source.load())
         return self.held[1]
 
     def evidence(
@@ -72,9 +117,23 @@ class AdapterActor:
         batches = make_batches(ids, batch, self.base.tokenizer.pad_token_id)
         return gather(self.base.model, self.hold(source), batches)
 
+    def grams(
+        self,
+        source: AdapterSource,
+        modules: Sequence[str],
+        texts: Sequence[str],
+        max_tokens: int,
+        batch: int,
+    ) -> Grams:
+        """Return the Gram statistics of one adapter's own inputs."""
+        ids = tokenize(self.base.tokenizer, texts, max_tokens)
+        batches = make_batches(ids, batch, self.base.tokenizer.pad_token_id)
+        with kernel_threads(self.threads):
+            return gather_grams(self.base.model, self.hold(source), modules, batches)
+
     def scores(
         self,
-        source: AdapterSource | None,
+        source: AdapterSource | MergeSource | None,
         data: Mapping[str, TaskData],
         only: Sequence[str],
         batch: int,
@@ -96,3 +155,14 @@ def start_actors(shared: SharedBase, resources: Resources, items: int) -> list[A
         AdapterActor.options(**options).remote(shared, resources)
         for _ in range(worker_count(resources, items))
     ]
+
+
+@contextlib.contextmanager
+def adapter_actors(shared: SharedBase, resources: Resources, items: int) -> Iterator[list[Any]]:
+    """Start a pool for the body; it ends with it, so that what comes next finds its CPUs free."""
+    actors = start_actors(shared, resources, items)
+    try:
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)

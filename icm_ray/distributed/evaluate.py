@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from icm_ray.distributed.actors import AdapterSource
+from icm_ray.distributed.actors import AdapterSource, MergeSource
 from icm_ray.distributed.cluster import run_bounded
 from icm_ray.evaluation.metrics import Score
 from icm_ray.evaluation.scoring import TaskData, TaskScore
@@ -30,7 +30,7 @@ class ScoreItem:
     """
 
     label: str
-    source: AdapterSource | None
+    source: AdapterSource | MergeSource | None
     tasks: tuple[str, ...]
 
     def key(self, base: str, data: Mapping[str, TaskData], batch: int) -> str:

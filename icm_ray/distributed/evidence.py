@@ -9,9 +9,11 @@ from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.cluster import run_bounded
 from icm_ray.errors import RecipeError
 from icm_ray.evidence.gather import AdapterEvidence
-from icm_ray.files import sha256_of
+from icm_ray.files import is_done, sha256_of
+from icm_ray.methods.given import write_given
 from icm_ray.suites import SUITES, load_folder
 
+EVIDENCE_BATCH = 32
 MAX_TOKENS = 128
 """Tokens kept of a user's own text."""
 
@@ -58,6 +60,60 @@ def gather_on_ray(
     in_order = sorted(sources, key=lambda source: source.name)
     calls = {source.name: call(source) for source in in_order}
     return list(run_bounded(actors, calls, timeout=timeout).values())
+
+
+def grams_on_ray(
+    actors: Sequence[Any],
+    sources: Sequence[AdapterSource],
+    modules: Sequence[str],
+    inputs: Inputs,
+    folder: Path,
+    *,
+    base: str,
+    batch: int,
+    timeout: float,
+) -> Path:
+    """Gather every adapter's Gram statistics, or find them in `folder`; return the folder.
+
+    They serve any subset of these adapters: each task's own stay apart.
+
+    Args:
+        actors: Pool that holds the base.
+        sources: The adapters.
+        modules: Every module of any of them.
+        inputs: Unlabelled inputs of each task.
+        folder: Where the statistics go.
+        base: Fingerprint of the base.
+        batch: Examples a forward.
+        timeout: Longest wait for one task, seconds.
+    """
+    from ray.experimental import tqdm_ray
+
+    key = sha256_of(["grams", list(modules), evidence_key(base, sources, inputs, batch)])
+    if is_done(folder, key):
+        return folder
+    bar = tqdm_ray.tqdm(total=len(sources), desc="Gram statistics")
+
+    def call(source: AdapterSource) -> Any:
+        texts, max_tokens = inputs[source.name]
+        return lambda actor: actor.grams.remote(source, modules, texts, max_tokens, batch)
+
+    calls = {source.name: call(source) for source in sources}
+    found = run_bounded(actors, calls, timeout=timeout, done=lambda _task, _grams: bar.update(1))
+    bar.close()
+    write_given(
+        folder,
+        "gram_statistics",
+        {f"{m}.gram.{t}": gram for t, one in found.items() for m, gram in one.grams.items()},
+        adapters={task: one.fingerprint for task, one in found.items()},
+        shared={task: one.shared for task, one in found.items()},
+        described={
+            "inputs": {t: g.inputs for t, g in found.items()},
+            "rows": {t: dict(g.rows) for t, g in found.items()},
+        },
+        origin={"key": key, "base": base},
+    )
+    return folder
 
 
 def evidence_key(base: str, sources: Sequence[AdapterSource], inputs: Inputs, batch: int) -> str:

@@ -1,6 +1,6 @@
 """Merge module shards on Ray: the serial merge, split over workers, equal byte for byte."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,14 @@ from icm_ray.adapters import AdapterFile
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES, request, run_bounded, worker_count
 from icm_ray.methods.merge import MergedModule, MergeOrder, assemble, merge_modules, plan_merge
+from icm_ray.methods.passes import Measured, concluded, measure_modules, passes_of
 from icm_ray.types import LoRAFactors, MergeResult, ModuleReport, RankPolicy
 
 SHARD_BYTES = 64_000_000
 """Factors one task reads at least: small modules are merged together, as a task costs 2 ms."""
 
-Shipped = dict[str, tuple[np.ndarray, np.ndarray, ModuleReport]]
+Pair = tuple[np.ndarray, np.ndarray]
+Shipped = dict[str, tuple[Pair, ModuleReport, dict[str, Pair]]]
 """Merged modules as numpy arrays, which the object store hands over without a copy."""
 
 
@@ -34,24 +36,37 @@ def merge_on_ray(
     """Merge open adapter files over the cluster; see `icm_ray.merge` for the arguments.
 
     Workers read only their own modules, straight from the files, so the driver never holds the
-    inputs and memory does not grow with their number.
+    inputs and memory does not grow with their number. A method that must know the whole adapter
+    first has every shard measured before any is merged.
     """
+    from ray.experimental import tqdm_ray
+
     order = plan_merge(files, method, params, evidence, output_rank, seed)
     shards = shard_modules(order, files, shard_bytes)
     by_name = ray.put({file.name: file for file in files})
-    shared_order = ray.put(order)
     options = request(resources)
-
-    def call(modules: Sequence[str]) -> Any:
-        return lambda _slot: _merge_shard.options(**options).remote(shared_order, modules, by_name)
-
     slots = [None] * worker_count(resources, len(shards))
-    parts = run_bounded(
-        slots,
-        {index: call(modules) for index, modules in enumerate(shards)},
-        timeout=resources.timeout_seconds,
-    )
-    merged = {m: _unship(item) for part in parts.values() for m, item in part.items()}
+    passes = len(passes_of(order))
+    bar = tqdm_ray.tqdm(total=(passes + 1) * len(shards), desc=f"merge {method}")
+
+    def everywhere(start: Callable[[Sequence[str]], Any]) -> list[Any]:
+        calls = {
+            i: lambda _slot, modules=modules: start(modules) for i, modules in enumerate(shards)
+        }
+        done = run_bounded(
+            slots, calls, timeout=resources.timeout_seconds, done=lambda _key, _part: bar.update(1)
+        )
+        return list(done.values())
+
+    for number in range(passes):
+        shared = ray.put(order)
+        measure = _measure_shard.options(**options)
+        parts = everywhere(lambda m, s=shared, n=number, f=measure: f.remote(s, n, m, by_name))
+        order = concluded(order, number, parts)
+    shared, merge = ray.put(order), _merge_shard.options(**options)
+    parts = everywhere(lambda modules: merge.remote(shared, modules, by_name))
+    bar.close()
+    merged = {m: _unship(item) for part in parts for m, item in part.items()}
     return assemble(order, merged, files)
 
 
@@ -74,14 +89,37 @@ def shard_modules(
 
 
 @ray.remote(max_retries=MAX_RETRIES)
+def _measure_shard(
+    order: MergeOrder, number: int, modules: Sequence[str], files: dict[str, AdapterFile]
+) -> Measured:
+    return measure_modules(order, number, modules, _reader(files))
+
+
+@ray.remote(max_retries=MAX_RETRIES)
 def _merge_shard(
     order: MergeOrder, modules: Sequence[str], files: dict[str, AdapterFile]
 ) -> Shipped:
-    merged = merge_modules(order, modules, lambda task, module: files[task].factors(module))
-    return {m: (f.a.numpy(), f.b.numpy(), report) for m, (f, report) in merged.items()}
+    merged = merge_modules(order, modules, _reader(files))
+    return {
+        m: (_arrays(one.factors), one.report, {t: _arrays(f) for t, f in one.tasks.items()})
+        for m, one in merged.items()
+    }
 
 
-def _unship(item: tuple[np.ndarray, np.ndarray, ModuleReport]) -> MergedModule:
-    a, b, report = item
+def _reader(files: dict[str, AdapterFile]) -> Callable[[str, str], LoRAFactors]:
+    return lambda task, module: files[task].factors(module)
+
+
+def _arrays(factors: LoRAFactors) -> Pair:
+    return factors.a.numpy(), factors.b.numpy()
+
+
+def _unship(item: tuple[Pair, ModuleReport, dict[str, Pair]]) -> MergedModule:
+    pair, report, tasks = item
+    return MergedModule(_factors(pair), report, {t: _factors(own) for t, own in tasks.items()})
+
+
+def _factors(pair: Pair) -> LoRAFactors:
     # A copy frees the shard from the object store and makes the tensors writable.
-    return LoRAFactors(torch.from_numpy(a.copy()), torch.from_numpy(b.copy())), report
+    a, b = (torch.from_numpy(array.copy()) for array in pair)
+    return LoRAFactors(a, b)

@@ -8,15 +8,10 @@ from typing import Any
 
 from icm_ray.adapters import open_all
 from icm_ray.distributed.evaluate import VERSION
-from icm_ray.distributed.pipeline import (
-    PipelineResults,
-    SetResults,
-    probe_scores,
-    values,
-    variants,
-)
+from icm_ray.distributed.pipeline import PipelineResults, probe_scores
+from icm_ray.distributed.rows import OF_TASKS, SetResults, order_of, variants
 from icm_ray.evaluation.metrics import Score, difference_interval
-from icm_ray.evaluation.scoring import TaskScore, standing
+from icm_ray.evaluation.scoring import TaskScore, standing, values
 from icm_ray.evidence.store import load_evidence
 from icm_ray.files import is_done, sha256_of, whole_folder
 from icm_ray.linalg import lowrank
@@ -110,7 +105,7 @@ def _score_rows(
 ) -> list[ScoreRow]:
     expert = values(one.scores[EXPERT, "default", split])
     where = standing(values(scores), expert, values(one.scores[BASE, "default", split]))
-    merged = one.merged.get((name, variant))
+    merged = one.merged.get((name.removesuffix(OF_TASKS), variant))
     ranks = [m["rank"] for m in merged.report["modules"].values()] if merged else [0]
     # The default setting can be the best one, and then stands in both rows.
     shown = [False] * (variant == "default") + [True] * (one.chosen.get(name) == variant)
@@ -210,7 +205,8 @@ def inner(one: Adapter, other: Adapter) -> float:
 
 def _best_row(results: PipelineResults, data: ReportData) -> tuple[str, str, bool] | None:
     """Return set, method and whether tuned of the best row by validation, else by name."""
-    merges = [row for row in summarise(data.scores, "validation").sets if not row.is_reference]
+    rows = {row.name for row in results.recipe.methods}
+    merges = [row for row in summarise(data.scores, "validation").sets if row.method in rows]
     if not merges:
         # Without a grid nothing is scored on validation data; the first method is published
         # rather than one picked by looking at test scores.
@@ -236,13 +232,8 @@ def _publish_adapter(
     if is_done(target, key):
         return target
     files = open_all([(task, expert.adapter) for task, expert in one.experts.items()])
-    merged = merge(
-        [file.load() for file in files],
-        row.method,
-        params=variant.params,
-        output_rank=row.rank,
-        seed=results.recipe.seed,
-    )
+    evidence = one.evidence(row)
+    merged = merge(files, **order_of(variant, evidence, results.recipe.seed))
     write_merged(
         merged,
         target,
@@ -251,6 +242,7 @@ def _publish_adapter(
         seconds=float(one.merged[method, name].run.get("seconds", 0.0)),
         base=results.base_path,
         scores=scores,
+        evidence=evidence,
     )
     return target
 

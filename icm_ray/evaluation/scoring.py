@@ -69,6 +69,11 @@ def predict(base: Base, item: TaskData, batch: int) -> np.ndarray:
     return item.head.predict(features(base.model, batches), item.task)
 
 
+def values(scores: Mapping[str, TaskScore]) -> dict[str, float]:
+    """Return the plain score of each task."""
+    return {task: item.score.value for task, item in scores.items()}
+
+
 @dataclass(frozen=True)
 class Standing:
     """Where a merged adapter stands between the base and the experts.

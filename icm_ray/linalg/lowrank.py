@@ -70,14 +70,15 @@ class LowRankSVD:
         total = float(energy.sum())
         return float(energy[:rank].sum()) / total if total > 0 else 1.0
 
-    def rank_for_energy(self, share: float) -> int:
-        """Return the smallest rank that keeps at least `share` in (0, 1] of the energy."""
-        energy = self.s.square().cumsum(0)
-        if energy.numel() == 0:
-            return 0
-        # Rounding in the running sum must not ask for one rank more than there is.
-        reached = energy >= share * energy[-1] * (1 - 1e-12)
-        return int(reached.to(torch.uint8).argmax()) + 1
+
+def rank_for_energy(s: Float[Tensor, " q"], share: float) -> int:
+    """Return the smallest rank that keeps at least `share` in (0, 1] of the squared values' sum."""
+    energy = s.square().cumsum(0)
+    if energy.numel() == 0:
+        return 0
+    # Rounding in the running sum must not ask for one rank more than there is.
+    reached = energy >= share * energy[-1] * (1 - 1e-12)
+    return int(reached.to(torch.uint8).argmax()) + 1
 
 
 def stack(

@@ -1,13 +1,15 @@
 """The one explicit last step: cut a merged module to the rank the user asked for."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from icm_ray.errors import RecipeError
-from icm_ray.linalg.lowrank import LowRankSVD, dense_svd, svd
-from icm_ray.types import LoRAFactors, RankPolicy
+from icm_ray.linalg import blockwise
+from icm_ray.linalg.lowrank import rank_for_energy, svd
+from icm_ray.types import CutRoute, Delta, LoRAFactors, RankPolicy
 
 SERVING_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks a serving engine can be started with (`--max-lora-rank` of vLLM)."""
@@ -68,9 +70,10 @@ class Cut:
     factors: LoRAFactors
     exact_rank: int
     retained_energy: float
+    route: CutRoute
 
 
-def cut(result: LoRAFactors | Tensor, rule: RankRule) -> Cut:
+def cut(result: LoRAFactors | Delta, rule: RankRule) -> Cut:
     """Return `result` as factors of the rank `rule` asks for, with the energy that was kept.
 
     Factors that already satisfy the rule are returned untouched, so an exact merge stays exact.
@@ -78,14 +81,35 @@ def cut(result: LoRAFactors | Tensor, rule: RankRule) -> Cut:
     if isinstance(result, LoRAFactors):
         fits = result.rank <= (rule.number if rule.kind == "at most" else min(result.shape))
         if fits and rule.kind != "energy" and not rule.tight:
-            return Cut(result, result.rank, 1.0)
-        spectrum = svd(result.b, result.a)
-    else:
-        spectrum = dense_svd(result)
+            return Cut(result, result.rank, 1.0, "none")
+        if min(result.shape) <= blockwise.EXACT_SIDE or not _is_wide(result):
+            return _cut_factors(result, rule)
+        result = _product(result)
+    limit = int(rule.number) if rule.kind == "at most" else None
+    found = blockwise.truncate(result.shape, result.blocks, lambda s: _rank(rule, s), limit)
+    route: CutRoute = "exact" if found.is_exact else "randomised"
+    return Cut(LoRAFactors(found.a, found.b), found.full_rank, found.retained_energy, route)
+
+
+def _cut_factors(result: LoRAFactors, rule: RankRule) -> Cut:
+    spectrum = svd(result.b, result.a)
     exact_rank = spectrum.s.numel()
-    rank = min(_rank(rule, spectrum), exact_rank)
+    rank = min(_rank(rule, spectrum.s), exact_rank)
     b, a = spectrum.factors(rank)
-    return Cut(LoRAFactors(a, b), exact_rank, spectrum.retained_energy(rank))
+    return Cut(LoRAFactors(a, b), exact_rank, spectrum.retained_energy(rank), "exact")
+
+
+def _is_wide(factors: LoRAFactors) -> bool:
+    d_out, d_in = factors.shape
+    return factors.rank * (d_out + d_in) > d_out * d_in
+
+
+def _product(factors: LoRAFactors) -> Delta:
+    def blocks() -> Iterator[Tensor]:
+        for start in range(0, factors.shape[0], blockwise.CHUNK):
+            yield factors.b[start : start + blockwise.CHUNK] @ factors.a
+
+    return Delta(factors.shape, blocks)
 
 
 def serving_rank(ranks: list[int]) -> int:
@@ -93,7 +117,7 @@ def serving_rank(ranks: list[int]) -> int:
     return next(r for r in (*SERVING_RANKS, max(ranks, default=0)) if r >= max(ranks, default=0))
 
 
-def _rank(rule: RankRule, spectrum: LowRankSVD) -> int:
+def _rank(rule: RankRule, s: Tensor) -> int:
     if rule.kind == "exact":
-        return spectrum.s.numel()
-    return spectrum.rank_for_energy(rule.number) if rule.kind == "energy" else int(rule.number)
+        return s.numel()
+    return rank_for_energy(s, rule.number) if rule.kind == "energy" else int(rule.number)

@@ -1,36 +1,50 @@
 """Run a method over the modules of K adapters: the serial path, and the parts Ray reuses."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from icm_ray.adapters import check_together, fingerprint_of
+from icm_ray.adapters import AdapterFile, check_together, fingerprint_of
 from icm_ray.errors import InputError, RecipeError, did_you_mean
 from icm_ray.linalg import lowrank
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.methods import METHODS, Method
 from icm_ray.methods.cut import RankRule, cut
+from icm_ray.methods.given import TASK, Given, given
+from icm_ray.methods.inputs import ReadFactors, inputs_of
+from icm_ray.methods.passes import with_statistics
 from icm_ray.types import (
     Adapter,
     LoRAFactors,
     MergeReport,
     MergeResult,
-    ModuleContext,
     ModuleReport,
+    PerTask,
     RankPolicy,
 )
 
-ReadFactors = Callable[[str, str], LoRAFactors]
-"""Gives the factors of `(task, module)`; from memory, or from a file when they are needed."""
 
-MergedModule = tuple[LoRAFactors, ModuleReport]
+@dataclass(frozen=True)
+class MergedModule:
+    """One module after the merge and the cut.
+
+    Attributes:
+        factors: The merged change.
+        report: What happened to it.
+        tasks: Each task's own change, for methods that make them.
+    """
+
+    factors: LoRAFactors
+    report: ModuleReport
+    tasks: Mapping[str, LoRAFactors] = field(default_factory=dict)
 
 
 def merge(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Adapter | AdapterFile],
     method: str,
     *,
     params: Mapping[str, Any] | None = None,
@@ -41,10 +55,12 @@ def merge(
     """Merge K adapters of one base model into one.
 
     Args:
-        adapters: At least one; names differ, shapes of shared modules agree, ranks may differ.
+        adapters: At least one; names differ, shapes of shared modules agree, ranks may differ. Open
+            files are read one module and task at a time.
         method: A name in `METHODS`.
         params: The method's parameters by name; see `icm-ray methods --json`.
-        evidence: What methods that need data were given; None for data-free methods.
+        evidence: What the method is told of models and data: a path, or tensors by name as
+            docs/evidence.md lays them out; None for data-free methods.
         output_rank: An int, "exact", "energy:0.99", "serving:64", or None for the method's own
             default (exact for every linear method, the largest input rank for `svd`).
         seed: Keys every random draw, together with task and module.
@@ -59,8 +75,13 @@ def merge(
     """
     order = plan_merge(adapters, method, params, evidence, output_rank, seed)
     by_name = {adapter.name: adapter for adapter in adapters}
-    merged = merge_modules(order, order.present, lambda task, m: by_name[task].modules[m])
-    return assemble(order, merged, adapters)
+
+    def read(task: str, module: str) -> LoRAFactors:
+        one = by_name[task]
+        return one.factors(module) if isinstance(one, AdapterFile) else one.modules[module]
+
+    order = with_statistics(order, read)
+    return assemble(order, merge_modules(order, order.present, read), adapters)
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,8 @@ class MergeOrder:
         present: For each module, sorted, the tasks that have it, sorted.
         tasks: All task names, sorted.
         seed: Seed of the merge.
+        evidence: What the method is told, opened and checked.
+        statistics: What the passes over all modules concluded so far.
     """
 
     method: str
@@ -84,6 +107,8 @@ class MergeOrder:
     present: Mapping[str, tuple[str, ...]]
     tasks: tuple[str, ...]
     seed: int
+    evidence: Given | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def find_method(name: str) -> Method:
@@ -103,13 +128,16 @@ def plan_merge(
     evidence: object | None,
     output_rank: RankPolicy,
     seed: int,
+    *,
+    is_gathered_later: bool = False,
 ) -> MergeOrder:
-    """Check everything a merge needs before any arithmetic; `adapters` may be open files."""
+    """Check everything a merge needs before any arithmetic; `adapters` may be open files.
+
+    With `is_gathered_later`, evidence that the method needs may still be missing.
+    """
     row = find_method(method)
     if not adapters:
         raise InputError("adapters: none given but at least one is expected.")
-    if evidence is not None and row.needs is None:
-        raise RecipeError(f"evidence: given but method {method!r} uses none. Leave it out.")
     bound = row.bind(params, [adapter.name for adapter in adapters])
     check_together(adapters, values=False)  # its warnings about values are `plan`'s to show
     largest = max(adapter.max_rank for adapter in adapters)
@@ -118,7 +146,52 @@ def plan_merge(
     by_name = {adapter.name: adapter for adapter in adapters}
     modules = sorted({module for adapter in adapters for module in adapter.modules})
     present = {m: tuple(t for t in tasks if m in by_name[t].modules) for m in modules}
-    return MergeOrder(method, bound, rule, output_rank, present, tasks, seed)
+    if evidence is not None and not row.takes:
+        raise RecipeError(f"evidence: given but method {row.name!r} uses none. Leave it out.")
+    told = given(evidence)
+    if told or not is_gathered_later:
+        _check_evidence(row, told, present, adapters)
+    return MergeOrder(method, bound, rule, output_rank, present, tasks, seed, told)
+
+
+def _check_evidence(
+    row: Method,
+    told: Given | None,
+    present: Mapping[str, tuple[str, ...]],
+    adapters: Sequence[Any],
+) -> None:
+    """Refuse evidence that is missing, useless to the method, incomplete, or of other adapters."""
+    if told is None:
+        if row.needs:
+            raise RecipeError(
+                f"evidence: none but method {row.name!r} needs {row.needs}. Gather it with "
+                "jobs.evidence, or name base and data in a recipe of jobs.merge."
+            )
+        return
+    problems = [
+        f"evidence: of another adapter than {a.name!r} given here. Gather it again."
+        for a in adapters
+        if told.adapters and told.adapters.get(a.name) != _fingerprint(a)
+    ]
+    used = 0
+    for kind in row.takes:
+        found = {m: told.keys(m, kind, tasks) for m, tasks in present.items()}
+        used += sum(map(len, found.values()))
+        for module, tasks in present.items():
+            expected = len(tasks) if kind.endswith(TASK) else 1
+            some_lack = any(found.values()) and not row.needs
+            if len(found[module]) < expected and (found[module] or some_lack):
+                problems.append(
+                    f"evidence: {module}.{kind}: {len(found[module])} of {expected} tensors. "
+                    "Give one for each task, or none."
+                )
+    if not used:
+        problems.append(
+            f"evidence: no tensor of use to {row.name!r} but names such as "
+            f"{next(iter(present))}.{next(iter(row.takes))} are expected. See docs/evidence.md."
+        )
+    if problems:
+        raise InputError(problems)
 
 
 def merge_modules(
@@ -130,24 +203,27 @@ def merge_modules(
 
 
 def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedModule:
-    tasks = order.present[module]
-    factors = [read(task, module) for task in tasks]
-    context = ModuleContext(module, tasks, order.tasks, order.seed)
-    norms = {t: lowrank.norm(f.b, f.a) for t, f in zip(tasks, factors, strict=True)}
-    result = METHODS[order.method].function(factors, context=context, **order.params)
-    del factors  # hundreds of adapters weigh more than the cut needs
-    done = cut(result, order.rule)
+    factors, context, extra = inputs_of(order, module, read)
+    result = METHODS[order.method].function(factors, context=context, **extra, **order.params)
+    of_tasks = result.tasks if isinstance(result, PerTask) else {}
+    done = cut(result.unified if isinstance(result, PerTask) else result, order.rule)
+    of_tasks = {task: cut(one, order.rule) for task, one in of_tasks.items()}
+    for task in set(context.tasks) - set(factors.norms):  # a weight of zero: never asked for
+        _ = factors[context.tasks.index(task)]
     report = ModuleReport(
         rank=done.factors.rank,
         exact_rank=done.exact_rank,
-        input_norms=norms,
+        input_norms={task: factors.norms[task] for task in context.tasks},
         output_norm=lowrank.norm(done.factors.b, done.factors.a),
         retained_energy=done.retained_energy,
         truncation_error=max(1.0 - done.retained_energy, 0.0) ** 0.5,
-        absent=tuple(task for task in order.tasks if task not in tasks),
+        absent=tuple(task for task in order.tasks if task not in context.tasks),
+        cut=done.route,
     )
     _refuse_not_finite(order, module, report.output_norm)
-    return done.factors, report
+    tasks = {task: one.factors for task, one in of_tasks.items()}
+    energies = {task: one.retained_energy for task, one in of_tasks.items()}
+    return MergedModule(done.factors, replace(report, task_energy=energies), tasks)
 
 
 def _refuse_not_finite(order: MergeOrder, module: str, norm: float) -> None:
@@ -164,19 +240,6 @@ def assemble(
 ) -> MergeResult:
     """Put merged modules together; `adapters` (loaded or open) give names, dtype and config."""
     inputs = sorted(adapters, key=lambda adapter: adapter.name)
-    dtypes = {adapter.dtype for adapter in inputs}
-    modules = {module: merged[module][0] for module in order.present}
-    layouts = {m: kind for adapter in inputs for m, kind in adapter.layouts.items()}
-    name = f"{order.method}-of-{len(inputs)}"
-    adapter = Adapter(
-        name=name,
-        base_model=next((a.base_model for a in inputs if a.base_model), None),
-        modules=modules,
-        config=merged_config([a.config for a in inputs]),
-        fingerprint=fingerprint_of(modules),
-        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
-        layouts=layouts,
-    )
     report = MergeReport(
         method=order.method,
         formula=METHODS[order.method].formula,
@@ -184,9 +247,46 @@ def assemble(
         seed=order.seed,
         output_rank=order.output_rank,
         inputs={a.name: _fingerprint(a) for a in inputs},
-        modules={module: merged[module][1] for module in order.present},
+        modules={module: merged[module].report for module in order.present},
+        evidence=order.evidence.identity if order.evidence else None,
+        per_task=_kept_of_tasks(merged),
     )
-    return MergeResult(adapter, {}, report)
+    together = {module: merged[module].factors for module in order.present}
+    adapter = _adapter(f"{order.method}-of-{len(inputs)}", together, inputs)
+    per_task = {
+        task: _adapter(
+            task, {m: one.tasks[task] for m, one in merged.items() if task in one.tasks}, inputs
+        )
+        for task in report.per_task
+    }
+    return MergeResult(adapter, per_task, report)
+
+
+def _adapter(name: str, modules: Mapping[str, LoRAFactors], inputs: Sequence[Any]) -> Adapter:
+    dtypes = {adapter.dtype for adapter in inputs}
+    layouts = {m: kind for adapter in inputs for m, kind in adapter.layouts.items()}
+    return Adapter(
+        name=name,
+        base_model=next((a.base_model for a in inputs if a.base_model), None),
+        modules=modules,
+        config=merged_config([a.config for a in inputs]),
+        fingerprint=fingerprint_of(modules),
+        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        layouts={m: kind for m, kind in layouts.items() if m in modules},
+    )
+
+
+def _kept_of_tasks(merged: Mapping[str, MergedModule]) -> dict[str, float]:
+    """Return the share of each task's own change that the cut kept, over all its modules."""
+    kept: dict[str, float] = {}
+    before: dict[str, float] = {}
+    for _, one in sorted(merged.items()):
+        for task, factors in sorted(one.tasks.items()):
+            square = lowrank.norm(factors.b, factors.a) ** 2
+            share = one.report.task_energy[task]
+            kept[task] = kept.get(task, 0.0) + square
+            before[task] = before.get(task, 0.0) + (square / share if share else 0.0)
+    return {task: kept[task] / before[task] if before[task] else 1.0 for task in sorted(kept)}
 
 
 def merged_config(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

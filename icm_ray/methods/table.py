@@ -8,11 +8,34 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 
 from icm_ray.errors import RecipeError, did_you_mean
 
 PASSED_IN = ("context", "evidence")
 """Keyword arguments the merge provides; every other one is a parameter users set."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One look at every module before the merge, for what a method must know of the whole adapter.
+
+    Attributes:
+        measure: `(factors, *, context, evidence?, **params)` returning tensors by name, which are
+            added up over all modules: whole numbers wherever they meet, floats in the order of the
+            modules' names, so that any split over workers gives the same sums.
+        conclude: `(total, *, tasks, statistics, **params)` returning what joins
+            `context.statistics`, for the next pass and for the method itself; `total` has the sums,
+            `tasks` all names in order, `statistics` what earlier passes concluded.
+    """
+
+    measure: Callable[..., Mapping[str, Tensor]]
+    conclude: Callable[..., Mapping[str, Tensor]]
+
+
+def no_passes(**_params: Any) -> tuple[Pass, ...]:
+    """Say that a method needs to know nothing beyond the module it is given."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -29,6 +52,9 @@ class Method:
         cost: Dominant arithmetic; R is the sum of ranks.
         scope: "module" or "adapter".
         needs: Name of the evidence type it needs, or None.
+        takes: Named tensors it can be given as evidence, each with its shape and meaning; a name
+            with `<task>` stands for one tensor a task.
+        passes: Says, from the parameters, which passes over all modules come before the merge.
         default_rank: "exact" or "largest input": what `output_rank=None` means.
         exempt: Contract properties that do not hold, each with the reason.
     """
@@ -41,6 +67,8 @@ class Method:
     cost: str
     scope: Literal["module", "adapter"] = "module"
     needs: str | None = None
+    takes: Mapping[str, str] = field(default_factory=dict)
+    passes: Callable[..., tuple[Pass, ...]] = no_passes
     default_rank: Literal["exact", "largest input"] = "exact"
     exempt: Mapping[str, str] = field(default_factory=dict)
 
@@ -110,6 +138,7 @@ class Method:
             "cost": self.cost,
             "scope": self.scope,
             "evidence": self.needs,
+            "tensors": dict(self.takes),
             "default_rank": self.default_rank,
             "parameters": parameters,
             "presets": {name: {"preset": name} for name in presets},

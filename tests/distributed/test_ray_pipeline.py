@@ -75,11 +75,12 @@ def test_results_say_what_was_made(out):
 
 
 def test_the_test_split_scored_the_default_and_what_was_chosen_alone(out):
-    # The default is so large that any point of the grid is better.
+    # The default is so large that any point of the grid is better; the others leave no folder.
     merged = {
         path.parent.name for path in (out / "merged" / SET).glob("task_arithmetic/*/README.md")
     }
-    assert merged == {"default", "scale=0.3", "scale=0.6"}
+    assert "default" in merged
+    assert merged - {"default"} in ({"scale=0.3"}, {"scale=0.6"})
     references = 1 + len(RECIPE["tasks"])  # the base, and each task's expert
     scored = {
         split: len(list((out / "scores" / f"{SET}-{split}").iterdir()))

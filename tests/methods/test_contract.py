@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import icm_ray
 from icm_ray import METHODS, RecipeError
 from icm_ray.methods.merge import assemble, merge_modules, plan_merge
+from icm_ray.methods.passes import concluded, measure_modules, passes_of
 from icm_ray.types import Adapter, LoRAFactors, MergeResult
 
 # Parameters that leave a single adapter as it is, and that every property is tested with. Names
@@ -217,10 +218,18 @@ def test_any_split_over_workers_gives_the_same_bits(abc, method: str, params: di
     by_name = {adapter.name: adapter for adapter in abc}
     whole = icm_ray.merge(abc, method, params=chosen, output_rank=rank, seed=3)
     for parts in splits(list(order.present)):
+
+        def read(task: str, module: str) -> LoRAFactors:
+            return by_name[task].modules[module]
+
+        told = order
+        for number in range(len(passes_of(order))):
+            measured = [measure_modules(told, number, part, read) for part in parts]
+            told = concluded(told, number, measured)
         merged: dict[str, Any] = {}
         for part in parts:
-            merged |= merge_modules(order, part, lambda task, m: by_name[task].modules[m])
-        again = assemble(order, merged, abc)
+            merged |= merge_modules(told, part, read)
+        again = assemble(told, merged, abc)
         assert same_bits(again, whole)
         assert again.report == whole.report
 

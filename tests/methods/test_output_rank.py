@@ -9,7 +9,7 @@ import icm_ray
 from icm_ray import RecipeError
 from icm_ray.linalg.lowrank import norm
 from icm_ray.methods.cut import SERVING_RANKS, RankRule, cut, serving_rank
-from icm_ray.types import LoRAFactors, MergeReport, ModuleReport
+from icm_ray.types import Delta, LoRAFactors, MergeReport, ModuleReport
 
 SHAPES = {"m": (20, 30), "n": (9, 12)}
 
@@ -98,7 +98,7 @@ def test_cut_never_exceeds_the_policy_and_is_exact_where_it_fits(d_out, d_in, ra
     assert done.factors.rank <= limit
     if rank <= limit:
         assert done.factors is factors
-    again = cut(factors.delta(), RankRule("at most", limit))  # the same from a dense result
+    again = cut(Delta.of(factors.delta()), RankRule("at most", limit))  # the same from a dense result
     torch.testing.assert_close(again.factors.delta(), done.factors.delta(), rtol=1e-4, atol=1e-4)
     assert again.factors.rank <= min(limit, d_out, d_in)
 

@@ -1,0 +1,261 @@
+"""The rows of a results table: merged in parallel, tuned on validation data, then scored once.
+
+A point of a grid is merged inside the actor that scores it; only default settings and what was
+chosen become folders.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+
+from icm_ray.adapters import AdapterFile, open_all
+from icm_ray.config import MethodRow, PipelineRecipe
+from icm_ray.distributed.actors import AdapterSource, MergeSource
+from icm_ray.distributed.cluster import MAX_RETRIES, request, run_bounded, worker_count
+from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
+from icm_ray.distributed.shared_base import SharedBase
+from icm_ray.evaluation.experts import Expert
+from icm_ray.evaluation.scoring import TaskData, TaskScore, standing, values
+from icm_ray.files import is_done, sha256_of
+from icm_ray.methods.given import given
+from icm_ray.methods.merge import find_method, merge
+from icm_ray.output import PER_TASK, MergedFolder, read_merged, write_merged
+from icm_ray.suites import Suite
+
+BATCH = 64
+DEFAULT = "default"
+OF_TASKS = "-per-task"
+"""Added to a row's name where each task is scored with its own adapter, not the common one."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of a row's parameters.
+
+    Attributes:
+        row: The table's row.
+        params: Parameters of this setting.
+        name: "default", or the grid point such as "scale=0.3".
+    """
+
+    row: MethodRow
+    params: Mapping[str, Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class SetResults:
+    """All that was measured with one set of experts.
+
+    Attributes:
+        label: The set, for example "shared-seed0".
+        experts: Experts by task.
+        grams: Folder of Gram statistics, if a row needs them.
+        merged: Merged folders by (row, variant): default settings and chosen ones.
+        chosen: By row that has a grid: the variant that was best on validation data.
+        scores: By (row or reference, variant, split): scores by task.
+    """
+
+    label: str
+    experts: Mapping[str, Expert]
+    grams: Path | None = None
+    merged: dict[tuple[str, str], MergedFolder] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
+    scores: dict[tuple[str, str, str], dict[str, TaskScore]] = field(default_factory=dict)
+
+    def files(self) -> list[AdapterFile]:
+        """Return the experts' adapters, opened and checked."""
+        return open_all([(task, expert.adapter) for task, expert in self.experts.items()])
+
+    def evidence(self, row: MethodRow) -> Path | None:
+        """Return the evidence a row's method needs."""
+        return self.grams if find_method(row.method).needs else None
+
+
+def variants(row: MethodRow) -> Iterator[Variant]:
+    """Yield a row's default setting and every point of its grid."""
+    yield Variant(row, row.params, DEFAULT)
+    for point in product(*row.grid.values()) if row.grid else ():
+        settings = dict(zip(row.grid, point, strict=True))
+        name = ",".join(f"{key}={value:g}" for key, value in settings.items())
+        yield Variant(row, {**row.params, **settings}, name)
+
+
+def merge_rows(
+    recipe: PipelineRecipe,
+    sets: Sequence[SetResults],
+    which: Literal["default", "chosen"],
+    root: Path,
+) -> None:
+    """Merge every row of every set into a folder, each in one task; what is there is kept.
+
+    Written, reloaded with PEFT and compared before it counts.
+    """
+    from ray.experimental import tqdm_ray
+
+    calls: dict[tuple[int, str, str], Any] = {}
+    folders: dict[tuple[int, str, str], Path] = {}
+    for index, one in enumerate(sets):
+        files = one.files()
+        for row in recipe.methods:
+            wanted = DEFAULT if which == "default" else one.chosen.get(row.name)
+            for variant in (v for v in variants(row) if v.name == wanted):
+                key = (index, row.name, variant.name)
+                folders[key] = root / "merged" / one.label / row.name / variant.name
+                order = order_of(variant, one.evidence(row), recipe.seed)
+                mark = sha256_of([_plain(order), {f.name: f.fingerprint() for f in files}])
+                if not is_done(folders[key], mark):
+                    calls[key] = _call(recipe, files, order, folders[key], mark)
+    if calls:
+        bar = tqdm_ray.tqdm(total=len(calls), desc="merge")
+        slots = [None] * worker_count(recipe.resources, len(calls))
+        run_bounded(
+            slots,
+            calls,
+            timeout=recipe.resources.timeout_seconds,
+            done=lambda _key, _done: bar.update(1),
+        )
+        bar.close()
+    for (index, row, variant), folder in folders.items():
+        sets[index].merged[row, variant] = read_merged(folder)
+
+
+def order_of(variant: Variant, evidence: Path | None, seed: int) -> dict[str, Any]:
+    """Return what `merge` is called with."""
+    return {
+        "method": variant.row.method,
+        "params": dict(variant.params),
+        "evidence": evidence,
+        "output_rank": variant.row.rank,
+        "seed": seed,
+    }
+
+
+def _plain(order: Mapping[str, Any]) -> dict[str, Any]:
+    told = given(order["evidence"])
+    return {**order, "evidence": told.identity if told else None}
+
+
+def _call(
+    recipe: PipelineRecipe, files: list[AdapterFile], order: dict[str, Any], folder: Path, key: str
+) -> Any:
+    remote = _merge_to_folder.options(**request(recipe.resources))
+    return lambda _slot: remote.remote(files, order, folder, key)
+
+
+@ray.remote(max_retries=MAX_RETRIES)
+def _merge_to_folder(
+    files: list[AdapterFile], order: dict[str, Any], folder: Path, key: str
+) -> None:
+    started = time.monotonic()
+    result = merge(files, **order)
+    seconds = time.monotonic() - started
+    paths = {file.name: str(file.path) for file in files}
+    write_merged(result, folder, key=key, inputs=paths, seconds=seconds, evidence=order["evidence"])
+
+
+def choose(
+    recipe: PipelineRecipe,
+    suite: Suite,
+    one: SetResults,
+    shared: SharedBase,
+    actors: Sequence[Any],
+    root: Path,
+) -> None:
+    """Score every grid on validation data and note the best setting of each row."""
+    files = one.files()
+    tuned = [row for row in recipe.methods if row.grid]
+    items, labels = [], {}
+    for row in tuned:
+        for variant in variants(row):
+            source = MergeSource.of(files, order_of(variant, one.evidence(row), recipe.seed))
+            labels[row.name, variant.name] = f"{row.name}/{variant.name}"
+            items.append(ScoreItem(labels[row.name, variant.name], source, tuple(one.experts)))
+    found = _scored(recipe, suite, one, shared, actors, root, "validation", items)
+    for (row, variant), label in labels.items():
+        one.scores[row, variant, "validation"] = found[label]
+    for row in tuned:
+        one.chosen[row.name] = _best(one, row)
+
+
+def score_test(
+    recipe: PipelineRecipe,
+    suite: Suite,
+    one: SetResults,
+    shared: SharedBase,
+    actors: Sequence[Any],
+    root: Path,
+) -> None:
+    """Score defaults and what was chosen on test data, per-task adapters under their own name."""
+    tasks = tuple(one.experts)
+    items = []
+    for (row, variant), merged in one.merged.items():
+        source = AdapterSource(merged.folder.name, str(merged.folder), merged.fingerprint)
+        items.append(ScoreItem(f"{row}/{variant}", source, tasks))
+        for task, told in merged.report.get("per_task", {}).items():
+            folder = merged.folder / PER_TASK / task
+            own = AdapterSource(task, str(folder), told["fingerprint"])
+            items.append(ScoreItem(f"{row}/{variant}/{task}", own, (task,)))
+    found = _scored(recipe, suite, one, shared, actors, root, "test", items)
+    for (row, variant), merged in one.merged.items():
+        one.scores[row, variant, "test"] = found[f"{row}/{variant}"]
+        if merged.report.get("per_task"):
+            of_tasks = {t: found[f"{row}/{variant}/{t}"][t] for t in merged.report["per_task"]}
+            one.scores[f"{row}{OF_TASKS}", variant, "test"] = of_tasks
+
+
+def _scored(
+    recipe: PipelineRecipe,
+    suite: Suite,
+    one: SetResults,
+    shared: SharedBase,
+    actors: Sequence[Any],
+    root: Path,
+    split: str,
+    items: Sequence[ScoreItem],
+) -> dict[str, dict[str, TaskScore]]:
+    """Score items and the references beside them on one split."""
+    tasks = tuple(one.experts)
+    own = [AdapterSource.of(file) for file in one.files()]
+    references = [ScoreItem("base", None, tasks)]
+    references += [ScoreItem(f"expert {s.name}", s, (s.name,)) for s in own]
+    found = score_on_ray(
+        actors,
+        [*references, *items],
+        task_data(suite, one.experts, split, getattr(recipe.sizes, split)),
+        root / "scores" / f"{one.label}-{split}",
+        base=shared.fingerprint,
+        batch=BATCH,
+        timeout=recipe.resources.timeout_seconds,
+    )
+    one.scores["base", DEFAULT, split] = found["base"]
+    one.scores["expert", DEFAULT, split] = {t: found[f"expert {t}"][t] for t in tasks}
+    return found
+
+
+def task_data(
+    suite: Suite, experts: Mapping[str, Expert], split: str, limit: int
+) -> dict[str, TaskData]:
+    """Return each task's examples of a split with its expert's head."""
+    return {
+        task: TaskData(suite.tasks[task], suite.load(task, split, limit), expert.head())
+        for task, expert in experts.items()
+    }
+
+
+def _best(one: SetResults, row: MethodRow) -> str:
+    """Return the row's variant with the best mean normalised score on validation data."""
+    expert = values(one.scores["expert", DEFAULT, "validation"])
+    base = values(one.scores["base", DEFAULT, "validation"])
+    means = {
+        v.name: standing(values(one.scores[row.name, v.name, "validation"]), expert, base).mean
+        for v in variants(row)
+    }
+    # NaN: an expert scored nothing, so nothing can be compared with it.
+    return max(means, key=lambda v: -math.inf if math.isnan(means[v]) else means[v])
