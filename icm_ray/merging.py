@@ -8,12 +8,11 @@ import torch
 
 from icm_ray.adapters import AdapterFile, check_base, open_all
 from icm_ray.config import MergeRecipe
-from icm_ray.errors import RecipeError
 from icm_ray.files import refuse_foreign, sha256_of
 from icm_ray.methods.given import given
-from icm_ray.methods.merge import find_method, plan_merge
+from icm_ray.methods.merge import plan_merge
 from icm_ray.output import write_merged
-from icm_ray.planning import warn, warnings_of
+from icm_ray.planning import check_sources, warn, warnings_of
 from icm_ray.suites import prepare_base
 from icm_ray.types import MergeResult
 
@@ -40,7 +39,7 @@ def merge_recipe(
         InputError: adapters are broken, do not fit together or do not fit the base.
     """
     refuse_foreign(target)
-    _check_sources(recipe, gatherer)
+    check_sources(recipe, can_gather=gatherer is not None)
     refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     files = open_all(refs, recipe.modules_to_save)
     evidence = Path(recipe.evidence) if recipe.evidence else None
@@ -83,27 +82,3 @@ def merge_recipe(
         "kept, verified"
     )
     return {"outputs": {"adapter": str(target)}, "checks": checks}
-
-
-def _check_sources(recipe: MergeRecipe, gatherer: Gatherer | None) -> None:
-    """Refuse a recipe whose evidence is missing, doubled, useless or cannot be gathered here."""
-    needs = find_method(recipe.method).needs
-    problems = []
-    if recipe.data is not None and needs is None:
-        problems.append(f"data: method {recipe.method!r} gathers none. Leave it out.")
-    elif recipe.data is not None and recipe.evidence is not None:
-        problems.append("data, evidence: both named but one is expected. Leave one out.")
-    elif recipe.data is not None and not recipe.base:
-        problems.append("base: missing but data are run through it. Name the adapters' base.")
-    elif recipe.data is not None and gatherer is None:
-        problems.append(
-            "data: gathered by running the base on Ray, which this command does not. Run "
-            "python -m jobs.merge with the same recipe, or name evidence that is ready."
-        )
-    elif needs and recipe.data is None and recipe.evidence is None:
-        problems.append(
-            f"evidence: missing but method {recipe.method!r} needs {needs}. Name base and data, or "
-            "a folder written by jobs.evidence."
-        )
-    if problems:
-        raise RecipeError(problems)

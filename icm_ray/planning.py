@@ -7,15 +7,18 @@ from typing import Any
 
 from icm_ray.adapters import AdapterFile, check_together, open_all
 from icm_ray.config import MergeRecipe
-from icm_ray.errors import one_line
+from icm_ray.errors import RecipeError, one_line
 from icm_ray.linalg import lowrank
 from icm_ray.methods.cut import serving_rank
 from icm_ray.methods.merge import MergeOrder, find_method, plan_merge
+from icm_ray.methods.passes import passes_of
 from icm_ray.output import dtype_name
 
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 FLOPS_PER_SECOND = 1e10
 """One laptop core, including the traffic that small matrices cause; a plan is an estimate."""
+VISIT = 40.0
+"""What visiting one entry of one task costs beside its product, in the same unit."""
 PROCESS_BYTES = 350_000_000
 """A worker that has imported torch, before it holds any adapter."""
 
@@ -86,9 +89,16 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
     """
     refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     find_method(recipe.method)
+    check_sources(recipe, can_gather=True)
     files = open_all(refs, recipe.modules_to_save)
     order = plan_merge(
-        files, recipe.method, recipe.params, recipe.evidence, recipe.output.rank, recipe.seed
+        files,
+        recipe.method,
+        recipe.params,
+        recipe.evidence,
+        recipe.output.rank,
+        recipe.seed,
+        is_gathered_later=True,
     )
     warnings = warnings_of(files)
     ranks, stacked, flops, largest = _sizes(order, files)
@@ -111,7 +121,7 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
         "time": f"about {flops / FLOPS_PER_SECOND:.1f} s of one core, plus 10 s to start Ray",
         "cluster": f"workers: {workers}; CPUs {recipe.resources.cpus_per_worker:g} and GPUs "
         f"{recipe.resources.gpus_per_worker:g} each",
-        "data needed": find_method(recipe.method).needs or "none",
+        "data needed": _data_needed(recipe),
     }
     return {
         "summary": summary,
@@ -125,20 +135,65 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
     }
 
 
+def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
+    """Refuse a recipe whose evidence is missing, doubled, useless or cannot be gathered here.
+
+    Raises:
+        RecipeError: every such problem.
+    """
+    needs = find_method(recipe.method).needs
+    problems = []
+    if recipe.data is not None and needs is None:
+        problems.append(f"data: method {recipe.method!r} gathers none. Leave it out.")
+    elif recipe.data is not None and recipe.evidence is not None:
+        problems.append("data, evidence: both named but one is expected. Leave one out.")
+    elif recipe.data is not None and not recipe.base:
+        problems.append("base: missing but data are run through it. Name the adapters' base.")
+    elif recipe.data is not None and not can_gather:
+        problems.append(
+            "data: gathered by running the base on Ray, which this command does not. Run "
+            "python -m jobs.merge with the same recipe, or name evidence that is ready."
+        )
+    elif needs and recipe.data is None and recipe.evidence is None:
+        problems.append(
+            f"evidence: missing but method {recipe.method!r} needs {needs}. Name base and data, or "
+            "a folder written by jobs.evidence."
+        )
+    if problems:
+        raise RecipeError(problems)
+
+
+def _data_needed(recipe: MergeRecipe) -> str:
+    needs = find_method(recipe.method).needs
+    if needs is None:
+        return "none"
+    if recipe.evidence:
+        return f"{needs}, ready in {recipe.evidence}"
+    inputs = recipe.data.inputs_per_task if recipe.data else 0
+    return f"{needs}, gathered from {inputs} unlabelled inputs a task on Ray"
+
+
 def _sizes(
     order: MergeOrder, files: Sequence[AdapterFile]
 ) -> tuple[dict[str, int], dict[str, int], float, int]:
     """Return output ranks, exact ranks, flops and the largest module's bytes."""
     shapes = {file.name: file.shapes for file in files}
     ranks, stacked, flops, largest = {}, {}, 0.0, 0
+    row = find_method(order.method)
     for module, tasks in order.present.items():
         d_out, d_in, _ = shapes[tasks[0]][module]
         total = sum(shapes[task][module][2] for task in tasks)
-        stacked[module] = min(total, d_out, d_in)
+        stacked[module] = min(d_out, d_in) if row.is_dense else min(total, d_out, d_in)
         limit = int(order.rule.number) if order.rule.kind == "at most" else stacked[module]
         ranks[module] = min(limit, stacked[module])
-        flops += 6.0 * total * total * (d_out + d_in) + 20.0 * total**3
-        largest = max(largest, 20 * total * (d_out + d_in))
+        if row.is_dense:
+            looks = len(passes_of(order)) + 1
+            flops += looks * d_out * d_in * (2.0 * total + VISIT * len(tasks))
+            flops += 100.0 * d_out * d_in * ranks[module]  # the randomised cut
+            largest = max(largest, 8 * (total * (d_out + d_in) + d_out * d_in))
+        else:
+            flops += 6.0 * total * total * (d_out + d_in) + 20.0 * total**3
+            largest = max(largest, 20 * total * (d_out + d_in))
     return ranks, stacked, flops, largest
 
 

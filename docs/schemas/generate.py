@@ -34,6 +34,17 @@ class ModuleEntry(Strict):
     retained_energy: float = Field(ge=0, le=1, description="Share of the squared norm kept.")
     truncation_error: float = Field(ge=0, le=1, description="sqrt(1 - retained_energy)")
     absent: list[str] = Field(description="Tasks without this module; they count as no change.")
+    cut: Literal["none", "exact", "randomised"] = Field(description="How the rank was reached.")
+    task_energy: dict[str, float] = Field(
+        description="What the cut kept of each task's own change, for methods that make them."
+    )
+
+
+class TaskEntry(Strict):
+    """One task's own adapter in `per_task/`."""
+
+    fingerprint: str = Digest
+    retained_energy: float = Field(ge=0, le=1, description="Share of the squared norm kept.")
 
 
 class MergeReportFile(Strict):
@@ -47,6 +58,9 @@ class MergeReportFile(Strict):
     inputs: dict[str, str] = Field(description="sha256 of each adapter's factors, by task.")
     modules: dict[str, ModuleEntry] = Field(description="By the module's path in the base.")
     evidence: str | None = Field(description="sha256 of the evidence; null without any.")
+    per_task: dict[str, TaskEntry] = Field(
+        description="Adapters in per_task/<task>/; empty for methods that make one for all."
+    )
     retained_energy: float = Field(ge=0, le=1, description="Over all modules together.")
     fingerprint: str = Digest
     dtype: Literal["float64", "float32", "float16", "bfloat16"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icm_ray.errors import RecipeError, did_you_mean
 
+Family = Literal["sums", "signs and sparsity", "subspaces", "factors", "learned"]
 PASSED_IN = ("context", "evidence")
 """Keyword arguments the merge provides; every other one is a parameter users set."""
 
@@ -56,6 +57,9 @@ class Method:
             with `<task>` stands for one tensor a task.
         passes: Says, from the parameters, which passes over all modules come before the merge.
         default_rank: "exact" or "largest input": what `output_rank=None` means.
+        family: Where it stands in a list of methods.
+        is_dense: The result is of full rank: deltas are visited entry by entry, in blocks, and a
+            cut to a LoRA always loses some of it.
         exempt: Contract properties that do not hold, each with the reason.
     """
 
@@ -70,6 +74,8 @@ class Method:
     takes: Mapping[str, str] = field(default_factory=dict)
     passes: Callable[..., tuple[Pass, ...]] = no_passes
     default_rank: Literal["exact", "largest input"] = "exact"
+    family: Family = "sums"
+    is_dense: bool = False
     exempt: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -140,6 +146,8 @@ class Method:
             "evidence": self.needs,
             "tensors": dict(self.takes),
             "default_rank": self.default_rank,
+            "family": self.family,
+            "is_dense": self.is_dense,
             "parameters": parameters,
             "presets": {name: {"preset": name} for name in presets},
             "exempt": dict(self.exempt),
