@@ -27,18 +27,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": BASICS | {"linalg", "adapters", "evidence", "suites"},
     "finetuning": BASICS | {"config", "evaluation", "evidence", "suites"},
     "report": BASICS,
-    "output": BASICS | {"adapters", "linalg", "methods", "report"},
+    "learning": BASICS | {"adapters", "evaluation", "evidence", "linalg", "methods"},
+    "output": BASICS | {"adapters", "methods", "report"},
+    "reproduction": BASICS | {"adapters", "linalg", "methods", "output", "report"},
+    "importing": BASICS | {"config", "methods", "recipe_files"},
     "planning": BASICS | {"adapters", "config", "linalg", "methods", "output"},
     "recipe_files": {"config", "errors"},
     "storage": {"config", "errors", "files", "suites"},
     "command": {"config", "errors", "files", "recipe_files", "storage"},
     "merging": BASICS | {"adapters", "config", "methods", "output", "planning", "suites"},
     "distributed": BASICS
-    | {"adapters", "config", "evaluation", "evidence", "finetuning", "linalg", "methods"}
-    | {"merging", "output", "planning", "report", "suites"},
+    | {"adapters", "config", "evaluation", "evidence", "finetuning", "learning", "linalg"}
+    | {"methods", "merging", "output", "planning", "report", "suites"},
     "cli": BASICS
-    | {"adapters", "command", "config", "merging", "methods", "output", "planning"}
-    | {"recipe_files", "suites"},
+    | {"adapters", "command", "config", "importing", "merging", "methods", "planning"}
+    | {"recipe_files", "report", "reproduction", "suites"},
     "__init__": {"adapters", "errors", "methods", "types"},
     "__main__": {"cli"},
     "jobs": {"command", "config", "distributed", "errors", "suites"},

@@ -91,6 +91,8 @@ class _Sums:
         self.last: tuple[Tensor, str] | None = None
 
     def hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Return a hook that adds a module's input, or notes whose Gram it shares."""
+
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             if self.last is not None and self.last[0] is x:

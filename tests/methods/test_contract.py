@@ -15,6 +15,7 @@ import icm_ray
 from icm_ray import METHODS, RecipeError
 from icm_ray.methods.merge import assemble, merge_modules, plan_merge
 from icm_ray.methods.passes import concluded, measure_modules, passes_of
+from icm_ray.seeding import generator
 from icm_ray.types import Adapter, LoRAFactors, MergeResult
 
 # Parameters that leave a single adapter as it is, and that every property is tested with. Names
@@ -23,6 +24,9 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "soup": [{}, {"space": "factors"}],
     "linear": [{}, {"preset": "nsc"}],
     "negate_add": [{"target": "a", "a": "a", "b": "a"}],
+    "svd_latent": [{}, {"space": "delta"}],
+    "lora_lego": [{}, {"preset": "nsc"}],
+    "fr_merging": [{}, {"align": False}],
 }
 # Roles of three adapters where the parameters above name only one.
 OF_THREE: dict[str, dict[str, Any]] = {"negate_add": {"target": "b", "a": "a", "b": "c"}}
@@ -31,6 +35,26 @@ GAUGE_FREE = {"soup": [{}]}  # its space="factors" depends on the split, by defi
 
 ROWS = [(name, params) for name in METHODS for params in PARAMS.get(name, [{}])]
 EXEMPTIONS = ("identity", "homogeneity", "scaling")
+
+
+def merge(adapters: Sequence[Adapter], method: str, **order: Any) -> MergeResult:
+    """Merge as a user would, with evidence where the method needs it."""
+    return icm_ray.merge(adapters, method, evidence=evidence_for(adapters, method), **order)
+
+
+def evidence_for(adapters: Sequence[Adapter], method: str) -> dict[str, torch.Tensor] | None:
+    """Return what the method needs: a Gram of each task's inputs for every module."""
+    if METHODS[method].needs is None:
+        return None
+    assert METHODS[method].needs == "GramStatistics"
+    widths = {m: f.shape[1] for adapter in adapters for m, f in adapter.modules.items()}
+    grams = {}
+    for adapter in adapters:
+        for module, d_in in widths.items():
+            draw = generator("gram", adapter.name, module)
+            x = torch.randn(3 * d_in, d_in, generator=draw, dtype=torch.float64)
+            grams[f"{module}.gram.{adapter.name}"] = (x.T @ x / (3 * d_in)).float()
+    return grams
 
 
 def each_row() -> pytest.MarkDecorator:
@@ -94,14 +118,14 @@ def test_one_adapter_gives_itself_back(
         return
     shapes = {"m": (d_out, d_in), "n": (d_in, d_out)}
     one = make_adapter("a", shapes=shapes, rank=rank, scaling=scaling)
-    assert_close(deltas(icm_ray.merge([one], method, params=params)), deltas(one))
+    assert_close(deltas(merge([one], method, params=params)), deltas(one))
 
 
 @each_row()
 def test_the_order_of_the_adapters_does_not_matter(abc, method: str, params: dict) -> None:
     chosen = three(params, method)
-    forward = icm_ray.merge(abc, method, params=chosen)
-    backward = icm_ray.merge(abc[::-1], method, params=chosen)
+    forward = merge(abc, method, params=chosen)
+    backward = merge(abc[::-1], method, params=chosen)
     assert same_bits(forward, backward)
     assert forward.report == backward.report
     assert forward.adapter.config == backward.adapter.config
@@ -112,7 +136,7 @@ def test_inputs_are_left_as_they_were(abc, method: str, params: dict) -> None:
     before = [
         {m: (f.a.clone(), f.b.clone()) for m, f in adapter.modules.items()} for adapter in abc
     ]
-    result = icm_ray.merge(abc, method, params=three(params, method))
+    result = merge(abc, method, params=three(params, method))
     for factors in result.adapter.modules.values():  # nor is the result a view of an input
         factors.a.add_(1)
         factors.b.add_(1)
@@ -130,7 +154,7 @@ def test_nothing_in_nothing_out(adapter_around, method: str, params: dict, zero:
     adapters = [adapter_around(name, {"m": LoRAFactors(a, b)}) for name in "abc"]
     for rank in (None, 1, "exact", "energy:0.9", "serving:8"):
         chosen = three(params, method)
-        result = icm_ray.merge(adapters, method, params=chosen, output_rank=rank)
+        result = merge(adapters, method, params=chosen, output_rank=rank)
         assert torch.equal(result.adapter.modules["m"].delta(), torch.zeros(6, 5))
         report = result.report.modules["m"]
         assert (report.output_norm, report.retained_energy, report.truncation_error) == (0, 1, 0)
@@ -141,7 +165,7 @@ def test_nothing_in_nothing_out(adapter_around, method: str, params: dict, zero:
 def test_modules_that_hold_no_rank_at_all(adapter_around, method: str, params: dict) -> None:
     empty = {"m": LoRAFactors(torch.zeros(0, 5), torch.zeros(6, 0))}
     adapters = [adapter_around(name, empty) for name in "abc"]
-    result = icm_ray.merge(adapters, method, params=three(params, method))
+    result = merge(adapters, method, params=three(params, method))
     assert torch.equal(result.adapter.modules["m"].delta(), torch.zeros(6, 5))
 
 
@@ -149,17 +173,19 @@ def test_modules_that_hold_no_rank_at_all(adapter_around, method: str, params: d
 def test_duplicates_and_deficient_ranks_stay_finite(
     make_adapter, adapter_around, method: str, params: dict
 ) -> None:
-    one = make_adapter("a", rank=3)
+    shapes = {"q": (12, 10), "v": (9, 10)}  # room for three adapters of rank two
+    one = make_adapter("a", shapes=shapes, rank=3)
     modules = {m: LoRAFactors(f.a[[0, 0, 1]], f.b[:, [1, 1, 0]]) for m, f in one.modules.items()}
     adapters = [adapter_around(name, modules) for name in "abc"]
     for rank in (None, 1, "exact", "energy:0.99", "serving:8"):
         chosen = three(params, method)
-        result = icm_ray.merge(adapters, method, params=chosen, output_rank=rank)
+        result = merge(adapters, method, params=chosen, output_rank=rank)
         assert all(torch.isfinite(delta).all() for delta in deltas(result).values())
-    again = icm_ray.merge(adapters, method, params=three(params, method))
+    again = merge(adapters, method, params=three(params, method))
     # Three times the same points nowhere new: the result is a multiple of the one adapter,
     # except where factors are mixed.
-    if "scaling" not in METHODS[method].exempt and not params.get("space"):
+    exempt = METHODS[method].exempt
+    if not {"scaling", "identity"} & set(exempt) and params.get("space") != "factors":
         for module, delta in deltas(again).items():
             rank = torch.linalg.matrix_rank(
                 torch.stack([delta, modules[module].delta()]).flatten(1)
@@ -184,8 +210,8 @@ def regauged(adapters: Sequence[Adapter], around: Callable[..., Adapter]) -> lis
 @pytest.mark.parametrize(("method", "params"), gauge_rows())
 def test_how_a_delta_is_split_does_not_matter(abc, adapter_around, method, params) -> None:
     chosen = three(params, method)
-    plain = icm_ray.merge(abc, method, params=chosen)
-    other = icm_ray.merge(regauged(abc, adapter_around), method, params=chosen)
+    plain = merge(abc, method, params=chosen)
+    other = merge(regauged(abc, adapter_around), method, params=chosen)
     assert_close(deltas(other), deltas(plain))
 
 
@@ -200,8 +226,8 @@ def test_the_result_grows_with_its_inputs(abc, adapter_around, method: str, para
         for x in abc
     ]
     chosen = three(params, method)
-    expected = {m: 8 * d for m, d in deltas(icm_ray.merge(abc, method, params=chosen)).items()}
-    assert_close(deltas(icm_ray.merge(larger, method, params=chosen)), expected)
+    expected = {m: 8 * d for m, d in deltas(merge(abc, method, params=chosen)).items()}
+    assert_close(deltas(merge(larger, method, params=chosen)), expected)
 
 
 def splits(modules: Sequence[str]) -> Iterator[list[list[str]]]:
@@ -214,9 +240,9 @@ def splits(modules: Sequence[str]) -> Iterator[list[list[str]]]:
 @pytest.mark.parametrize("rank", [None, 2, "energy:0.9"])
 def test_any_split_over_workers_gives_the_same_bits(abc, method: str, params: dict, rank) -> None:
     chosen = three(params, method)
-    order = plan_merge(abc, method, chosen, None, rank, seed=3)
+    order = plan_merge(abc, method, chosen, evidence_for(abc, method), rank, seed=3)
     by_name = {adapter.name: adapter for adapter in abc}
-    whole = icm_ray.merge(abc, method, params=chosen, output_rank=rank, seed=3)
+    whole = merge(abc, method, params=chosen, output_rank=rank, seed=3)
     for parts in splits(list(order.present)):
 
         def read(task: str, module: str) -> LoRAFactors:
@@ -237,7 +263,7 @@ def test_any_split_over_workers_gives_the_same_bits(abc, method: str, params: di
 @each_row()
 def test_seeds_repeat(abc, method: str, params: dict) -> None:
     chosen = three(params, method)
-    one, two = (icm_ray.merge(abc, method, params=chosen, seed=5) for _ in range(2))
+    one, two = (merge(abc, method, params=chosen, seed=5) for _ in range(2))
     assert same_bits(one, two)
     assert one.report.seed == 5
 
@@ -255,10 +281,8 @@ def test_modules_missing_in_some_adapters_count_as_no_change(
         return adapter_around(adapter.name, {**zeros, **adapter.modules})
 
     chosen = three(params, method)
-    result = icm_ray.merge(abc, method, params=chosen)
-    assert_close(
-        deltas(result), deltas(icm_ray.merge(list(map(filled, abc)), method, params=chosen))
-    )
+    result = merge(abc, method, params=chosen)
+    assert_close(deltas(result), deltas(merge(list(map(filled, abc)), method, params=chosen)))
     assert {m: r.absent for m, r in result.report.modules.items()} == {
         "l.0": ("c",),
         "l.1": (),
@@ -274,7 +298,7 @@ def test_reports_and_adapters_travel(abc, method: str, params: dict) -> None:
 
     from icm_ray.output import report_as_dict, report_from_dict
 
-    result = icm_ray.merge(abc, method, params=three(params, method), output_rank="energy:0.9")
+    result = merge(abc, method, params=three(params, method), output_rank="energy:0.9")
     plain = json.loads(json.dumps(report_as_dict(result.report), allow_nan=False))
     assert report_from_dict(plain) == result.report
     assert same_bits(pickle.loads(pickle.dumps(result)), result)
@@ -287,7 +311,7 @@ def test_unknown_parameters_are_refused_with_the_nearest(make_adapter, method: s
     known = list(METHODS[method].parameters())
     roles = PARAMS.get(method, [{}])[0]
     with pytest.raises(RecipeError) as caught:
-        icm_ray.merge([make_adapter("a")], method, params={**roles, f"{known[0]}x": 1})
+        merge([make_adapter("a")], method, params={**roles, f"{known[0]}x": 1})
     assert f"params.{known[0]}x: method {method!r} has no such parameter" in str(caught.value)
     assert f"Did you mean {known[0]!r}?" in str(caught.value)
 
@@ -299,10 +323,10 @@ def test_wrong_types_and_ranges_are_refused_all_at_once(make_adapter, method: st
     for name in METHODS[method].parameters():
         for value in wrong:
             with pytest.raises(RecipeError, match=rf"params\.{name}: "):
-                icm_ray.merge([make_adapter("a")], method, params={**roles, name: value})
+                merge([make_adapter("a")], method, params={**roles, name: value})
     everything = dict.fromkeys(METHODS[method].parameters(), "7")
     with pytest.raises(RecipeError) as caught:
-        icm_ray.merge([make_adapter("a")], method, params={**everything, "zzz": 1})
+        merge([make_adapter("a")], method, params={**everything, "zzz": 1})
     assert len(caught.value.problems) == len(everything) + 1
 
 
@@ -329,7 +353,7 @@ def holds(property_name: str, method: str, params: dict, abc, adapter_around) ->
         if property_name == "scaling":
             test_how_a_delta_is_split_does_not_matter(abc, adapter_around, method, params)
         elif property_name == "identity":
-            assert_close(deltas(icm_ray.merge([abc[1]], method, params=chosen)), deltas(abc[1]))
+            assert_close(deltas(merge([abc[1]], method, params=chosen)), deltas(abc[1]))
         else:
             larger = [
                 adapter_around(
@@ -338,8 +362,8 @@ def holds(property_name: str, method: str, params: dict, abc, adapter_around) ->
                 )
                 for x in abc
             ]
-            plain = deltas(icm_ray.merge(abc, method, params=chosen))
-            grown = deltas(icm_ray.merge(larger, method, params=chosen))
+            plain = deltas(merge(abc, method, params=chosen))
+            grown = deltas(merge(larger, method, params=chosen))
             assert_close(grown, {m: 8 * delta for m, delta in plain.items()})
     except AssertionError:
         return False

@@ -1,0 +1,92 @@
+"""RegMean: the one linear layer that comes closest to all experts on their own inputs."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from icm_ray.errors import InputError
+from icm_ray.linalg.gram import damped
+from icm_ray.methods.parameters import Scale
+from icm_ray.methods.weighted_sum import weighted_sum
+from icm_ray.types import Delta, LoRAFactors, ModuleContext, ModuleEvidence
+
+
+def regmean(
+    factors: Sequence[LoRAFactors],
+    *,
+    context: ModuleContext,
+    evidence: ModuleEvidence | None = None,
+    rho: Annotated[
+        float, Field(ge=0, le=1, description="Factor of the Grams' off-diagonal entries.")
+    ] = 0.9,
+    ridge: Annotated[
+        float,
+        Field(
+            ge=0, allow_inf_nan=False, description="Added to Gram diagonals, over their mean entry."
+        ),
+    ] = 1e-6,
+    scale: Scale = 1.0,
+) -> LoRAFactors | Delta:
+    """Solve the joint regression: `scale * (sum_k B_k A_k G_k)(sum_k G_k)^-1`.
+
+    `G_k = X_k^T X_k / n_k` over the inputs of this module for task k, with off-diagonal entries
+    times rho. The base cancels, so the regression of the whole weights is that of the deltas, and
+    its solution is an exact LoRA: `B = [B_1 .. B_K]`, `A = [A_1 G_1; ..; A_K G_K] G^-1`.
+
+    Paper: arXiv 2212.09849, closed form with reduced off-diagonal entries. Differs: the ridge is
+    added to each G_k and so to both sides of the equation. Directions no input has, where the
+    equation says nothing, get the average of the tasks, and one adapter alone is given back.
+
+    Evidence: `gram.<task>`, `(d_in, d_in)`. A task without this module counts as a zero delta if
+    its Gram is given, and is left out if not. A module without any Gram (an embedding has no input
+    features) is averaged.
+
+    Raises:
+        InputError: Grams for some tasks of the module only, of another size, or singular.
+
+    Cost: O(d_in^3 + R d_in^2); three `(d_in, d_in)` float64 matrices besides the Grams.
+    """
+    factors = list(factors)
+    grams = _grams(factors[0].shape[1], context, evidence or {})
+    if not any(gram.any() for gram in grams.values()):
+        return weighted_sum(factors, [scale / len(context.all_tasks)] * len(factors))
+    total = torch.zeros_like(next(iter(grams.values())), dtype=torch.float64)
+    by_task, right = dict(zip(context.tasks, factors, strict=True)), []
+    for task, gram in grams.items():
+        gram = damped(gram, rho, ridge)
+        total += gram
+        if task in by_task:
+            right.append(by_task[task].a.double() @ gram)
+    lower, failed = torch.linalg.cholesky_ex(total)
+    if failed:
+        raise InputError(
+            f"{context.module}: the Gram matrices of all tasks add up to a singular matrix. "
+            "Set params.ridge above 0, or gather more inputs."
+        )
+    a = torch.cholesky_solve(torch.cat(right).T, lower).T
+    return LoRAFactors(a.float().contiguous(), torch.cat([f.b for f in factors], 1) * scale)
+
+
+def _grams(
+    d_in: int, context: ModuleContext, evidence: ModuleEvidence
+) -> dict[str, Float[Tensor, "d_in d_in"]]:
+    """Return the Grams of this module by task, in the order of the tasks, checked."""
+    names = {task: f"gram.{task}" for task in context.all_tasks}
+    grams = {task: evidence[name] for task, name in names.items() if name in evidence}
+    missing = [task for task in context.tasks if task not in grams]
+    if grams and missing:
+        raise InputError(
+            f"{context.module}.gram: none for {', '.join(missing)} but for {', '.join(grams)}. "
+            "Gather inputs of every task that has the module, or leave the module's Grams out."
+        )
+    for task, gram in grams.items():
+        if gram.shape != (d_in, d_in):
+            raise InputError(
+                f"{context.module}.gram.{task}: {tuple(gram.shape)} but {(d_in, d_in)} is "
+                "expected. Gather it from the inputs of this module."
+            )
+    return grams
