@@ -60,8 +60,8 @@ class LowRankSVD:
         similar size and survive half precision.
         """
         root = self.s[:rank].sqrt()
-        b = _product(self.left, self.left_core[:, :rank] * root)
-        a = _product(self.right.T, self.right_core[:rank].T * root)
+        b = product(self.left, self.left_core[:, :rank] * root)
+        a = product(self.right.T, self.right_core[:rank].T * root)
         return b, a.T.contiguous()
 
     def retained_energy(self, rank: int) -> float:
@@ -112,12 +112,12 @@ def norm(b: Float[Tensor, "d_out rank"], a: Float[Tensor, "rank d_in"]) -> float
     """
     if _is_wide(b, a):
         return float(torch.linalg.vector_norm(_dense(b, a)))
-    return max(float((_gram(b, b) * _gram(a.T, a.T)).sum()), 0.0) ** 0.5
+    return max(float((gram(b, b) * gram(a.T, a.T)).sum()), 0.0) ** 0.5
 
 
 def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
     """Return the Frobenius inner product of `b1 @ a1` and `b2 @ a2` from r1 x r2 matrices."""
-    return float((_gram(b1, b2) * _gram(a1.T, a2.T)).sum())
+    return float((gram(b1, b2) * gram(a1.T, a2.T)).sum())
 
 
 def svd(b: Float[Tensor, "d_out rank"], a: Float[Tensor, "rank d_in"]) -> LowRankSVD:
@@ -139,11 +139,11 @@ def svd(b: Float[Tensor, "d_out rank"], a: Float[Tensor, "rank d_in"]) -> LowRan
 
 
 def _svd_by_grams(b: Tensor, a: Tensor) -> LowRankSVD | None:
-    lower, info = torch.linalg.cholesky_ex(_gram(a.T, a.T))
+    lower, info = torch.linalg.cholesky_ex(gram(a.T, a.T))
     pivots = lower.diagonal()
     if int(info) != 0 or float(pivots.min()) <= CHOLESKY_FLOOR * float(pivots.max()):
         return None
-    squares, w = torch.linalg.eigh(lower.T @ _gram(b, b) @ lower)
+    squares, w = torch.linalg.eigh(lower.T @ gram(b, b) @ lower)
     s = squares.flip(0).clamp(min=0).sqrt()
     keep = s > NUMERICAL_RANK * s[0]
     s, w = s[keep], w.flip(1)[:, keep]
@@ -173,7 +173,7 @@ def _rows(rank: int) -> int:
     return max(BLOCK_ENTRIES // max(rank, 1), 64)
 
 
-def _gram(x: Float[Tensor, "n r"], y: Float[Tensor, "n p"]) -> Float[Tensor, "r p"]:
+def gram(x: Float[Tensor, "n r"], y: Float[Tensor, "n p"]) -> Float[Tensor, "r p"]:
     """Return `x.T @ y` in float64, converted block by block."""
     total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
     step = _rows(max(total.shape))
@@ -184,7 +184,7 @@ def _gram(x: Float[Tensor, "n r"], y: Float[Tensor, "n p"]) -> Float[Tensor, "r 
     return total
 
 
-def _product(x: Float[Tensor, "n r"], core: Float[Tensor, "r q"]) -> Float[Tensor, "n q"]:
+def product(x: Float[Tensor, "n r"], core: Float[Tensor, "r q"]) -> Float[Tensor, "n q"]:
     """Return `x @ core` as float32, computed in float64 block by block."""
     out = x.new_empty(x.shape[0], core.shape[1], dtype=torch.float32)
     step = _rows(x.shape[1])

@@ -12,8 +12,8 @@ def threshold(values: Float[Tensor, "..."], density: float) -> float:
     """Return the magnitude that the largest `density` of the entries reach.
 
     The rule of TIES (arXiv 2306.01708): with n entries and `k = n - int(n * density)`, the k-th
-    smallest magnitude; 0 where k is 0. `values.abs() >= threshold` keeps at least `int(n * density)`
-    entries, and all that are equal to the last one.
+    smallest magnitude; 0 where k is 0. `values.abs() >= threshold` keeps at least
+    `int(n * density)` entries, and all that are equal to the last one.
 
     Args:
         values: Any shape, float32.
@@ -69,7 +69,7 @@ def drop(
     density: float,
     factor: float,
 ) -> None:
-    """Multiply each entry by `factor` with probability `density`, else set it to 0, in place.
+    """Multiply each entry by `factor` with probability `density`, else by 0, in place.
 
     Args:
         values: Consecutive rows, contiguous, float32.
@@ -82,5 +82,26 @@ def drop(
     if loop is not None:
         loop(values.numpy(), keys, bound, np.float32(factor))
         return
-    kept = torch.from_numpy(draws(keys, values.shape[1]) < bound)
-    torch.where(kept, values.mul_(np.float32(factor).item()), 0.0, out=values)
+    kept = draws(keys, values.shape[1]) < bound
+    values *= factor
+    entries = values.numpy()
+    np.multiply(entries, kept, out=entries)
+
+
+def drop_by_rank(
+    values: Float[Tensor, "rows d_in"],
+    keys: UInt32[np.ndarray, "rows 2"],
+    density: float,
+    spread: float,
+) -> None:
+    """Keep each entry with a probability that falls with its rank in its row, in place.
+
+    The entry of rank r (0 is the largest magnitude) of n is kept with probability
+    `density + spread * (1/2 - r / n)`, at most 1, and divided by it.
+    """
+    n = values.shape[1]
+    chances = (density + spread * (0.5 - torch.arange(n) / n)).clamp(max=1)
+    ranking = values.abs().argsort(dim=1, descending=True, stable=True)
+    chance = torch.empty_like(values).scatter_(1, ranking, chances.expand_as(values))
+    uniform = torch.from_numpy((draws(keys, n) >> 8).astype(np.float32) * np.float32(2**-24))
+    values.div_(chance).masked_fill_(uniform >= chance, 0.0)

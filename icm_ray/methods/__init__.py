@@ -7,12 +7,21 @@ tests and the search space read the row.
 
 from collections.abc import Mapping
 
+from icm_ray.methods.breadcrumbs import breadcrumbs
 from icm_ray.methods.cat import cat
+from icm_ray.methods.core_space import core_space
+from icm_ray.methods.dare import dare
+from icm_ray.methods.dare_ties import dare_ties, dare_ties_passes
+from icm_ray.methods.della import della
+from icm_ray.methods.emr import emr, emr_passes
 from icm_ray.methods.fr_merging import fr_merging
 from icm_ray.methods.iso_c import iso_c
 from icm_ray.methods.iso_cts import iso_cts
+from icm_ray.methods.knots_dare_ties import knots_dare_ties, knots_dare_ties_passes
+from icm_ray.methods.knots_ties import knots_ties, knots_ties_passes
 from icm_ray.methods.linear import linear
 from icm_ray.methods.lora_lego import lora_lego
+from icm_ray.methods.magnitude_prune import magnitude_prune
 from icm_ray.methods.model_stock import model_stock
 from icm_ray.methods.negate_add import negate_add
 from icm_ray.methods.regmean import regmean
@@ -22,10 +31,17 @@ from icm_ray.methods.svd import svd
 from icm_ray.methods.svd_latent import svd_latent, svd_latent_passes
 from icm_ray.methods.table import Method, frozen
 from icm_ray.methods.task_arithmetic import task_arithmetic
+from icm_ray.methods.ties import ties, ties_passes
 from icm_ray.methods.tsv import tsv
 
 _STACK = "O(R (d_out + d_in))"
 _GRAM = "O(R^2 (d_out + d_in))"
+_ENTRIES = "O(R d_out d_in), {} over K d_out d_in entries"
+_MASKS = {
+    "mask.<task>": "(d_out, d_in), nonzero keeps an entry of the delta",
+    "mask_a.<task>": "(rank, d_in), preset peft: nonzero keeps an entry of A",
+    "mask_b.<task>": "(d_out, rank), preset peft: nonzero keeps an entry of B",
+}
 _FLATTENED = {"identity": "every singular value of a single adapter becomes their mean, too"}
 
 METHODS: Mapping[str, Method] = frozen(
@@ -150,6 +166,41 @@ METHODS: Mapping[str, Method] = frozen(
                 "scaling": "entries of A and of B are pruned and summed apart from each other",
             },
         ),
+        "knots_ties": Method(
+            "knots_ties",
+            knots_ties,
+            formula="scale * U TIES(P_1 .. P_K), [delta_1 .. delta_K] = U [P_1 .. P_K]",
+            paper="arXiv 2410.19735",
+            use="Like ties where adapters are poorly aligned; the result stays an exact LoRA.",
+            cost="O(R^2 (d_out + d_in) + K R r d_in), four sweeps over K R d_in coordinates",
+            family="subspaces",
+            takes={"U": "(d_out, q), preset nsc: signs of the singular vectors to take"},
+            passes=knots_ties_passes,
+        ),
+        "knots_dare_ties": Method(
+            "knots_dare_ties",
+            knots_dare_ties,
+            formula="scale * U TIES(M_1 * P_1 / density ..), [delta_1 .. delta_K] = U [P_1 .. P_K]",
+            paper="arXiv 2410.19735, 2311.03099",
+            use="Like knots_ties, with entries dropped by chance in place of the trim.",
+            cost="O(R^2 (d_out + d_in) + K R r d_in), two to four sweeps over K R d_in coordinates",
+            family="subspaces",
+            takes={
+                "mask.<task>": "(q, d_in), nonzero keeps; rows by descending singular value",
+                "U": "(d_out, q), signs of the singular vectors to take",
+            },
+            passes=knots_dare_ties_passes,
+        ),
+        "core_space": Method(
+            "core_space",
+            core_space,
+            formula="scale * U inner(M_1 .. M_K) V, delta_k = U M_k V",
+            paper="arXiv 2509.17786",
+            use="To merge any way in the small space all adapters span; fast for any model size.",
+            cost="O(R^2 (d_out + d_in) + K R^3)",
+            family="subspaces",
+            takes={"mask.<task>": "(p, q), dare and dare_ties: nonzero keeps an entry of the core"},
+        ),
         "tsv": Method(
             "tsv",
             tsv,
@@ -178,6 +229,88 @@ METHODS: Mapping[str, Method] = frozen(
             cost=_GRAM,
             family="subspaces",
             exempt=_FLATTENED,
+        ),
+        "ties": Method(
+            "ties",
+            ties,
+            formula="scale / n * sum of w_k trim(delta_k) over the n tasks with the elected sign",
+            paper="arXiv 2306.01708",
+            use="When tasks pull single weights in opposite directions; tune the scale.",
+            cost=_ENTRIES.format("three to four sweeps"),
+            family="signs and sparsity",
+            is_dense=True,
+            passes=ties_passes,
+            default_rank="largest input",
+        ),
+        "dare": Method(
+            "dare",
+            dare,
+            formula="scale * sum_k w_k (M_k * delta_k) / density, M_k random keep-masks, w_k = 1",
+            paper="arXiv 2311.03099",
+            use="As a baseline; for LoRA an unbiased but noisy task_arithmetic.",
+            cost=_ENTRIES.format("one sweep"),
+            family="signs and sparsity",
+            is_dense=True,
+            takes=_MASKS,
+            default_rank="largest input",
+        ),
+        "dare_ties": Method(
+            "dare_ties",
+            dare_ties,
+            formula="ties of (M_k * delta_k) / density, M_k random keep-masks, nothing trimmed",
+            paper="arXiv 2311.03099, 2306.01708",
+            use="Like ties, with chance in place of magnitude; high densities suit LoRA.",
+            cost=_ENTRIES.format("two to four sweeps"),
+            family="signs and sparsity",
+            is_dense=True,
+            takes=_MASKS,
+            passes=dare_ties_passes,
+            default_rank="largest input",
+        ),
+        "magnitude_prune": Method(
+            "magnitude_prune",
+            magnitude_prune,
+            formula="scale * sum_k w_k top(delta_k), the largest entries of each module, w_k = 1",
+            paper="peft add_weighted_adapter(magnitude_prune)",
+            use="To see how much of a merge its largest entries carry.",
+            cost=_ENTRIES.format("three sweeps"),
+            family="signs and sparsity",
+            is_dense=True,
+            default_rank="largest input",
+        ),
+        "breadcrumbs": Method(
+            "breadcrumbs",
+            breadcrumbs,
+            formula="scale * sum_k w_k middle(delta_k), neither smallest nor largest entries",
+            paper="arXiv 2312.06795",
+            use="Like magnitude_prune where a few outliers dominate a delta.",
+            cost=_ENTRIES.format("six sweeps"),
+            family="signs and sparsity",
+            is_dense=True,
+            default_rank="largest input",
+        ),
+        "della": Method(
+            "della",
+            della,
+            formula="ties of M_k * delta_k / p, kept with probability p by rank in the row",
+            paper="arXiv 2406.11617",
+            use="Between ties and dare_ties: chance that favours large entries.",
+            cost=_ENTRIES.format("one sweep with a sort of each row"),
+            family="signs and sparsity",
+            is_dense=True,
+            default_rank="largest input",
+        ),
+        "emr": Method(
+            "emr",
+            emr,
+            formula="unified = gamma max_k |delta_k|; for each task rescaler_k mask_k unified",
+            paper="arXiv 2405.17461",
+            use="When a mask can be swapped for each task: adapters close to the experts, untuned.",
+            cost="O(K R d_out d_in), K + 2 sweeps over K d_out d_in entries",
+            family="signs and sparsity",
+            is_dense=True,
+            passes=emr_passes,
+            default_rank="largest input",
         ),
     }
 )

@@ -19,11 +19,13 @@ class Inputs(Sequence[LoRAFactors]):
     """The present tasks' factors, read one at a time: hundreds of adapters are never held at once.
 
     Attributes:
-        norms: Frobenius norm of each delta that was read, by task.
+        norms: Frobenius norm of each delta that was read, by task, if they are wanted.
     """
 
-    def __init__(self, tasks: Sequence[str], module: str, read: ReadFactors) -> None:
-        self.tasks, self.module, self.read = tasks, module, read
+    def __init__(
+        self, tasks: Sequence[str], module: str, read: ReadFactors, *, with_norms: bool
+    ) -> None:
+        self.tasks, self.module, self.read, self.with_norms = tasks, module, read, with_norms
         self.norms: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -38,7 +40,7 @@ class Inputs(Sequence[LoRAFactors]):
             return [self[i] for i in range(*index.indices(len(self)))]
         task = self.tasks[index]
         factors = self.read(task, self.module)
-        if task not in self.norms:
+        if self.with_norms and task not in self.norms:
             self.norms[task] = lowrank.norm(factors.b, factors.a)
         return factors
 
@@ -47,7 +49,7 @@ class Inputs(Sequence[LoRAFactors]):
 
 
 def inputs_of(
-    order: "MergeOrder", module: str, read: ReadFactors
+    order: "MergeOrder", module: str, read: ReadFactors, *, with_norms: bool
 ) -> tuple[Inputs, ModuleContext, dict[str, Any]]:
     """Return a module's factors, its context, and `evidence=` if the method takes any."""
     tasks = order.present[module]
@@ -57,4 +59,4 @@ def inputs_of(
     if "evidence" in inspect.signature(row.function).parameters:
         found = order.evidence and order.evidence.of(module, row.takes, order.tasks)
         extra["evidence"] = found or None
-    return Inputs(tasks, module, read), context, extra
+    return Inputs(tasks, module, read, with_norms=with_norms), context, extra

@@ -203,7 +203,7 @@ def merge_modules(
 
 
 def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedModule:
-    factors, context, extra = inputs_of(order, module, read)
+    factors, context, extra = inputs_of(order, module, read, with_norms=True)
     result = METHODS[order.method].function(factors, context=context, **extra, **order.params)
     of_tasks = result.tasks if isinstance(result, PerTask) else {}
     done = cut(result.unified if isinstance(result, PerTask) else result, order.rule)

@@ -49,7 +49,7 @@ def measure_modules(
     measure = passes_of(order)[number].measure
     with kernel_threads(1), torch.no_grad():
         for module in modules:
-            factors, context, extra = inputs_of(order, module, read)
+            factors, context, extra = inputs_of(order, module, read, with_norms=False)
             measured = measure(factors, context=context, **extra, **order.params)
             floats = {n: t for n, t in measured.items() if t.is_floating_point()}
             if floats:
