@@ -84,6 +84,111 @@ class Recipe(Part):
         return output.path if isinstance(output, Output) else output
 
 
+class ParametersSpec(Part):
+    """What is learned between the adapters' fixed factors."""
+
+    kind: Literal["coefficients", "cores"] = Field(
+        default="coefficients", description="Numbers per task, or a free matrix per module."
+    )
+    sharing: Literal["module", "block", "adapter"] = Field(
+        default="module", description="Modules that share their coefficients."
+    )
+    groups: Positive | Literal["rank"] = Field(
+        default=1, description="Coefficients a task and module: runs of ranks, or one a rank."
+    )
+    link: Literal["raw", "clamp", "softplus", "sigmoid"] = "raw"
+
+
+class ObjectiveSpec(Part):
+    """What is minimised, and which module inputs it looks at."""
+
+    kind: Literal[
+        "null_space_ratio",
+        "row_space_match",
+        "task_vector_match",
+        "entropy",
+        "token_entropy",
+        "distillation",
+        "supervised",
+    ]
+    names: Literal["output", "all"] | list[str] = Field(
+        default="output", description="Ends of target modules' paths; output is attention's."
+    )
+    blocks: list[int] | None = Field(default=None, description="None: the last share of them.")
+    share: float = Field(default=0.25, gt=0, le=1)
+    padding: bool = Field(default=False, description="Count padding, as the NSC authors' code.")
+    skip_first: bool = Field(default=False, description="Leave out each text's first token.")
+    max_new_tokens: Positive = Field(default=1, description="token_entropy: longest answer.")
+    reduction: Literal["mean", "sum"] = Field(
+        default="mean", description="token_entropy: over an answer's positions."
+    )
+
+
+class StartSpec(Part):
+    """Where learning starts."""
+
+    value: float | Literal["1/K"] = Field(
+        default="1/K", description="Multiplies every task's term; 0 leaves the residual alone."
+    )
+    basis: Literal["own", "tsv", "regmean"] = Field(
+        default="own", description="Terms: the deltas, TSV's orthogonalised, RegMean's shares."
+    )
+    residual: str | None = Field(
+        default=None, description="Fixed merge beneath: 'regmean', or a merged adapter's folder."
+    )
+    residual_scale: float = 1.0
+
+
+class OptimisationSpec(Part):
+    """How the parameters move, and how a step's inputs are shared out."""
+
+    steps: Positive = 100
+    lr: float = Field(default=1e-3, gt=0)
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    weight_decay: float = Field(default=0.01, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    reduction: Literal["mean", "sum"] = "mean"
+    worst: float | None = Field(
+        default=None, gt=0, description="Temperature of a smooth maximum over tasks."
+    )
+    task_weights: dict[str, float] | None = None
+    batch: Positive = Field(default=8, description="Examples of each task a step.")
+    tasks_per_forward: Positive = 1
+    save_memory: bool = Field(default=False, description="Recompute blocks in the backward pass.")
+    save_every: Positive = 50
+
+
+class LearnSpec(Part):
+    """One learned merge: what is learned, what is minimised, where it starts, how it moves."""
+
+    parameters: ParametersSpec = ParametersSpec()
+    objective: ObjectiveSpec
+    start: StartSpec = StartSpec()
+    optimisation: OptimisationSpec = OptimisationSpec()
+
+
+Overrides = Annotated[
+    dict[str, dict[str, Any]],
+    Field(description="Changes to the method's own learning recipe: part: {key: value}."),
+]
+
+
+class LearnRecipe(Recipe):
+    """Recipe of `jobs.learn`: what a learned method makes of K adapters and unlabelled inputs."""
+
+    base: str
+    revision: str | None = None
+    adapters: list[AdapterRef] = Field(min_length=1)
+    method: str
+    learn: Overrides = {}
+    data: DataSpec
+    heads: str | None = Field(
+        default=None, description="Folder of experts whose heads objectives may read."
+    )
+    modules_to_save: SavedModulesPolicy = "refuse"
+    output: str = Field(min_length=1)
+
+
 class MergeRecipe(Recipe):
     """Recipe of `icm-ray plan`, `icm-ray merge` and `jobs.merge`."""
 
@@ -96,6 +201,7 @@ class MergeRecipe(Recipe):
     params: dict[str, Any] = {}
     evidence: str | None = None
     data: DataSpec | None = None
+    learn: Overrides = {}
     modules_to_save: SavedModulesPolicy = "refuse"
     output: Output
 
@@ -151,6 +257,13 @@ class Sizes(Part):
     calibration: Positive = 128
     validation: Positive = 256
     test: Positive = 256
+    tuning: Positive | None = Field(
+        default=None, description="Validation examples that choose a setting; None: all of them."
+    )
+
+    def scored(self, split: str) -> int:
+        """Return how many examples of a split merges are scored on."""
+        return self.test if split == "test" else self.tuning or self.validation
 
 
 class FinetuneRecipe(Recipe):
@@ -205,6 +318,7 @@ class MethodRow(Part):
     method: str
     params: dict[str, Any] = {}
     rank: int | str | None = None
+    learn: Overrides = {}
     grid: dict[str, list[float]] = Field(default={}, description="Tried on validation data only.")
 
     @property
@@ -238,16 +352,18 @@ Shape = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
 
 class BenchmarkRecipe(Recipe):
-    """Recipe of `jobs.benchmark`: ours and PEFT side by side, and memory over many adapters."""
+    """Recipe of `jobs.benchmark`: ours and peers side by side, and memory over many adapters."""
 
     methods: list[str] = Field(
-        default=["cat", "svd"], description="Compared with PEFT's of that name."
+        default=["cat", "svd"], description="Names in COMPARISONS: ours beside PEFT's, or a naive."
     )
     layers: dict[str, Shape] = {"q_proj": [4096, 4096], "v_proj": [1024, 4096]}
     adapters: Positive = 6
     rank: Positive = 16
     repeats: Positive = 9
-    peft_repeats: dict[str, Positive] = Field(default={"svd": 1}, description="Where PEFT is slow.")
+    peft_repeats: dict[str, Positive] = Field(
+        default={"svd": 1}, description="Calls of the peer, where it is slow."
+    )
     whole_model: int = Field(
         default=0, ge=0, description="So many times `layers`, read and merged by svd."
     )

@@ -228,7 +228,7 @@ def _scored(
     found = score_on_ray(
         actors,
         [*references, *items],
-        task_data(suite, one.experts, split, getattr(recipe.sizes, split)),
+        task_data(suite, one.experts, split, recipe.sizes.scored(split)),
         root / "scores" / f"{one.label}-{split}",
         base=shared.fingerprint,
         batch=BATCH,

@@ -22,6 +22,13 @@ METHODS = {
     "task_arithmetic": {"scale": 0.4},
     "svd": {},
     "negate_add": {"target": "task0", "a": "task1", "b": "task2"},
+    "ties": {"density": 0.4},
+    "dare_ties": {"density": 0.6},
+    "knots_ties": {"density": 0.4},
+    "core_space": {"inner": "ties"},
+    "svd_latent": {},
+    "fr_merging": {"ratio": 0.5},
+    "emr": {},
 }
 
 
@@ -33,6 +40,8 @@ def same(found, expected):
     for module, factors in expected.adapter.modules.items():
         assert torch.equal(found.adapter.modules[module].a, factors.a)
         assert torch.equal(found.adapter.modules[module].b, factors.b)
+    prints = {task: adapter.fingerprint for task, adapter in expected.per_task.items()}
+    assert {task: adapter.fingerprint for task, adapter in found.per_task.items()} == prints
 
 
 @pytest.mark.parametrize("method", METHODS)

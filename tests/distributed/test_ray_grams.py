@@ -1,0 +1,143 @@
+"""Gram statistics by the adapter actors, and the merges that need them."""
+
+import json
+
+import pytest
+import torch
+from ray_samples import hashes, merge_recipe, write_yaml
+from typer.testing import CliRunner
+
+from icm_ray.adapters import load_adapter
+from icm_ray.cli import app
+from icm_ray.command import run_job
+from icm_ray.config import EvidenceRecipe, MergeRecipe
+from icm_ray.evidence.base import load_base
+from icm_ray.evidence.batches import make_batches, tokenize
+from icm_ray.evidence.grams import gather_grams
+from icm_ray.methods.given import read_given
+from icm_ray.methods.merge import merge
+from jobs.evidence import work as evidence_work
+from jobs.merge import work as merge_work
+
+SMALL = {"workers": 2, "cpus_per_worker": 0.5}
+TEXTS = ("abc de", "fgh", "i j k l m", "nop qrs tuv")
+
+
+@pytest.fixture
+def recipe(adapters, tiny_bert, tmp_path):
+    """A recipe of RegMean over three adapters and texts of their own."""
+    refs = adapters[:3]
+    for number, (name, _) in enumerate(refs):
+        lines = [json.dumps({"text": f"{text} {name[-1]}{number}"}) for text in TEXTS]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines))
+    content = merge_recipe(
+        refs,
+        tmp_path / "merged",
+        method="regmean",
+        base=str(tiny_bert),
+        data={"path": str(tmp_path / "data"), "inputs_per_task": 4},
+        resources=SMALL,
+    )
+    return write_yaml(tmp_path / "regmean.yaml", content)
+
+
+def gathered(recipe, output, **changes):
+    """Run jobs.evidence on the recipe's adapters and data."""
+    import yaml
+
+    whole = yaml.safe_load(recipe.read_text())
+    content = {name: whole[name] for name in ("adapters", "base", "data", "resources")}
+    path = write_yaml(
+        output.with_suffix(".yaml"),
+        {**content, "kind": "gram_statistics", "output": str(output), **changes},
+    )
+    assert run_job(EvidenceRecipe, evidence_work, "", ["-c", str(path)]) == 0
+    return output
+
+
+def test_actors_gather_what_one_process_does(recipe, adapters, tiny_bert, tmp_path, one_thread):
+    folder = gathered(recipe, tmp_path / "grams")
+    told = read_given(folder)
+    base = load_base(tiny_bert)
+    modules = sorted({m for _, path in adapters[:3] for m in load_adapter(path).modules})
+    for number, (name, path) in enumerate(adapters[:3]):
+        texts = [f"{text} {name[-1]}{number}" for text in TEXTS]
+        batches = make_batches(tokenize(base.tokenizer, texts, 128), 32, 0)
+        expected = gather_grams(base.model, load_adapter(path, name), modules, batches)
+        assert told.adapters[name] == expected.fingerprint
+        assert dict(told.shared[name]) == dict(expected.shared)
+        for module in modules:
+            found = told.of(module, ["gram.<task>"], (name,))[f"gram.{name}"]
+            assert torch.equal(found, expected.grams[expected.shared[module]])
+
+
+def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, tmp_path):
+    assert run_job(MergeRecipe, merge_work, "", ["-c", str(recipe)]) == 0
+    merged, evidence = tmp_path / "merged", tmp_path / "merged.evidence"
+    assert read_given(evidence).kind == "gram_statistics"
+    report = json.loads((merged / "merge_report.json").read_text())
+    assert report["evidence"] == read_given(evidence).identity
+    done = CliRunner().invoke(app, ["reproduce", str(merged)])
+    assert done.exit_code == 0, done.output
+    before = hashes(merged)
+    grams = gathered(recipe, tmp_path / "grams")
+    assert hashes(grams) == hashes(evidence)
+    # Ready evidence needs no Ray, and gives the same bytes.
+    words = ["-c", str(recipe), "data=null", f"evidence={grams}", f"output.path={tmp_path / 'two'}"]
+    done = CliRunner().invoke(app, ["merge", *words])
+    assert done.exit_code == 0, done.output
+    again = hashes(tmp_path / "two")
+    assert again["adapter_model.safetensors"] == before["adapter_model.safetensors"]
+    (evidence / "evidence.json").unlink()
+    done = CliRunner().invoke(app, ["reproduce", str(merged)])
+    assert done.exit_code == 3
+
+
+def test_grams_of_many_serve_any_of_them(recipe, adapters, tmp_path):
+    grams = gathered(recipe, tmp_path / "grams")
+    two = [load_adapter(path, name) for name, path in adapters[:2]]
+    found = merge(two, "regmean", evidence=grams)
+    by_hand = {
+        f"{module}.{name}": tensor
+        for module in found.adapter.modules
+        for name, tensor in read_given(grams)
+        .of(module, ["gram.<task>"], ("task0", "task1"))
+        .items()
+    }
+    expected = merge(two, "regmean", evidence=by_hand)
+    assert found.adapter.fingerprint == expected.adapter.fingerprint
+    soup = merge(two, "soup")
+    assert found.adapter.fingerprint != soup.adapter.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["data=null"], "evidence: missing but method 'regmean' needs GramStatistics"),
+        (["base=null"], "base: missing but data are run through it"),
+        (["evidence=somewhere"], "data, evidence: both named"),
+        (["method=soup"], "data: method 'soup' gathers none"),
+    ],
+)
+def test_wrong_sources_are_named_before_any_work(recipe, tmp_path, capsys, changes, words):
+    assert run_job(MergeRecipe, merge_work, "", ["-c", str(recipe), *changes]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_without_ray_data_cannot_be_gathered(recipe):
+    done = CliRunner().invoke(app, ["merge", "-c", str(recipe)])
+    assert done.exit_code == 2
+    done = CliRunner().invoke(app, ["plan", "-c", str(recipe)])
+    assert done.exit_code == 0, done.output
+    assert "gathered from 4 unlabelled" in done.output.replace("\n", " ")
+
+
+def test_evidence_of_other_adapters_is_refused(recipe, adapters, tmp_path):
+    from icm_ray.errors import InputError
+
+    grams = gathered(recipe, tmp_path / "grams")
+    other = [load_adapter(adapters[n + 1][1], adapters[n][0]) for n in range(2)]
+    with pytest.raises(InputError, match="of another adapter than 'task0'"):
+        merge(other, "regmean", evidence=grams)
