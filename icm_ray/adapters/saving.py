@@ -85,7 +85,7 @@ def _tensors(
     for module, factors in modules.items():
         layout = adapter.layouts.get(module)
         kernel = kernel_of(layout)
-        a, b = factors.a.to(dtype), factors.b.to(dtype)
+        a, b = _rounded(factors, dtype)
         for key, values in zip(tensor_keys(module, layout), (a, b), strict=True):
             if not math.isfinite(largest(values)):
                 problems.append(
@@ -98,6 +98,28 @@ def _tensors(
     if problems:
         raise InputError(problems)
     return dict(sorted(tensors.items()))
+
+
+def _rounded(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `(a, b)` in the file's element type.
+
+    A small weight times B can fall below what half precision holds with all its digits. Then every
+    rank's row of A and column of B trade a power of two, which changes nothing else.
+    """
+    a, b = factors.a.to(dtype), factors.b.to(dtype)
+    limit = 2 * torch.finfo(dtype).eps
+    if all(_lost(*pair) <= limit for pair in ((factors.a, a), (factors.b, b))):
+        return a, b
+    row, column = factors.a.abs().amax(1), factors.b.abs().amax(0)
+    both = (row > 0) & (column > 0)
+    ratio = torch.where(both, column / row.clamp(min=torch.finfo(row.dtype).tiny), 1.0)
+    power = torch.exp2((ratio.log2() / 2).round())
+    return (factors.a * power[:, None]).to(dtype), (factors.b / power).to(dtype)
+
+
+def _lost(exact: Tensor, rounded: Tensor) -> float:
+    length = float(exact.norm())
+    return float((exact - rounded.float()).norm()) / length if length else 0.0
 
 
 def _config(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:

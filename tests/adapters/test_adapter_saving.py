@@ -100,7 +100,7 @@ def test_element_types(adapter_of, tmp_path):
 
 
 def test_values_too_large_for_the_element_type_are_refused(adapter_of, tmp_path):
-    modules = {"q": LoRAFactors(torch.ones(1, 5), torch.full((6, 1), 1e5))}
+    modules = {"q": LoRAFactors(torch.full((1, 5), 1e5), torch.full((6, 1), 1e5))}
     adapter = adapter_of([1])
     adapter = type(adapter)("x", None, modules, {}, fingerprint_of(modules), dtype=torch.float16)
     with pytest.raises(InputError, match="Choose output dtype float32"):
@@ -144,3 +144,27 @@ def test_nothing_foreign_is_written_over(adapter_of, tmp_path):
     with pytest.raises(InputError, match="no modules"):
         save_adapter(adapter_of([]), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_weights_survive_half_precision(
+    make_adapter, adapter_around, tmp_path, dtype
+) -> None:
+    plain = make_adapter("a", spread=0.05)
+    small = {m: LoRAFactors(f.a, f.b * 2e-6) for m, f in plain.modules.items()}
+    save_adapter(adapter_around("a", small), tmp_path / "a", dtype=dtype)
+    loaded = load_adapter(tmp_path / "a")
+    for module, factors in small.items():
+        error = (loaded.modules[module].delta() - factors.delta()).norm() / factors.delta().norm()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
+def test_what_half_precision_holds_is_written_as_it_is(make_adapter, adapter_around, tmp_path):
+    plain = make_adapter("a", spread=0.05)
+    exact = {
+        m: LoRAFactors(f.a.half().float(), f.b.half().float()) for m, f in plain.modules.items()
+    }
+    save_adapter(adapter_around("a", exact), tmp_path / "a", dtype=torch.float16)
+    for module, factors in load_adapter(tmp_path / "a").modules.items():
+        assert torch.equal(factors.a, exact[module].a)
+        assert torch.equal(factors.b, exact[module].b)
