@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,19 +54,57 @@ def _console() -> Console:
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """List the merge methods: what each does, when to use it, what it costs."""
-    if as_json:
-        print(json.dumps({name: row.schema() for name, row in METHODS.items()}, indent=2))
-        return
-    table = Table(title="merge methods", expand=False)
-    for heading in ("method", "result", "use it", "parameters", "rank", "needs", "paper"):
-        table.add_column(heading, overflow="fold")
-    for name, row in METHODS.items():
-        parameters = ", ".join(row.parameters())
-        cells = (name, row.formula, row.use, parameters, row.default_rank, row.needs or "-")
-        table.add_row(*map(escape, (*cells, row.paper)))
-    _console().print(table)
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the merge methods by family, or show one: what it does, when, at what cost."""
+    from icm_ray.methods.merge import find_method
+    from icm_ray.report.method_table import method_list, method_page
+
+    def work() -> None:
+        rows = {name: find_method(name)} if name else METHODS
+        schemas = {key: row.schema() for key, row in rows.items()}
+        if as_json:
+            print(json.dumps(schemas, indent=2))
+            return
+        families = {key: row.family for key, row in rows.items()}
+        console = _console()
+        if name:
+            told = getdoc(rows[name].function) or ""
+            console.print(method_page(name, schemas[name], families[name], told))
+        else:
+            console.print(method_list(schemas, families, console.width))
+
+    _finish(work, debug)
+
+
+@app.command()
+def import_recipe(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="mergekit YAML, or Python.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a mergekit YAML, or a PEFT add_weighted_adapter call, into a merge recipe.
+
+    The file is read, never run. What cannot be carried over is refused, all of it at once.
+    """
+    from icm_ray.importing import import_recipe as read_recipe
+    from icm_ray.importing import recipe_text, write_recipe
+    from icm_ray.planning import warn
+
+    def work() -> None:
+        imported = read_recipe(source)
+        if output is None:
+            print(recipe_text(imported), end="")
+        else:
+            write_recipe(imported, output, overwrite=overwrite)
+            print(f"{output}: written. Next: icm-ray plan -c {output}")
+        warn(imported.warnings)
+
+    _finish(work, debug)
 
 
 @app.command()

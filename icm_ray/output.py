@@ -158,9 +158,7 @@ def _per_task_card(per_task: Mapping[str, float]) -> str:
     return (
         "\n## An adapter for each task\n\nThis method makes one common adapter, which is this "
         "folder, and one for each task, to be loaded when the task is known. The cut to a LoRA "
-        "kept:\n\n"
-        + "\n".join(lines)
-        + "\n"
+        "kept:\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -143,6 +143,8 @@ def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
     """
     needs = find_method(recipe.method).needs
     problems = []
+    if recipe.learn and needs != "LearnedMerge":
+        problems.append(f"learn: method {recipe.method!r} learns nothing. Leave it out.")
     if recipe.data is not None and needs is None:
         problems.append(f"data: method {recipe.method!r} gathers none. Leave it out.")
     elif recipe.data is not None and recipe.evidence is not None:

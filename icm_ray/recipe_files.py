@@ -38,7 +38,7 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
     from yaml import YAMLError
 
     source = Path(path)
-    values = _read_yaml(source)
+    values = read_yaml(source)
     # An override may hold a pasted secret as well, so only its key is repeated.
     keys = [override.partition("=")[0] for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
@@ -57,7 +57,12 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         raise RecipeError(f"{source}: {where}{what}. Write plain YAML values.") from None
 
 
-def _read_yaml(source: Path) -> dict[str, Any]:
+def read_yaml(source: Path) -> dict[str, Any]:
+    """Return a YAML file's table, read safely: plain values only, no code, no billion laughs.
+
+    Raises:
+        RecipeError: it is missing, too large, or no table of plain values.
+    """
     import yaml
 
     if not source.is_file():

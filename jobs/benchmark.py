@@ -1,6 +1,7 @@
 """Measure merges: time, memory and error beside PEFT, and memory over many adapters.
 
 python -m jobs.benchmark -c configs/benchmark/peft.yaml
+python -m jobs.benchmark -c configs/benchmark/methods.yaml
 python -m jobs.benchmark -c configs/benchmark/many.yaml
 """
 

@@ -327,3 +327,73 @@ def test_the_module_is_the_program(recipe):
 
 def test_a_command_that_is_none(cli):
     assert cli("mrege")[0] == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_method_in_full(cli, name):
+    code, out, _ = cli("methods", name)
+    assert code == 0
+    row = METHODS[name]
+    assert row.formula in out
+    assert all(parameter in out for parameter in row.parameters())
+    assert all(reason[:20] in out for reason in row.exempt.values())
+    assert all(kind in out for kind in row.takes)
+
+
+def test_one_method_in_full_says_ranges_presets_and_the_docstring(cli):
+    out = cli("methods", "linear")[1]
+    assert "peft | nsc" in out
+    assert "one number per task or none" in out
+    assert "unequal ranks are padded with zeros" in out
+    assert list(json.loads(cli("methods", "linear", "--json")[1])) == ["linear"]
+
+
+def test_a_method_that_is_none_has_no_page(cli):
+    code, out, err = cli("methods", "linaer")
+    assert (code, out) == (2, "")
+    assert "Did you mean 'linear'?" in errors(err)[0]
+
+
+PEFT_CALL = "model.add_weighted_adapter(['a', 'b'], [1.0, 0.5], 'both', 'cat')\n"
+
+
+def test_an_imported_recipe_merges(cli, tmp_path, two):
+    program = "".join(f"model.load_adapter({str(p)!r}, {n!r})\n" for n, p in two.items())
+    source, target = tmp_path / "merge.py", tmp_path / "recipe.yaml"
+    source.write_text(program + PEFT_CALL)
+    code, out, err = cli("import-recipe", source, "-o", target)
+    assert (code, err) == (0, "")
+    assert f"icm-ray plan -c {target}" in out
+    assert cli("merge", "-c", target, f"output.path={tmp_path / 'merged'}")[0] == 0
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert report["params"]["weights"] == {"a": 1.0, "b": 0.5}
+
+
+def test_an_imported_recipe_goes_to_stdout_and_its_warnings_to_stderr(cli, tmp_path):
+    source = tmp_path / "merge.py"
+    source.write_text(PEFT_CALL)
+    code, out, err = cli("import-recipe", source)
+    assert code == 0
+    assert yaml.safe_load(out)["method"] == "cat"
+    assert err.count("warning: adapters: ") == 2
+
+
+def test_an_imported_recipe_overwrites_only_when_told(cli, tmp_path):
+    source, target = tmp_path / "merge.py", tmp_path / "recipe.yaml"
+    source.write_text(PEFT_CALL)
+    target.write_text("mine")
+    code, out, err = cli("import-recipe", source, "-o", target)
+    assert (code, out) == (2, "")
+    assert "--overwrite" in errors(err)[0]
+    assert target.read_text() == "mine"
+    assert cli("import-recipe", source, "-o", target, "--overwrite")[0] == 0
+    assert yaml.safe_load(target.read_text())["method"] == "cat"
+    assert cli("import-recipe", source, "-o", tmp_path / "none" / "x.yaml")[0] == 2
+
+
+def test_what_cannot_be_imported_ends_with_two(cli, tmp_path):
+    source = tmp_path / "merge.py"
+    source.write_text("model.add_weighted_adapter(names, [1.0, 0.5], 'm', 'ctu')\n")
+    code, out, err = cli("import-recipe", source)
+    assert (code, out) == (2, "")
+    assert len(errors(err)) == 2

@@ -138,7 +138,7 @@ def test_half_precision_inputs_stay_half(write, tmp_path):
 
 
 def test_values_too_large_for_the_element_type_are_an_error(write, tmp_path):
-    large = {n: save_lora(tmp_path / n, i, size=1e6) for i, n in enumerate("ab")}
+    large = {n: save_lora(tmp_path / n, i, size=1e12) for i, n in enumerate("ab")}
     with pytest.raises(InputError, match="float16 cannot hold"):
         write(large, dtype=torch.float16)
     assert not (tmp_path / "merged").exists()

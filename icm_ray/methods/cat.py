@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from icm_ray.methods.parameters import Weights, task_weights
 from icm_ray.methods.weighted_sum import weighted_sum
-from icm_ray.types import LoRAFactors, ModuleContext
+from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 
 def cat(
     factors: Sequence[LoRAFactors], *, context: ModuleContext, weights: Weights = None
-) -> LoRAFactors:
+) -> LoRAFactors | Delta:
     """Concatenate the factors: `A = [A_1; ..; A_K]`, `B = [w_1 B_1, .., w_K B_K]`, `w_k = 1/K`.
 
     The same delta as PEFT's `add_weighted_adapter(combination_type="cat")`, rank `sum_k r_k`.

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from icm_ray.methods.parameters import Scale
 from icm_ray.methods.weighted_sum import weighted_sum
-from icm_ray.types import LoRAFactors, ModuleContext
+from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 Role = Annotated[str, Field(json_schema_extra={"role": "adapter"})]
 
@@ -20,7 +20,7 @@ def negate_add(
     a: Annotated[Role, Field(description="Adapter that has the capability.")] = "a",
     b: Annotated[Role, Field(description="Its sibling without the capability.")] = "b",
     scale: Scale = 1.0,
-) -> LoRAFactors:
+) -> LoRAFactors | Delta:
     """Move a capability: `delta_target + scale * (delta_a - delta_b)`.
 
     Paper: arXiv 2509.01363 (reasoning vectors, theta_A - theta_B added to a third model). A

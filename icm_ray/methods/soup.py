@@ -8,7 +8,7 @@ from pydantic import Field
 from icm_ray.methods.linear import sum_of_factors
 from icm_ray.methods.parameters import Weights, task_weights
 from icm_ray.methods.weighted_sum import weighted_sum
-from icm_ray.types import LoRAFactors, ModuleContext
+from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 
 def soup(
@@ -20,7 +20,7 @@ def soup(
         Literal["delta", "factors"],
         Field(description="Average the deltas (exact) or A and B separately (cross terms)."),
     ] = "delta",
-) -> LoRAFactors:
+) -> LoRAFactors | Delta:
     """Average the deltas: `sum_k w_k delta_k` with `w_k = 1/K`.
 
     Paper: arXiv 2203.05482, uniform soup. All models share the base, so averaging models is

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from icm_ray.methods.parameters import Weights, task_weights
 from icm_ray.methods.weighted_sum import weighted_sum
-from icm_ray.types import LoRAFactors, ModuleContext
+from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 
 def svd(
     factors: Sequence[LoRAFactors], *, context: ModuleContext, weights: Weights = None
-) -> LoRAFactors:
+) -> LoRAFactors | Delta:
     """Sum the deltas and keep the largest singular values: `SVD_q(sum_k w_k delta_k)`.
 
     The same delta as PEFT's `combination_type="svd"`, with `w_k = 1/K`. The cut itself is the

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from icm_ray.methods.parameters import Scale, Weights, task_weights
 from icm_ray.methods.weighted_sum import weighted_sum
-from icm_ray.types import LoRAFactors, ModuleContext
+from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 
 def task_arithmetic(
@@ -13,7 +13,7 @@ def task_arithmetic(
     context: ModuleContext,
     scale: Scale = 1.0,
     weights: Weights = None,
-) -> LoRAFactors:
+) -> LoRAFactors | Delta:
     """Add the deltas up: `scale * sum_k w_k delta_k` with `w_k = 1`.
 
     Paper: arXiv 2212.04089, section 2. The sum convention; a scale of 0.3 to 0.5 is usual for six

@@ -1,0 +1,129 @@
+"""The benchmark's measurements as tables: on the terminal and in `benchmark.md`."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from icm_ray.config import BenchmarkRecipe
+from icm_ray.distributed.benchmark_memory import ManyRow
+
+WHOLE_GOAL = "< 2 s wall, reading included (P10)"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One side of one comparison.
+
+    Attributes:
+        method: Name of the comparison.
+        side: Who merged.
+        cpu_seconds: Of each call, one thread.
+        median: Of `cpu_seconds`.
+        peak_bytes: Resident memory above the start, its result included; None if unknown.
+        error: How far the result is off, the worst layer; `judged` says from what. None where
+            there is nothing to compare with.
+        judged: "truth" or "peer": relative Frobenius distance to it. "residual": relative residual
+            of the cut, less the smallest one possible. "noise": distance to the expected merge
+            over what random masks make of it in theory.
+        ratio: The peer's median CPU seconds over this side's.
+        memory_ratio: The peer's peak memory over this side's; None if unknown.
+        goal: What is asked of our ratio and result.
+    """
+
+    method: str
+    side: str
+    cpu_seconds: tuple[float, ...]
+    median: float
+    peak_bytes: int | None
+    error: float | None
+    judged: str = "truth"
+    ratio: float = 1.0
+    memory_ratio: float | None = None
+    goal: str = ""
+
+
+Table = tuple[str, list[str], list[list[str]]]
+"""Title, heads and rows."""
+
+
+def as_tables(
+    recipe: BenchmarkRecipe,
+    rows: Sequence[Measured],
+    whole: Mapping[str, Any] | None,
+    memory: Sequence[ManyRow],
+) -> list[Table]:
+    """Return a table for each part of the benchmark that was run."""
+    tables: list[Table] = []
+    shapes = ", ".join(f"{n} {o} x {i}" for n, (o, i) in recipe.layers.items())
+    if rows:
+        title = f"{recipe.adapters} adapters of rank {recipe.rank} ({shapes}), float32, one thread"
+        heads = ["method", "side", "CPU ms (median)", "calls", "peer / side", "goal"]
+        heads += ["extra MB", "peer / side MB", "result"]
+        tables.append((title, heads, [_compared_cells(row) for row in rows]))
+    if whole:
+        title = f"{recipe.adapters} adapters of {whole['modules']} modules: read and merged by svd"
+        heads = ["MB read", "wall s", "CPU s", "of it reading", "extra MB", "goal"]
+        times = [whole["wall_seconds"], whole["cpu_seconds"], whole["cpu_seconds_reading"]]
+        cells = [_mega(whole["bytes_read"]), *(f"{value:.2f}" for value in times)]
+        cells += [_mega(whole["peak_bytes"]), WHOLE_GOAL]
+        tables.append((title, heads, [cells]))
+    if memory:
+        o, i = recipe.many_shape
+        title = f"Many adapters of {recipe.many_modules} modules {o} x {i}: peak PSS in MB"
+        heads = ["method", "adapters", "input", "all ours", "net of bare workers"]
+        heads += ["driver", "workers", "net growth", "wall s"]
+        tables.append((title, heads, [_many_cells(row) for row in memory]))
+    return tables
+
+
+def _compared_cells(row: Measured) -> list[str]:
+    times = [f"{1000 * row.median:.1f}", str(len(row.cpu_seconds)), f"{row.ratio:,.1f}x"]
+    memory = "-" if row.memory_ratio is None else f"{row.memory_ratio:,.1f}x"
+    sizes = [_mega(row.peak_bytes), memory]
+    return [row.method, row.side, *times, row.goal, *sizes, _judgement(row)]
+
+
+def _judgement(row: Measured) -> str:
+    if row.error is None:
+        return "-"
+    if row.judged == "noise":
+        return f"noise {row.error:.4f} of theory's"
+    if row.judged == "residual":
+        return f"residual {row.error:+.1e}"
+    return f"off {row.judged} {row.error:.1e}"
+
+
+def _many_cells(row: ManyRow) -> list[str]:
+    sizes = [_mega(size) for size in (row.input_bytes, row.peak, row.net, row.driver)]
+    last = [str(row.workers), f"{row.growth:.2f}x", f"{row.seconds:.1f}"]
+    return [row.method, str(row.adapters), *sizes, *last]
+
+
+def _mega(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f}"
+
+
+def show(tables: Sequence[Table]) -> None:
+    """Print the tables."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    # A pipe has no width; lines of a table must not break there.
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    for title, heads, rows in tables:
+        table = RichTable(title=title, box=None)
+        for index, head in enumerate(heads):
+            table.add_column(head, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def as_markdown(tables: Sequence[Table]) -> str:
+    """Return the tables as Markdown."""
+    parts = []
+    for title, heads, rows in tables:
+        lines = [heads, ["---"] * len(heads), *rows]
+        parts.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts) + "\n"
