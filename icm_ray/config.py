@@ -344,6 +344,10 @@ class PipelineRecipe(Recipe):
         default=None, description="Ready experts of this very recipe, if any."
     )
     methods: list[MethodRow] = Field(min_length=1)
+    tune: Literal["each set", "once an init"] = Field(
+        default="each set",
+        description="Choose settings for each set of experts, or with the first of each init.",
+    )
     output: str = Field(min_length=1)
 
 

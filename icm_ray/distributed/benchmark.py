@@ -22,6 +22,7 @@ from icm_ray.distributed.benchmark_memory import (
     whole_model,
 )
 from icm_ray.distributed.benchmark_peers import Found, Side
+from icm_ray.distributed.benchmark_picture import draw_many
 from icm_ray.distributed.benchmark_tables import Measured, as_markdown, as_tables, show
 from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.files import refuse_foreign, whole_folder, write_json
@@ -56,6 +57,8 @@ def run_benchmark(recipe: BenchmarkRecipe, target: Path) -> dict[str, Any]:
     with whole_folder(target) as folder:
         (folder / "benchmark.md").write_text(as_markdown(tables))
         write_json(folder / "measured.json", found)
+        if memory:
+            draw_many(memory, folder / "many.png")
     return {"outputs": {"tables": str(target / "benchmark.md")}, "scores": found}
 
 
