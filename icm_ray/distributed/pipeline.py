@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from icm_ray.config import DataSpec, FinetuneRecipe, PipelineRecipe
+from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.distributed.actors import AdapterSource, adapter_actors
 from icm_ray.distributed.evidence import (
     EVIDENCE_BATCH,
@@ -25,8 +25,17 @@ from icm_ray.distributed.evidence import (
     load_inputs,
 )
 from icm_ray.distributed.finetune import finetune
+from icm_ray.distributed.learn import LEARNED
+from icm_ray.distributed.learned_rows import learn_rows, rows_need_grams
 from icm_ray.distributed.probes import fit_probes, read_probe
-from icm_ray.distributed.rows import SetResults, choose, merge_rows, score_test, variants
+from icm_ray.distributed.rows import (
+    SetResults,
+    choose,
+    inputs_spec,
+    merge_rows,
+    score_test,
+    variants,
+)
 from icm_ray.distributed.shared_base import SharedBase, share_base
 from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.evaluation.experts import Expert
@@ -34,6 +43,7 @@ from icm_ray.evaluation.metrics import score
 from icm_ray.evaluation.scoring import TaskScore
 from icm_ray.evidence.store import load_evidence, save_evidence
 from icm_ray.files import is_done
+from icm_ray.learning.recipes import spec_of
 from icm_ray.methods.cut import RankRule
 from icm_ray.methods.merge import find_method
 from icm_ray.report.data import REFERENCES
@@ -71,11 +81,17 @@ def run_pipeline(
     experts = _experts(recipe, shared, base_name, root)
     sets = [SetResults(label, found) for label, found in experts.items()]
     sets = _grams(recipe, sets, shared, root)
+    sets = learn_rows(recipe, suite, sets, base_path, shared, root)
     merge_rows(recipe, sets, "default", root)
     with adapter_actors(shared, recipe.resources, len(suite.tasks)) as actors:
         evidence = {s.label: _evidence(recipe, s, shared, actors, root) for s in sets}
-        for results in sets:
-            choose(recipe, suite, results, shared, actors, root)
+        first: dict[str, SetResults] = {}
+        for which, results in zip(recipe.sets, sets, strict=True):
+            leader = first.setdefault(which.init, results)
+            if recipe.tune == "each set" or leader is results:
+                choose(recipe, suite, results, shared, actors, root)
+            else:
+                results.chosen.update(leader.chosen)
     merge_rows(recipe, sets, "chosen", root)
     with adapter_actors(shared, recipe.resources, len(suite.tasks)) as actors:
         for results in sets:
@@ -120,6 +136,8 @@ def check_rows(recipe: PipelineRecipe) -> None:
     for row in recipe.methods:
         try:
             method = find_method(row.method)
+            if row.learn or method.needs == LEARNED:
+                spec_of(row.method, row.learn)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
             for variant in variants(row):
                 method.bind(variant.params, tasks)
@@ -133,7 +151,7 @@ def _grams(
     recipe: PipelineRecipe, sets: Sequence[SetResults], shared: SharedBase, root: Path
 ) -> list[SetResults]:
     """Return the sets with their Gram statistics, gathered if a row of the table needs them."""
-    if all(find_method(row.method).needs is None for row in recipe.methods):
+    if not rows_need_grams(recipe):
         return list(sets)
     with adapter_actors(shared, recipe.resources, len(sets[0].experts)) as actors:
         return [replace(one, grams=_grams_of(recipe, one, shared, actors, root)) for one in sets]
@@ -160,8 +178,7 @@ def _grams_of(
 
 
 def _inputs(recipe: PipelineRecipe, one: SetResults) -> Inputs:
-    spec = DataSpec(suite=recipe.suite, inputs_per_task=recipe.sizes.calibration)
-    return load_inputs(spec, list(one.experts))
+    return load_inputs(inputs_spec(recipe), list(one.experts))
 
 
 def _evidence(

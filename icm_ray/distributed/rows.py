@@ -15,7 +15,7 @@ from typing import Any, Literal
 import ray
 
 from icm_ray.adapters import AdapterFile, open_all
-from icm_ray.config import MethodRow, PipelineRecipe
+from icm_ray.config import DataSpec, MethodRow, PipelineRecipe
 from icm_ray.distributed.actors import AdapterSource, MergeSource
 from icm_ray.distributed.cluster import MAX_RETRIES, request, run_bounded, worker_count
 from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
@@ -57,6 +57,7 @@ class SetResults:
         label: The set, for example "shared-seed0".
         experts: Experts by task.
         grams: Folder of Gram statistics, if a row needs them.
+        learned: By learned row: the folder of what it learned.
         merged: Merged folders by (row, variant): default settings and chosen ones.
         chosen: By row that has a grid: the variant that was best on validation data.
         scores: By (row or reference, variant, split): scores by task.
@@ -65,6 +66,7 @@ class SetResults:
     label: str
     experts: Mapping[str, Expert]
     grams: Path | None = None
+    learned: Mapping[str, Path] = field(default_factory=dict)
     merged: dict[tuple[str, str], MergedFolder] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], dict[str, TaskScore]] = field(default_factory=dict)
@@ -75,7 +77,14 @@ class SetResults:
 
     def evidence(self, row: MethodRow) -> Path | None:
         """Return the evidence a row's method needs."""
+        if row.name in self.learned:
+            return self.learned[row.name]
         return self.grams if find_method(row.method).needs else None
+
+
+def inputs_spec(recipe: PipelineRecipe) -> DataSpec:
+    """Return which unlabelled inputs evidence is gathered from."""
+    return DataSpec(suite=recipe.suite, inputs_per_task=recipe.sizes.calibration)
 
 
 def variants(row: MethodRow) -> Iterator[Variant]:

@@ -1,31 +1,18 @@
 """What each job does once its recipe is read: check, connect, work, report."""
 
-import contextlib
-import time
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import AdapterFile, open_all
+from icm_ray.adapters import open_all
 from icm_ray.config import (
     EvaluateRecipe,
-    EvidenceRecipe,
     FinetuneRecipe,
-    MergeRecipe,
     PipelineRecipe,
-    Recipe,
 )
-from icm_ray.distributed.actors import AdapterSource, adapter_actors, start_actors
+from icm_ray.distributed.actors import AdapterSource, start_actors
 from icm_ray.distributed.cluster import connected
 from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
-from icm_ray.distributed.evidence import (
-    EVIDENCE_BATCH,
-    Inputs,
-    evidence_key,
-    gather_on_ray,
-    grams_on_ray,
-    load_inputs,
-)
-from icm_ray.distributed.merge import merge_on_ray
+from icm_ray.distributed.merge_jobs import base_folder, base_name
 from icm_ray.distributed.pipeline import check_rows, run_pipeline
 from icm_ray.distributed.reporting import console, publish, report_data
 from icm_ray.distributed.rows import task_data
@@ -33,89 +20,7 @@ from icm_ray.distributed.shared_base import share_base
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts
 from icm_ray.evaluation.scoring import standing, values
-from icm_ray.evidence.store import save_evidence
-from icm_ray.files import refuse_foreign
-from icm_ray.merging import merge_recipe
-from icm_ray.planning import warn, warnings_of
-from icm_ray.suites import BASES, SUITES, prepare_base
-from icm_ray.types import MergeResult
-
-
-def base_folder(recipe: Recipe, spec: str, revision: str | None) -> Path:
-    """Return the prepared base's folder, fetching it if it is not cached."""
-    cache = Path(recipe.cache) if recipe.cache else None
-    return prepare_base(spec, cache, revision, progress=print)
-
-
-def base_name(spec: str) -> str:
-    """Return what an adapter's config calls this base: a name that means something elsewhere."""
-    return BASES[spec].hub_id if spec in BASES else spec
-
-
-def merge_and_write(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
-    """Merge on Ray and write the verified result; see `MergeRecipe`."""
-    with contextlib.ExitStack() as session:  # checks come first; then one cluster for all stages
-
-        def on_ray(files: list[AdapterFile], order: dict[str, Any]) -> tuple[MergeResult, float]:
-            session.enter_context(connected(recipe.resources))
-            started = time.monotonic()
-            result = merge_on_ray(files, recipe.method, resources=recipe.resources, **order)
-            return result, time.monotonic() - started
-
-        def gathered(files: list[AdapterFile], base: Path) -> Path:
-            assert recipe.data is not None
-            inputs = load_inputs(recipe.data, [file.name for file in files])
-            session.enter_context(connected(recipe.resources))
-            folder = target.with_name(f"{target.name}.evidence")
-            return _grams(files, inputs, base, folder, recipe, EVIDENCE_BATCH)
-
-        return merge_recipe(recipe, target, on_ray, gathered)
-
-
-def _grams(
-    files: list[AdapterFile],
-    inputs: Inputs,
-    base: Path,
-    folder: Path,
-    recipe: MergeRecipe | EvidenceRecipe,
-    batch: int,
-) -> Path:
-    shared = share_base(base)
-    with adapter_actors(shared, recipe.resources, len(files)) as actors:
-        return grams_on_ray(
-            actors,
-            [AdapterSource.of(file, recipe.modules_to_save) for file in files],
-            sorted({module for file in files for module in file.shapes}),
-            inputs,
-            folder,
-            base=shared.fingerprint,
-            batch=batch,
-            timeout=recipe.resources.timeout_seconds,
-        )
-
-
-def gather_evidence(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
-    """Gather what the recipe names, one actor an adapter."""
-    refuse_foreign(target)
-    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save)
-    warn(warnings_of(files))
-    sources = [AdapterSource.of(file, recipe.modules_to_save) for file in files]
-    inputs = load_inputs(recipe.data, [source.name for source in sources])
-    path = base_folder(recipe, recipe.base, recipe.revision)
-    with connected(recipe.resources):
-        if recipe.kind == "gram_statistics":
-            _grams(files, inputs, path, target, recipe, recipe.batch)
-            return {"outputs": {"evidence": str(target)}}
-        shared = share_base(path)
-        actors = start_actors(shared, recipe.resources, len(sources))
-        timeout = recipe.resources.timeout_seconds
-        gathered = gather_on_ray(actors, sources, inputs, batch=recipe.batch, timeout=timeout)
-    key = evidence_key(shared.fingerprint, sources, inputs, recipe.batch)
-    save_evidence(target, gathered, {"key": key, "base": shared.fingerprint})
-    norms = {e.task: float(e.task_vector.norm()) for e in gathered}
-    print("task vector norms: " + ", ".join(f"{t} {n:.3f}" for t, n in norms.items()))
-    return {"outputs": {"evidence": str(target)}, "task_vector_norms": norms}
+from icm_ray.suites import SUITES
 
 
 def evaluate_and_report(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:

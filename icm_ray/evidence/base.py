@@ -70,7 +70,7 @@ def build_base(path: Path, weights: Weights, *, device: str, dtype: str) -> Base
     on a node hold one copy between them.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
@@ -82,8 +82,14 @@ def build_base(path: Path, weights: Weights, *, device: str, dtype: str) -> Base
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     model = model.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return Base(model, tokenizer, path)
+    return Base(model, load_tokenizer(path), path)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Return the tokenizer beside a base."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def load_base(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Base:

@@ -6,6 +6,7 @@ tests and the search space read the row.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from icm_ray.methods.breadcrumbs import breadcrumbs
 from icm_ray.methods.cat import cat
@@ -19,11 +20,13 @@ from icm_ray.methods.iso_c import iso_c
 from icm_ray.methods.iso_cts import iso_cts
 from icm_ray.methods.knots_dare_ties import knots_dare_ties, knots_dare_ties_passes
 from icm_ray.methods.knots_ties import knots_ties, knots_ties_passes
+from icm_ray.methods.learned import learned
 from icm_ray.methods.linear import linear
 from icm_ray.methods.lora_lego import lora_lego
 from icm_ray.methods.magnitude_prune import magnitude_prune
 from icm_ray.methods.model_stock import model_stock
 from icm_ray.methods.negate_add import negate_add
+from icm_ray.methods.rebuild import KINDS
 from icm_ray.methods.regmean import regmean
 from icm_ray.methods.robust_merge import robust_merge
 from icm_ray.methods.soup import soup
@@ -41,6 +44,12 @@ _MASKS = {
     "mask.<task>": "(d_out, d_in), nonzero keeps an entry of the delta",
     "mask_a.<task>": "(rank, d_in), preset peft: nonzero keeps an entry of A",
     "mask_b.<task>": "(d_out, rank), preset peft: nonzero keeps an entry of B",
+}
+_LEARNED: dict[str, Any] = {
+    "cost": "steps x tasks forward and backward passes of the base in jobs.learn, then a stack",
+    "needs": "LearnedMerge",
+    "takes": KINDS,
+    "family": "learned",
 }
 _FLATTENED = {"identity": "every singular value of a single adapter becomes their mean, too"}
 
@@ -311,6 +320,46 @@ METHODS: Mapping[str, Method] = frozen(
             is_dense=True,
             passes=emr_passes,
             default_rank="largest input",
+        ),
+        "nsc": Method(
+            "nsc",
+            learned,
+            formula="sum_k c_k delta_k, c minimises the null-space ratio of each task's inputs",
+            paper="arXiv 2603.26317",
+            use="To compare with the paper; check the report for tasks without a signal.",
+            **_LEARNED,
+        ),
+        "row_space_match": Method(
+            "row_space_match",
+            learned,
+            formula="sum_k c_k delta_k, c so that each A sees in the merge what its expert saw",
+            paper="ours, from the geometry of arXiv 2603.26317",
+            use="Unlabelled inputs, any kind of task, cheap: the forward stops after the targets.",
+            **_LEARNED,
+        ),
+        "task_vector_match": Method(
+            "task_vector_match",
+            learned,
+            formula="U C V + RegMean, C so that each input's task vector is the expert's",
+            paper="ours, from Eq. 1 of arXiv 2508.04153",
+            use="Unlabelled inputs, any kind of task: the best result of all where it can be run.",
+            **_LEARNED,
+        ),
+        "adamerging": Method(
+            "adamerging",
+            learned,
+            formula="sum_k c_k delta_k, c in [0, 1] minimises the entropy of the heads' answers",
+            paper="arXiv 2310.02575",
+            use="Classifications and language models; says nothing about regressions.",
+            **_LEARNED,
+        ),
+        "atlas": Method(
+            "atlas",
+            learned,
+            formula="sum_k c_k delta_k, c fitted to a few labelled inputs, from zero",
+            paper="arXiv 2407.02880",
+            use="With a few labels of every task.",
+            **_LEARNED,
         ),
     }
 )

@@ -173,6 +173,11 @@ def _check_evidence(
         for a in adapters
         if told.adapters and told.adapters.get(a.name) != _fingerprint(a)
     ]
+    if row.needs == "LearnedMerge" and told.adapters.keys() - {a.name for a in adapters}:
+        missing = ", ".join(sorted(told.adapters.keys() - {a.name for a in adapters}))
+        problems.append(
+            f"evidence: learned with {missing} too. Merge the adapters it was learned from."
+        )
     used = 0
     for kind in row.takes:
         found = {m: told.keys(m, kind, tasks) for m, tasks in present.items()}

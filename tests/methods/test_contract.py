@@ -92,6 +92,8 @@ def evidence_for(adapters: Sequence[Adapter], method: str) -> dict[str, torch.Te
     """Return what the method needs: a Gram of each task's inputs for every module."""
     if METHODS[method].needs is None:
         return None
+    if METHODS[method].needs == "LearnedMerge":
+        return coefficients_for(adapters)
     assert METHODS[method].needs == "GramStatistics"
     widths = {m: f.shape[1] for adapter in adapters for m, f in adapter.modules.items()}
     grams = {}
@@ -101,6 +103,18 @@ def evidence_for(adapters: Sequence[Adapter], method: str) -> dict[str, torch.Te
             x = torch.randn(3 * d_in, d_in, generator=draw, dtype=torch.float64)
             grams[f"{module}.gram.{adapter.name}"] = (x.T @ x / (3 * d_in)).float()
     return grams
+
+
+def coefficients_for(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+    """Return a coefficient for each task and module, keyed by their names; 1 for one adapter."""
+    names = sorted(adapter.name for adapter in adapters)
+    modules = {module for adapter in adapters for module in adapter.modules}
+    found = {}
+    for module in modules:
+        rows = [torch.rand(1, generator=generator("coefficient", n, module)) for n in names]
+        values = torch.stack(rows) if len(names) > 1 else torch.ones(1, 1)
+        found[f"{module}.coefficients"] = values
+    return found
 
 
 def each_row() -> pytest.MarkDecorator:

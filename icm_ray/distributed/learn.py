@@ -1,0 +1,169 @@
+"""Evidence of learned methods: from adapters and inputs to a folder that `merge` reads."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icm_ray.adapters import AdapterFile
+from icm_ray.config import LearnSpec, Resources
+from icm_ray.distributed.evidence import Inputs
+from icm_ray.distributed.learning import LearnOrder, learn_on_ray
+from icm_ray.distributed.shared_base import SharedBase
+from icm_ray.evaluation.heads import Head
+from icm_ray.evidence.base import load_tokenizer
+from icm_ray.evidence.batches import make_batches, tokenize
+from icm_ray.files import is_done, sha256_of
+from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.learner import Run
+from icm_ray.learning.recipes import covered_by, needs_grams, plan_of
+from icm_ray.learning.store import save_learned
+from icm_ray.methods.given import read_given
+from icm_ray.suites import Task
+
+LEARNED = "LearnedMerge"
+"""What learned methods need, as their METHODS rows say."""
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Readable:
+    """What objectives that read answers may see of a task.
+
+    Attributes:
+        task: Says what the head predicts.
+        head: The frozen head.
+        targets: Labels of the task's inputs, for supervised objectives; else None.
+    """
+
+    task: Task
+    head: Head
+    targets: Sequence[float] | None = None
+
+
+def learned_on_ray(
+    spec: LearnSpec,
+    files: Sequence[AdapterFile],
+    inputs: Inputs,
+    readable: Mapping[str, Readable],
+    folder: Path,
+    *,
+    base: Path,
+    shared: SharedBase,
+    resources: Resources,
+    seed: int,
+    grams: Callable[[], Path],
+    label: str,
+) -> Path:
+    """Learn, or find what was learned in `folder`; return the folder.
+
+    Args:
+        spec: The learning recipe.
+        files: All adapters of the merge.
+        inputs: Unlabelled inputs of each task.
+        readable: Heads and labels by task, where there are any.
+        folder: Where the evidence goes.
+        base: Folder of the base, for its tokenizer.
+        shared: The base in the object store.
+        resources: What each actor gets.
+        seed: Keys the order of batches.
+        grams: Gathers Gram statistics; called only if the recipe starts from RegMean.
+        label: Shown by the progress bar.
+    """
+    told = grams() if needs_grams(spec) else None
+    key = _key(spec, files, inputs, readable, shared.fingerprint, seed, resources.threads, told)
+    if is_done(folder, key):
+        return folder
+    tasks = _tasks(spec, files, inputs, readable, base)
+    modules = sorted({module for file in files for module in file.shapes})
+    names = [file.name for file in files]
+    plan = plan_of(
+        spec, [task.adapter for task in tasks], _grams(told, modules, names) if told else None
+    )
+    run = Run(
+        seed, spec.optimisation.tasks_per_forward, spec.optimisation.save_memory, resources.threads
+    )
+    scratch = folder.with_name(f".{folder.name}.learning-{key[:12]}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    learned = learn_on_ray(
+        shared,
+        LearnOrder(plan, tasks, run),
+        covered_by(spec.objective, tasks),
+        resources,
+        origin=spec.model_dump(),
+        scratch=scratch,
+        key=key,
+        label=label,
+    )
+    save_learned(learned, folder, {"key": key})
+    for file in scratch.iterdir():
+        file.unlink()
+    scratch.rmdir()
+    return folder
+
+
+def _tasks(
+    spec: LearnSpec,
+    files: Sequence[AdapterFile],
+    inputs: Inputs,
+    readable: Mapping[str, Readable],
+    base: Path,
+) -> list[TaskInputs]:
+    tokenizer = load_tokenizer(base)
+    made = []
+    for file in sorted(files, key=lambda file: file.name):
+        texts, max_tokens = inputs[file.name]
+        ids = tokenize(tokenizer, texts, max_tokens)
+        batches = make_batches(ids, spec.optimisation.batch, tokenizer.pad_token_id)
+        known = readable.get(file.name)
+        if known is None:
+            made.append(TaskInputs(file.load(), batches))
+            continue
+        targets = None
+        if known.targets is not None:
+            values = torch.tensor(known.targets, dtype=torch.float64)
+            targets = ((values - known.head.mean) / known.head.std).float()
+        made.append(TaskInputs(file.load(), batches, known.head, known.task.kind, targets))
+    return made
+
+
+def _grams(
+    folder: Path, modules: Sequence[str], tasks: Sequence[str]
+) -> dict[str, dict[str, torch.Tensor]]:
+    told = read_given(folder)
+    found = {m: told.of(m, ["gram.<task>"], tasks) for m in modules}
+    return {
+        module: {name.removeprefix("gram."): tensor for name, tensor in of_module.items()}
+        for module, of_module in found.items()
+        if of_module
+    }
+
+
+def _key(
+    spec: LearnSpec,
+    files: Sequence[AdapterFile],
+    inputs: Inputs,
+    readable: Mapping[str, Readable],
+    base: str,
+    seed: int,
+    threads: int,
+    told: Path | None,
+) -> str:
+    heads = {
+        task: [known.head.weight.tolist(), known.head.bias.tolist(), known.targets is not None]
+        for task, known in readable.items()
+    }
+    content: dict[str, Any] = {
+        "version": VERSION,
+        "spec": spec.model_dump(),
+        "adapters": {file.name: file.fingerprint() for file in files},
+        "inputs": {task: sha256_of([list(texts), n]) for task, (texts, n) in inputs.items()},
+        "heads": sha256_of(heads),
+        "base": base,
+        "seed": seed,
+        "threads": threads,
+        "grams": read_given(told).identity if told else None,
+    }
+    return sha256_of(content)

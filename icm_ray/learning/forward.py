@@ -1,0 +1,148 @@
+"""One forward pass of base plus merge, as far as it is needed, watching what passes by."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from icm_ray.errors import InputError
+from icm_ray.evidence.base import find_module, to_device
+from icm_ray.evidence.batches import Batch
+from icm_ray.learning.inputs import Seen
+from icm_ray.learning.parameters import Frame
+from icm_ray.learning.targets import block_path
+
+
+@contextlib.contextmanager
+def merged(
+    model: nn.Module, frames: Mapping[str, Frame], cores: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Run the body with `left @ core @ right + residual` added to the model's modules.
+
+    Nothing dense is formed, and gradients flow to the cores alone.
+
+    Raises:
+        InputError: a module is missing in the base or has another shape.
+    """
+    handles = []
+    try:
+        for path, frame in frames.items():
+            module = find_module(model, path)
+            _check_shape(path, module, frame)
+            handles.append(module.register_forward_hook(_update(frame, cores[path], module)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _update(
+    frame: Frame, core: Tensor, module: nn.Module
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    weight = next(module.parameters())
+    right, left, core = (t.to(weight.device, weight.dtype) for t in (frame.right, frame.left, core))
+    learned = right.shape[0]
+    if frame.residual is not None:  # one product for both on either side
+        right = torch.cat([right, frame.residual.a.to(right)])
+        left = torch.cat([left, frame.residual.b.to(left)], 1)
+
+    def update(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        inside = F.embedding(x, right.T) if frame.layout == "embedding" else x @ right.T
+        if frame.residual is None:  # a slice of everything would cost a pass in the backward
+            return output + _times(inside, core) @ left.T
+        first, rest = inside.split([learned, inside.shape[-1] - learned], -1)
+        return output + torch.cat([_times(first, core), rest], -1) @ left.T
+
+    return update
+
+
+def _times(inside: Tensor, core: Tensor) -> Tensor:
+    return inside * core if core.ndim == 1 else inside @ core.T
+
+
+def _check_shape(path: str, module: nn.Module, frame: Frame) -> None:
+    weight = next(module.parameters(), None)
+    expected = tuple(weight.shape) if weight is not None and weight.ndim == 2 else None
+    if expected and (isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"):
+        expected = expected[::-1]
+    shape = (frame.left.shape[0], frame.right.shape[1])
+    if expected != shape:
+        raise InputError(
+            f"module {path}: the base's change is {expected} but the adapters' delta is {shape}. "
+            "The adapters belong to another base."
+        )
+
+
+def observe(
+    model: nn.Module, batch: Batch, modules: Sequence[str], *, hidden: bool, save: bool = False
+) -> Seen:
+    """Run the model as it stands and return what the objective asked to see.
+
+    The pass ends at the last target module unless the last hidden state is wanted, and no
+    language-model head is run.
+
+    Args:
+        model: The bare base; hooks of `merged` or `applied` may be on it.
+        batch: The inputs.
+        modules: Paths whose inputs are kept; those these inputs never reach are left out.
+        hidden: Whether the last hidden state is wanted.
+        save: Recompute blocks in the backward pass instead of keeping their activations.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keeper(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(_module: nn.Module, given: tuple[Any, ...]) -> None:
+            seen[path] = given[0]
+            if not hidden and len(seen) == len(modules):
+                raise _Seen
+
+        return keep
+
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+    inputs = to_device(inputs, model)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False  # keys of earlier tokens serve nobody here
+    handles = []
+    with _saving(model, modules, hidden) if save else contextlib.nullcontext():
+        try:
+            for path in modules:
+                handles.append(find_module(model, path).register_forward_pre_hook(keeper(path)))
+            state = model(**inputs).last_hidden_state
+        except _Seen:
+            state = None
+        finally:
+            for handle in handles:
+                handle.remove()
+    return Seen(seen, state if hidden else None)
+
+
+class _Seen(Exception):
+    """Everything that was asked for has passed by."""
+
+
+@contextlib.contextmanager
+def _saving(model: nn.Module, modules: Sequence[str], hidden: bool) -> Iterator[None]:
+    """Checkpoint every block of the model, except the one the pass ends inside of."""
+    blocks = {p: m for p, m in model.named_modules() if block_path(p) == p}
+    if not hidden:
+        watched = {id(find_module(model, path)) for path in modules}
+        holding = [p for p, m in blocks.items() if watched & {id(part) for part in m.modules()}]
+        for path in holding[-1:]:  # blocks are named in the order they run
+            del blocks[path]
+    try:
+        for block in blocks.values():
+            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for block in blocks.values():
+            del block.forward  # the class's own shows again
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given, **named: checkpoint(forward, *given, use_reentrant=False, **named)

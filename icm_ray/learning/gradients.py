@@ -1,0 +1,213 @@
+"""One task's share of a step: its loss and gradient, a function of values and step alone.
+
+This is what a worker holds. Nothing here knows of other workers, so a step gives the same bytes
+whoever makes its parts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from icm_ray.errors import InputError
+from icm_ray.evidence.batches import Batch
+from icm_ray.evidence.low_rank import applied
+from icm_ray.learning.forward import merged, observe
+from icm_ray.learning.inputs import TaskInputs, join
+from icm_ray.learning.objectives import Memory, Objective, TaskObjective
+from icm_ray.learning.parameters import Parameters
+
+NO_SIGNAL = 1e-3
+"""Smallest gap between the base's and the expert's loss that a merge can be steered by."""
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """What a task's objective says of fixed models, before any step.
+
+    Attributes:
+        base: Components (one per target module, or one) for the base; empty if not compared.
+        expert: The same for the task's own expert.
+        start: The same for the merge at its start.
+        warning: What is wrong with the objective on this task, or None.
+    """
+
+    base: list[float]
+    expert: list[float]
+    start: list[float]
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tasks' share of one step.
+
+    Attributes:
+        losses: Loss by task.
+        gradients: Gradient of the weighted sum of these losses by parameter; parameters that no
+            loss depends on are left out.
+    """
+
+    losses: Mapping[str, float]
+    gradients: Mapping[str, Tensor]
+
+
+class TaskGradients:
+    """Losses and gradients of one or more tasks.
+
+    Every task keeps its cached values of expert and base, so each runs once an example.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Parameters,
+        objective: Objective,
+        tasks: Sequence[TaskInputs],
+        *,
+        weights: Mapping[str, float],
+        seed: int = 0,
+        save_memory: bool = False,
+    ) -> None:
+        """Take what the steps need; `start` has to be called for each task before them.
+
+        Args:
+            model: The frozen base.
+            parameters: What is learned, over all tasks of the merge.
+            objective: What is minimised.
+            tasks: The tasks whose share is made here.
+            weights: Multiplies each task's loss.
+            seed: Keys the order of batches.
+            save_memory: Recompute blocks in the backward pass.
+        """
+        self.model, self.parameters, self.scaling = model, parameters, objective.scaling
+        self.weights, self.seed, self.save_memory = weights, seed, save_memory
+        made = {task.name: objective.of(task) for task in tasks}
+        self.tasks = {task.name: task for task in tasks if made[task.name] is not None}
+        self.objectives = {name: one for name, one in made.items() if one is not None}
+        self.memories: dict[str, list[Memory]] = {}
+        self.scales: dict[str, Tensor] = {}
+
+    def start(self, task: str) -> TaskLosses:
+        """Run expert and base over a task's inputs, fix its scale, and return what was found."""
+        inputs, objective = self.tasks[task], self.objectives[task]
+        self.memories[task] = [{} for _ in inputs.batches]
+        base = expert = torch.zeros(0, dtype=torch.float64)
+        energy = None
+        if objective.compares:
+            base, expert, energy = self._compare(inputs, objective)
+        start = self._raw(task)
+        scale = {"none": None, "energy": energy, "start": start}[self.scaling]
+        self.scales[task] = torch.ones_like(start) if scale is None else _inverse(scale)
+        by, warning = self.scales[task], None
+        if objective.compares:
+            warning = _warning(float((base * by).mean()), float((expert * by).mean()))
+            base, expert = base * by, expert * by
+        return TaskLosses(base.tolist(), expert.tolist(), (start * by).tolist(), warning)
+
+    def components(self, task: str) -> list[float]:
+        """Return the scaled components over all of a task's inputs at the present values."""
+        return (self._raw(task) * self.scales[task]).tolist()
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set the parameters to what the driver sent."""
+        with torch.no_grad():
+            for name, leaf in self.parameters.tensors().items():
+                leaf.copy_(values[name])
+
+    def gradient(self, tasks: Sequence[str], step: int) -> Part:
+        """Return losses and gradient of some tasks on the batches of a step, in one forward."""
+        numbers = {task: self.tasks[task].batch_number(self.seed, step) for task in tasks}
+        leaves = self.parameters.tensors()
+        with merged(self.model, self.parameters.frames, self.parameters.cores()):
+            losses = self._losses(numbers)
+            total = torch.stack([self.weights[t] * loss for t, loss in losses.items()]).sum()
+            # Inside the block: recomputed layers need the merge on the model too.
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+        return Part({task: float(loss.detach()) for task, loss in losses.items()}, gradients)
+
+    def _losses(self, numbers: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return each task's loss on one of its batches; the merge is on the model already."""
+        batches = [self._batch(task, number) for task, number in numbers.items()]
+        modules = sorted({m for task in numbers for m in self.objectives[task].modules})
+        hidden = any(self.objectives[task].hidden for task in numbers)
+        whole = join(batches) if len(batches) > 1 else batches[0]
+        seen = observe(self.model, whole, modules, hidden=hidden, save=self.save_memory)
+        losses = {}
+        for (task, number), batch, part in zip(
+            numbers.items(), batches, seen.split(batches), strict=True
+        ):
+            memory = self.memories[task][number]
+            sums, count = self.objectives[task].measure(batch, part, memory)
+            losses[task] = (sums / count * self.scales[task].to(sums)).mean()
+        return losses
+
+    def _batch(self, task: str, number: int) -> Batch:
+        batch, objective = self.tasks[task].batches[number], self.objectives[task]
+        answer: Any = getattr(objective, "answer", None)
+        return answer(self.model, batch) if answer else batch
+
+    @torch.no_grad()
+    def _compare(
+        self, inputs: TaskInputs, objective: TaskObjective
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Fill the memory and return mean components of base and expert, and the energy."""
+        sums: dict[str, list[Tensor]] = {"base": [], "expert": [], "energy": []}
+        total = 0.0
+        for number, batch in enumerate(inputs.batches):
+            seen = {}
+            for name, adapter in (("base", None), ("expert", inputs.adapter)):
+                with applied(self.model, adapter):
+                    seen[name] = observe(
+                        self.model, batch, objective.modules, hidden=objective.hidden
+                    )
+            _check_reached(inputs.name, objective, seen["base"].inputs)
+            memory = dict(objective.remember(batch, seen["expert"], seen["base"]))
+            if "energy" in memory:
+                sums["energy"].append(memory.pop("energy").double().cpu())
+            self.memories[inputs.name][number] = memory
+            for name in ("base", "expert"):
+                found, count = objective.measure(batch, seen[name], memory)
+                sums[name].append(found.double().cpu())
+            total += count
+        mean = {name: torch.stack(s).sum(0) / total for name, s in sums.items() if s}
+        return mean["base"], mean["expert"], mean.get("energy")
+
+    @torch.no_grad()
+    def _raw(self, task: str) -> Float[Tensor, " components"]:
+        """Return the unscaled components over all inputs at the present values, float64."""
+        objective, sums, total = self.objectives[task], [], 0.0
+        with merged(self.model, self.parameters.frames, self.parameters.cores()):
+            for number in range(len(self.tasks[task].batches)):
+                batch = self._batch(task, number)
+                seen = observe(self.model, batch, objective.modules, hidden=objective.hidden)
+                found, count = objective.measure(batch, seen, self.memories[task][number])
+                sums.append(found.double().cpu())
+                total += count
+        return torch.stack(sums).sum(0) / total
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """Return what to multiply by; a component that compares with nothing is left as it is."""
+    return torch.where(scale > 0, 1 / scale, torch.ones_like(scale))
+
+
+def _warning(base: float, expert: float) -> str | None:
+    if abs(base - expert) < NO_SIGNAL:
+        return f"no signal: base {base:.5f} and expert {expert:.5f} are closer than {NO_SIGNAL}"
+    if expert > base:
+        return f"wrong sign: the expert's {expert:.5f} is above the base's {base:.5f}"
+    return None
+
+
+def _check_reached(task: str, objective: TaskObjective, seen: Mapping[str, Tensor]) -> None:
+    missing = [module for module in objective.modules if module not in seen]
+    if missing:
+        raise InputError(
+            f"task {task!r}: module {missing[0]}: its inputs never reach it, so it is no target. "
+            "Name others in the recipe's targets."
+        )

@@ -1,0 +1,121 @@
+"""Objectives that read a task's frozen head: entropy, distillation, labels."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from icm_ray.errors import RecipeError
+from icm_ray.evaluation.heads import Head
+from icm_ray.evidence.batches import Batch
+from icm_ray.learning.inputs import Seen, TaskInputs
+from icm_ray.learning.objectives import Measured, Memory, Scaling
+
+
+@dataclass(frozen=True)
+class HeadEntropy:
+    """Entropy of the head's class probabilities, in nats; classifications only.
+
+    Paper: AdaMerging, arXiv 2310.02575, Eq. 5.
+    """
+
+    scaling: Scaling = "none"
+
+    def of(self, inputs: TaskInputs) -> "_Logits | None":
+        """Return the task's objective; None for a regression, which has no entropy."""
+        return _Logits(inputs, _entropy) if inputs.kind == "classification" else None
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The merge's answers through the task's head should be the expert's.
+
+    Kullback-Leibler divergence from the expert's class probabilities, or the squared difference of
+    standardised predictions; divided by the base's, whose loss is then 1.
+    """
+
+    scaling: Scaling = "energy"
+
+    def of(self, inputs: TaskInputs) -> "_Logits | None":
+        """Return the task's objective; None without a head."""
+        known = {"classification": _divergence, "regression": _squared}
+        return _Logits(inputs, known[inputs.kind]) if inputs.kind else None
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Cross-entropy, or the squared error of standardised targets, on a few labelled examples.
+
+    Divided by its value at the start, so that neither kind of task drowns the other.
+    """
+
+    scaling: Scaling = "start"
+
+    def of(self, inputs: TaskInputs) -> "_Logits | None":
+        """Return the task's objective; None without a head or labels."""
+        if not inputs.kind or inputs.targets is None:
+            return None
+        known = {"classification": _cross_entropy, "regression": _squared}
+        return _Logits(inputs, known[inputs.kind], inputs.targets)
+
+
+class _Logits:
+    """A loss of the head's logits, and of the expert's logits or the labels."""
+
+    hidden, modules = True, ()
+
+    def __init__(self, inputs: TaskInputs, loss: "_Loss", targets: Tensor | None = None) -> None:
+        if inputs.head is None:
+            raise RecipeError(f"task {inputs.name!r}: has no head, which the objective reads.")
+        self.head: Head = inputs.head
+        self.loss, self.targets = loss, targets
+        self.compares = targets is None and loss is not _entropy
+
+    def _logits(self, batch: Batch, seen: Seen) -> Tensor:
+        pooled = seen.pooled(batch.mask).float()
+        return pooled @ self.head.weight.T.to(pooled) + self.head.bias.to(pooled)
+
+    def remember(self, batch: Batch, expert: Seen, base: Seen) -> Memory:
+        """Return what of expert and base the measure compares with."""
+        expected = self._logits(batch, expert)
+        energy = self.loss(self._logits(batch, base), expected).sum()
+        return {"expected": expected, "energy": energy[None]}
+
+    def measure(self, batch: Batch, seen: Seen, memory: Memory) -> Measured:
+        """Return sums by component, and how many things were summed."""
+        logits = self._logits(batch, seen)
+        expected = memory.get("expected", logits)
+        if self.targets is not None:
+            expected = self.targets[batch.rows].to(logits.device)
+        return self.loss(logits, expected).sum()[None], float(len(logits))
+
+
+@runtime_checkable
+class _Loss(Protocol):
+    def __call__(self, logits: Tensor, expected: Tensor) -> Tensor: ...
+
+
+def _entropy(logits: Tensor, expected: Tensor) -> Tensor:
+    return entropy(logits)
+
+
+def entropy(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows"]:
+    """Return the entropy of each row's softmax, in nats, float32."""
+    log = logits.float().log_softmax(-1)
+    return -(log.exp() * log).sum(-1)
+
+
+def _divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    theirs = expected.log_softmax(-1)
+    return F.kl_div(logits.log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
+
+
+def _cross_entropy(logits: Tensor, expected: Tensor) -> Tensor:
+    return F.cross_entropy(logits, expected.long(), reduction="none")
+
+
+def _squared(logits: Tensor, expected: Tensor) -> Tensor:
+    wanted = expected if expected.ndim == 1 else expected[:, 0]
+    return (logits[:, 0] - wanted.float()).square()

@@ -1,0 +1,101 @@
+"""One task as the learner sees it: its adapter, its inputs and, if it has one, its head."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from icm_ray.evaluation.heads import Head
+from icm_ray.evidence.batches import Batch
+from icm_ray.seeding import generator
+from icm_ray.types import Adapter
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """One task's adapter and the inputs it is judged by.
+
+    Attributes:
+        adapter: The task's expert; its name is the task's.
+        batches: Fixed batches, one of them a step; `make_batches` sorts by length.
+        head: The frozen head, for objectives that read it.
+        kind: What the head predicts; None without a head.
+        targets: `(examples,)` labels by original row: class indices, or numbers standardised by
+            the head's mean and deviation. Only `Supervised` may look at them.
+    """
+
+    adapter: Adapter
+    batches: Sequence[Batch]
+    head: Head | None = None
+    kind: Literal["classification", "regression"] | None = None
+    targets: Float[Tensor, " examples"] | None = None
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.adapter.name
+
+    def batch_number(self, seed: int, step: int) -> int:
+        """Return which batch a step uses: a fresh shuffle each epoch, keyed by seed and task."""
+        epoch, position = divmod(step, len(self.batches))
+        key = generator("learning order", seed, self.name, epoch)
+        return int(torch.randperm(len(self.batches), generator=key)[position])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward pass showed.
+
+    Attributes:
+        inputs: `(examples, tokens, d_in)` by target module.
+        hidden: Last hidden state `(examples, tokens, d_model)`, None if the pass stopped before.
+    """
+
+    inputs: Mapping[str, Tensor]
+    hidden: Float[Tensor, "examples tokens d_model"] | None = None
+
+    def pooled(self, mask: Bool[Tensor, "examples tokens"]) -> Float[Tensor, "examples d_model"]:
+        """Return the last hidden state averaged over each example's real tokens."""
+        assert self.hidden is not None, "the objective did not ask for the hidden state"
+        weights = mask.to(self.hidden.device, self.hidden.dtype)[..., None]
+        return (self.hidden * weights).sum(1) / weights.sum(1)
+
+    def split(self, batches: Sequence[Batch]) -> list["Seen"]:
+        """Return each batch's share of a pass over several batches that were joined."""
+        if len(batches) == 1:
+            return [self]
+        inputs = {path: _shares(x, batches) for path, x in self.inputs.items()}
+        hidden = None if self.hidden is None else _shares(self.hidden, batches)
+        return [
+            Seen(
+                {path: parts[i] for path, parts in inputs.items()},
+                None if hidden is None else hidden[i],
+            )
+            for i in range(len(batches))
+        ]
+
+
+def _shares(x: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
+    # One split has one backward; a slice for each would fill the whole tensor as often.
+    parts = x.split([len(batch.rows) for batch in batches])
+    width = max(batch.ids.shape[1] for batch in batches)
+    own = [batch.ids.shape[1] for batch in batches]
+    return [
+        part[:, :tokens] if part.ndim == 3 and tokens < width else part
+        for part, tokens in zip(parts, own, strict=True)
+    ]
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Return one batch that holds several, padded to the longest."""
+    width = max(batch.ids.shape[1] for batch in batches)
+    ids = torch.cat([_widened(batch.ids, width) for batch in batches])
+    mask = torch.cat([_widened(batch.mask, width) for batch in batches])
+    return Batch(ids, mask, torch.cat([batch.rows for batch in batches]))
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))

@@ -1,0 +1,238 @@
+"""From a recipe's words to the learner's objects, and each learned method's own recipe.
+
+spec = spec_of("nsc", {"start": {"value": "1/K"}})
+plan = plan_of(spec, adapters, grams)
+plan.parameters(), plan.objective(base)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from icm_ray.adapters import load_adapter
+from icm_ray.config import (
+    LearnSpec,
+    ObjectiveSpec,
+    OptimisationSpec,
+    ParametersSpec,
+    StartSpec,
+)
+from icm_ray.errors import InputError, RecipeError
+from icm_ray.evidence.base import Base
+from icm_ray.learning.decoding import TokenEntropy
+from icm_ray.learning.descent import Optimisation
+from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised
+from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.learner import covered_tasks
+from icm_ray.learning.objectives import (
+    NullSpaceRatio,
+    Objective,
+    RowSpaceMatch,
+    TaskVectorMatch,
+    Tokens,
+)
+from icm_ray.learning.parameters import Coefficients, CoreMatrices, Parameters
+from icm_ray.learning.targets import Targets
+from icm_ray.learning.terms import Terms, own_terms, regmean_terms, summed, tsv_terms
+from icm_ray.types import Adapter, LoRAFactors
+
+LEARNERS: Mapping[str, LearnSpec] = {
+    # Paper: arXiv 2603.26317, the schedule for vision; configs/learn has those for language.
+    "nsc": LearnSpec(
+        objective=ObjectiveSpec(kind="null_space_ratio"),
+        start=StartSpec(value=0.4),
+        optimisation=OptimisationSpec(steps=100, lr=1e-3, batch=32),
+    ),
+    "row_space_match": LearnSpec(
+        objective=ObjectiveSpec(kind="row_space_match", names="all", share=1e-9),
+        start=StartSpec(value="1/K", basis="tsv"),
+        optimisation=OptimisationSpec(steps=60, lr=2e-2, schedule="cosine"),
+    ),
+    "task_vector_match": LearnSpec(
+        parameters=ParametersSpec(kind="cores"),
+        objective=ObjectiveSpec(kind="task_vector_match"),
+        start=StartSpec(value=0.0, residual="regmean"),
+        optimisation=OptimisationSpec(steps=120, lr=2e-2, weight_decay=0.0, schedule="cosine"),
+    ),
+    # Paper: arXiv 2310.02575, layer-wise; coefficients are cut to [0, 1] as in its code.
+    "adamerging": LearnSpec(
+        parameters=ParametersSpec(link="clamp"),
+        objective=ObjectiveSpec(kind="entropy"),
+        start=StartSpec(value=0.3),
+        optimisation=OptimisationSpec(
+            steps=500, lr=1e-3, optimizer="adam", weight_decay=0.0, batch=16
+        ),
+    ),
+    # Paper: arXiv 2407.02880, few-shot: labels of the calibration split, nothing at the start.
+    "atlas": LearnSpec(
+        objective=ObjectiveSpec(kind="supervised"),
+        start=StartSpec(value=0.0),
+        optimisation=OptimisationSpec(steps=100, lr=1e-1, weight_decay=0.1),
+    ),
+}
+LABELLED = ("supervised",)
+HEADED = ("entropy", "distillation", "supervised")
+
+
+def spec_of(method: str, changes: Mapping[str, Mapping[str, Any]]) -> LearnSpec:
+    """Return a learned method's recipe with the user's changes.
+
+    Raises:
+        RecipeError: the method learns nothing, or changes name what does not exist.
+    """
+    if method not in LEARNERS:
+        raise RecipeError(
+            f"method: {method!r} learns nothing but one of {', '.join(LEARNERS)} is expected."
+        )
+    plain = LEARNERS[method].model_dump()
+    for part, values in changes.items():
+        plain[part] = {**plain.get(part, {}), **values}
+    try:
+        return LearnSpec.model_validate(plain)
+    except ValidationError as error:
+        lines = [f"learn.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise RecipeError(lines) from None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a worker needs to make the same parameters and objective as the driver.
+
+    Attributes:
+        spec: The recipe.
+        terms: What is combined, with any residual.
+        value: Start value of the parameters.
+    """
+
+    spec: LearnSpec
+    terms: Terms
+    value: float
+
+    def parameters(self) -> Parameters:
+        """Return fresh parameters at their start."""
+        how = self.spec.parameters
+        if how.kind == "cores":
+            extend = bool(self.terms.residual)
+            return CoreMatrices(self.terms, self.value, extend=extend)
+        return Coefficients(
+            self.terms, self.value, sharing=how.sharing, groups=how.groups, link=how.link
+        )
+
+    def objective(self, base: Base) -> Objective:
+        """Return what is minimised; `base` gives a language model's head where it is asked for."""
+        return objective_of(self.spec.objective, base)
+
+    def optimisation(self) -> Optimisation:
+        """Return how the parameters move."""
+        how = self.spec.optimisation
+        return Optimisation(
+            how.steps,
+            how.lr,
+            how.optimizer,
+            how.weight_decay,
+            how.schedule,
+            how.reduction,
+            how.worst,
+            how.task_weights,
+        )
+
+
+Grams = Mapping[str, Mapping[str, Tensor]]
+"""`(d_in, d_in)` by module and task."""
+
+
+def needs_grams(spec: LearnSpec) -> bool:
+    """Say whether Gram statistics have to be gathered before the plan is made."""
+    return "regmean" in (spec.start.basis, spec.start.residual)
+
+
+def plan_of(spec: LearnSpec, adapters: Sequence[Adapter], grams: Grams | None = None) -> Plan:
+    """Make the terms a recipe starts from.
+
+    Args:
+        spec: The recipe.
+        adapters: All adapters of the merge.
+        grams: Gram statistics, if `needs_grams` says so.
+    """
+    own = own_terms(adapters)
+    share = regmean_terms(own, grams) if grams is not None else None
+    bases: dict[str, Terms | None] = {"own": own, "tsv": None, "regmean": share}
+    terms = tsv_terms(own) if spec.start.basis == "tsv" else bases[spec.start.basis]
+    residual = _residual(spec.start, adapters, share)
+    if terms is None:
+        raise RecipeError("start.basis: regmean but no Gram statistics were gathered.")
+    if residual is not None:
+        terms = terms.with_residual(residual)
+    value = 1 / len(adapters) if spec.start.value == "1/K" else float(spec.start.value)
+    return Plan(spec, terms, value)
+
+
+def _residual(
+    start: StartSpec, adapters: Sequence[Adapter], share: Terms | None
+) -> dict[str, LoRAFactors] | None:
+    if start.residual is None:
+        return None
+    if start.residual == "regmean":
+        if share is None:
+            raise RecipeError("start.residual: regmean but no Gram statistics were gathered.")
+        return summed(share, start.residual_scale)
+    saved = load_adapter(Path(start.residual))
+    theirs = {f.shape for a in adapters for f in a.modules.values()}
+    if not {f.shape for f in saved.modules.values()} <= theirs:
+        raise InputError(f"{start.residual}: shapes differ from the adapters'. Choose their merge.")
+    scale = start.residual_scale
+    return {m: LoRAFactors(f.a, f.b * scale) for m, f in saved.modules.items()}
+
+
+def covered_by(spec: ObjectiveSpec, tasks: Sequence[TaskInputs]) -> tuple[str, ...]:
+    """Return the sorted names of the tasks an objective says something about.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if spec.kind == "token_entropy":  # whatever the task, and its head is in the base
+        return tuple(sorted(task.name for task in tasks))
+    return covered_tasks(tasks, objective_of(spec, None))
+
+
+def objective_of(spec: ObjectiveSpec, base: Base | None) -> Objective:
+    """Return the objective a recipe names; only token_entropy asks for the base."""
+    names: Any = spec.names if isinstance(spec.names, str) else tuple(spec.names)
+    targets = Targets(names, None if spec.blocks is None else tuple(spec.blocks), spec.share)
+    tokens = Tokens(spec.padding, spec.skip_first)
+    made: dict[str, Callable[[], Objective]] = {
+        "null_space_ratio": lambda: NullSpaceRatio(targets, tokens),
+        "row_space_match": lambda: RowSpaceMatch(targets, tokens),
+        "task_vector_match": TaskVectorMatch,
+        "entropy": HeadEntropy,
+        "token_entropy": lambda: _token_entropy(spec, base),
+        "distillation": Distillation,
+        "supervised": Supervised,
+    }
+    return made[spec.kind]()
+
+
+def _token_entropy(spec: ObjectiveSpec, base: Base | None) -> TokenEntropy:
+    assert base is not None
+    end = base.tokenizer.eos_token_id
+    return TokenEntropy(readout_of(base), spec.max_new_tokens, end, spec.reduction)
+
+
+def readout_of(base: Base) -> Callable[[Tensor], Tensor]:
+    """Return a language model's head where it is its input embedding.
+
+    Raises:
+        RecipeError: the model has a head of its own, which a bare base does not hold.
+    """
+    if not getattr(base.model.config, "tie_word_embeddings", False):
+        raise RecipeError(
+            "objective: token_entropy needs a base whose output head is its input embedding. "
+            "Choose another objective."
+        )
+    weight = base.model.get_input_embeddings().weight  # type: ignore[operator]
+    return lambda hidden: torch.nn.functional.linear(hidden, weight)

@@ -1,0 +1,87 @@
+"""Which modules' inputs an objective looks at; blocks are found by parsing paths."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from icm_ray.errors import RecipeError
+
+OUTPUTS = ("o_proj", "out_proj", "attention.output.dense", "attn.c_proj", "self_attn.dense", "wo")
+VALUES = ("v_proj", "value", "query_key_value", "qkv_proj", "qkv", "c_attn", "wv")
+"""Usual names of attention's output and value projections, as a path ends."""
+
+_INDEX = re.compile(r"^(.*?\.)?(\d+)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which adapted modules are looked at.
+
+    Attributes:
+        names: Ends of module paths; "output" takes the attention's output projection where it is
+            adapted, else its value projection, else the block's last adapted module; "all" takes
+            every adapted module.
+        blocks: Block indices; None takes the last `share` of the adapted blocks, rounded up.
+        share: In (0, 1].
+    """
+
+    names: Literal["output", "all"] | tuple[str, ...] = "output"
+    blocks: tuple[int, ...] | None = None
+    share: float = 0.25
+
+    def choose(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """Return the targets among `modules`, sorted.
+
+        Raises:
+            RecipeError: no module matches.
+        """
+        by_block: dict[int, list[str]] = {}
+        for path in sorted(modules):
+            index = block_index(path)
+            if index is not None:
+                by_block.setdefault(index, []).append(path)
+        chosen = [
+            path
+            for index in self._wanted(sorted(by_block))
+            for path in self._of_block(by_block.get(index, []))
+        ]
+        if not chosen:
+            raise RecipeError(
+                f"targets: no adapted module matches names {self.names!r} in blocks "
+                f"{self.blocks or f'of the last {self.share:g}'}. The adapted blocks are "
+                f"{', '.join(map(str, sorted(by_block))) or 'none'}."
+            )
+        return tuple(sorted(chosen))
+
+    def _wanted(self, adapted: Sequence[int]) -> Sequence[int]:
+        if self.blocks is not None:
+            return self.blocks
+        return adapted[len(adapted) - math.ceil(len(adapted) * self.share) :]
+
+    def _of_block(self, paths: Sequence[str]) -> list[str]:
+        if self.names == "all":
+            return list(paths)
+        if self.names == "output":
+            for ends in (OUTPUTS, VALUES):
+                if found := [path for path in paths if _ends_with(path, ends)]:
+                    return found
+            return list(paths[-1:])
+        return [path for path in paths if _ends_with(path, self.names)]
+
+
+def block_index(path: str) -> int | None:
+    """Return the index of the block a module is in: the first number of its path."""
+    found = _INDEX.match(path)
+    return int(found[2]) if found else None
+
+
+def block_path(path: str) -> str | None:
+    """Return the path of the block a module is in, up to and with its index."""
+    found = _INDEX.match(path)
+    return f"{found[1] or ''}{found[2]}" if found else None
+
+
+def _ends_with(path: str, ends: Sequence[str]) -> bool:
+    return any(path == end or path.endswith(f".{end}") for end in ends)
