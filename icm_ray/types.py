@@ -179,7 +179,8 @@ class ModuleReport:
 
     Attributes:
         rank: Rank written out.
-        exact_rank: Rank the result had before the final cut.
+        exact_rank: Rank the result had before the final cut; its shorter side where a randomised
+            cut saw the largest singular values only.
         input_norms: Frobenius norm of each present task's delta.
         output_norm: Frobenius norm of the merged delta as written.
         retained_energy: Share of the squared Frobenius norm that the final cut kept, in [0, 1].

@@ -27,8 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": BASICS | {"linalg", "adapters", "evidence", "suites"},
     "finetuning": BASICS | {"config", "evaluation", "evidence", "suites"},
     "report": BASICS,
-    "learning": BASICS
-    | {"adapters", "config", "evaluation", "evidence", "linalg", "methods"},
+    "learning": BASICS | {"adapters", "config", "evaluation", "evidence", "linalg", "methods"},
     "output": BASICS | {"adapters", "methods", "report"},
     "reproduction": BASICS | {"adapters", "linalg", "methods", "output", "report"},
     "importing": BASICS | {"config", "methods", "recipe_files"},

@@ -17,8 +17,11 @@ from icm_ray.adapters.peft_format import WEIGHTS_FILE
 from icm_ray.adapters.policy import CONFIG_FILE, known_revision
 from icm_ray.errors import InputError
 from icm_ray.files import whole_folder, write_json
+from icm_ray.linalg.lowrank import norm
 from icm_ray.types import Adapter, LoRAFactors
 
+HALF_LIMIT = 2.0
+"""Relative error that rounding may cause, in units of an element type's precision."""
 SAVED_MODULES_FILE = "saved_modules.safetensors"
 
 
@@ -85,7 +88,12 @@ def _tensors(
     for module, factors in modules.items():
         layout = adapter.layouts.get(module)
         kernel = kernel_of(layout)
-        a, b = _rounded(factors, dtype)
+        a, b = rounded(factors, dtype)
+        if lost(factors, a, b) > HALF_LIMIT * torch.finfo(dtype).eps:
+            problems.append(
+                f"{adapter.name}: {module}: values too small for {dtype} but ones it holds are "
+                "expected. Choose output dtype float32."
+            )
         for key, values in zip(tensor_keys(module, layout), (a, b), strict=True):
             if not math.isfinite(largest(values)):
                 problems.append(
@@ -100,26 +108,27 @@ def _tensors(
     return dict(sorted(tensors.items()))
 
 
-def _rounded(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rounded(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return `(a, b)` in the file's element type.
 
     A small weight times B can fall below what half precision holds with all its digits. Then every
     rank's row of A and column of B trade a power of two, which changes nothing else.
     """
     a, b = factors.a.to(dtype), factors.b.to(dtype)
-    limit = 2 * torch.finfo(dtype).eps
-    if all(_lost(*pair) <= limit for pair in ((factors.a, a), (factors.b, b))):
+    if not factors.rank or lost(factors, a, b) <= HALF_LIMIT * torch.finfo(dtype).eps:
         return a, b
     row, column = factors.a.abs().amax(1), factors.b.abs().amax(0)
     both = (row > 0) & (column > 0)
-    ratio = torch.where(both, column / row.clamp(min=torch.finfo(row.dtype).tiny), 1.0)
-    power = torch.exp2((ratio.log2() / 2).round())
+    apart = torch.where(both, column.log2() - row.log2(), 0.0)
+    power = torch.exp2((apart / 2).round())
     return (factors.a * power[:, None]).to(dtype), (factors.b / power).to(dtype)
 
 
-def _lost(exact: Tensor, rounded: Tensor) -> float:
-    length = float(exact.norm())
-    return float((exact - rounded.float()).norm()) / length if length else 0.0
+def lost(factors: LoRAFactors, a: Tensor, b: Tensor) -> float:
+    """Return the relative error of the delta that rounded factors stand for."""
+    length = norm(factors.b, factors.a)
+    error = norm(torch.cat([factors.b, -b.float()], 1), torch.cat([factors.a, a.float()]))
+    return error / length if length else 0.0
 
 
 def _config(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:

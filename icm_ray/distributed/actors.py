@@ -10,6 +10,7 @@ import ray
 import torch
 
 from icm_ray.adapters import AdapterFile, open_adapter
+from icm_ray.adapters.saving import rounded
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES, request, worker_count
 from icm_ray.distributed.shared_base import SharedBase, rebuild
@@ -82,12 +83,9 @@ class MergeSource:
     def load(self) -> Adapter:
         """Merge, and round as a written adapter would."""
         merged = merge(self.files, **self.order).adapter
-        dtype = merged.dtype
-        rounded = {
-            m: LoRAFactors(f.a.to(dtype).float(), f.b.to(dtype).float())
-            for m, f in merged.modules.items()
-        }
-        return replace(merged, modules=rounded)
+        stored = {m: rounded(f, merged.dtype) for m, f in merged.modules.items()}
+        modules = {m: LoRAFactors(a.float(), b.float()) for m, (a, b) in stored.items()}
+        return replace(merged, modules=modules)
 
 
 @ray.remote(max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES)

@@ -49,20 +49,26 @@ def merge_on_ray(
     passes = len(passes_of(order))
     bar = tqdm_ray.tqdm(total=(passes + 1) * len(shards), desc=f"merge {method}")
 
-    def everywhere(start: Callable[[Sequence[str]], Any]) -> list[Any]:
+    def everywhere(
+        start: Callable[[Sequence[str]], Any], done: Callable[[Any], None] = lambda _part: None
+    ) -> list[Any]:
+        def finished(_key: int, part: Any) -> None:
+            done(part)
+            bar.update(1)
+
         calls = {
             i: lambda _slot, modules=modules: start(modules) for i, modules in enumerate(shards)
         }
-        done = run_bounded(
-            slots, calls, timeout=resources.timeout_seconds, done=lambda _key, _part: bar.update(1)
-        )
-        return list(done.values())
+        found = run_bounded(slots, calls, timeout=resources.timeout_seconds, done=finished)
+        return list(found.values())
 
     for number in range(passes):
         shared = ray.put(order)
-        measure = _measure_shard.options(**options)
-        parts = everywhere(lambda m, s=shared, n=number, f=measure: f.remote(s, n, m, by_name))
-        order = concluded(order, number, parts)
+        measure, total = _measure_shard.options(**options), Measured()
+        parts = everywhere(
+            lambda m, s=shared, n=number, f=measure: f.remote(s, n, m, by_name), total.take
+        )
+        order = concluded(order, number, [total, *parts])
     shared, merge = ray.put(order), _merge_shard.options(**options)
     parts = everywhere(lambda modules: merge.remote(shared, modules, by_name))
     bar.close()

@@ -1,6 +1,6 @@
 """Entropy of a language model's next tokens: greedy answers, then one teacher-forced pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,16 +67,21 @@ class _Tokens:
         """Return what of expert and base the measure compares with."""
         return {}
 
-    def answer(self, model: nn.Module, batch: Batch) -> Batch:
-        """Return the batch with what the model as it stands answers to it."""
+    def answer(self, model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+        """Return the batches with what the model as it stands answers to them, decoded at once."""
+        prompts = [ids[m].tolist() for b in batches for ids, m in zip(b.ids, b.mask, strict=True)]
         options = self.options
-        prompts = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
         answers = greedy(model, options.readout, prompts, options.max_new_tokens, options.end)
-        texts = [p + a[:-1] for p, a in zip(prompts, answers, strict=True)]  # the last is not read
-        whole = pad_batch(texts, batch.rows.tolist(), 0)
-        place = torch.arange(whole.ids.shape[1])[None]
-        first = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
-        return Answered(whole.ids, whole.mask, whole.rows, whole.mask & (place >= first))
+        pairs = list(zip(prompts, answers, strict=True))
+        made, start = [], 0
+        for batch in batches:
+            own = pairs[start : start + len(batch.rows)]
+            start += len(own)
+            whole = pad_batch([p + a[:-1] for p, a in own], batch.rows.tolist(), 0)
+            place = torch.arange(whole.ids.shape[1])[None]
+            first = torch.tensor([len(prompt) - 1 for prompt, _ in own])[:, None]
+            made.append(Answered(whole.ids, whole.mask, whole.rows, whole.mask & (place >= first)))
+        return made
 
     def measure(self, batch: Batch, seen: Seen, memory: Memory) -> Measured:
         """Return sums by component, and how many things were summed."""

@@ -132,7 +132,7 @@ class TaskGradients:
 
     def _losses(self, numbers: Mapping[str, int]) -> dict[str, Tensor]:
         """Return each task's loss on one of its batches; the merge is on the model already."""
-        batches = [self._batch(task, number) for task, number in numbers.items()]
+        batches = self._batches(numbers)
         modules = sorted({m for task in numbers for m in self.objectives[task].modules})
         hidden = any(self.objectives[task].hidden for task in numbers)
         whole = join(batches) if len(batches) > 1 else batches[0]
@@ -146,10 +146,11 @@ class TaskGradients:
             losses[task] = (sums / count * self.scales[task].to(sums)).mean()
         return losses
 
-    def _batch(self, task: str, number: int) -> Batch:
-        batch, objective = self.tasks[task].batches[number], self.objectives[task]
-        answer: Any = getattr(objective, "answer", None)
-        return answer(self.model, batch) if answer else batch
+    def _batches(self, numbers: Mapping[str, int]) -> list[Batch]:
+        """Return one batch of each task, with the merge's answers if the objective wants them."""
+        batches = [self.tasks[task].batches[number] for task, number in numbers.items()]
+        answer: Any = getattr(self.objectives[next(iter(numbers))], "answer", None)
+        return answer(self.model, batches) if answer else batches
 
     @torch.no_grad()
     def _compare(
@@ -183,7 +184,7 @@ class TaskGradients:
         objective, sums, total = self.objectives[task], [], 0.0
         with merged(self.model, self.parameters.frames, self.parameters.cores()):
             for number in range(len(self.tasks[task].batches)):
-                batch = self._batch(task, number)
+                batch = self._batches({task: number})[0]
                 seen = observe(self.model, batch, objective.modules, hidden=objective.hidden)
                 found, count = objective.measure(batch, seen, self.memories[task][number])
                 sums.append(found.double().cpu())

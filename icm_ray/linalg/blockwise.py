@@ -30,7 +30,8 @@ class Truncation:
     Attributes:
         b: `(d_out, rank)`, float32.
         a: `(rank, d_in)`, float32; singular values are shared evenly by both.
-        full_rank: Numerical rank of the matrix; at least `rank` if the randomised route ran.
+        full_rank: Numerical rank of the matrix; the shorter side if the randomised route ran,
+            which sees only the largest values.
         retained_energy: Share of the squared Frobenius norm that is kept, measured, in [0, 1].
         is_exact: False if the randomised route ran.
     """
@@ -122,7 +123,7 @@ def _randomised(
     root, u = s[:rank].sqrt(), u.flip(1)[:, :rank]
     b = (q.double() @ (u * root)).float()
     a = ((inside @ (u / root)).T).float().contiguous()
-    return Truncation(b, a, s.numel(), _share(s, rank, total), False)
+    return Truncation(b, a, min(shape), _share(s, rank, total), False)
 
 
 def _turned(d_in: int, blocks: Blocks, y: Float[Tensor, "d_out w"]) -> Float[Tensor, "d_in w"]:

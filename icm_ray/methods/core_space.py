@@ -17,6 +17,7 @@ from icm_ray.linalg.sparsify import threshold
 from icm_ray.methods.iso_cts import iso_cts
 from icm_ray.methods.parameters import Scale, Weights, task_weights
 from icm_ray.methods.sparse_merge import dropped
+from icm_ray.methods.tsv import shares
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 
 
@@ -65,8 +66,8 @@ def core_space(
     delta is split into B and A. `balance` splits it evenly first, which ends that; it is not in
     the paper. Differs: the reference ignores the adapters' scaling, here it is part of B;
     directions of no strength are left out of the bases, so no threshold and no mean counts them;
-    tsv takes every direction a task has, where the reference takes `n / K` of each and so cuts
-    adapters of larger rank and gives those of smaller rank arbitrary directions.
+    tsv takes the directions that method `tsv` takes, where the reference takes `n / K` of each and
+    so cuts adapters of larger rank and gives those of smaller rank arbitrary directions.
 
     Evidence `mask.<task>` replaces the draws of dare and dare_ties: one entry a core's entry, rows
     and columns by descending singular value of the stacks.
@@ -86,7 +87,7 @@ def core_space(
     if inner == "cart":
         merged = _cart(cores, len(context.all_tasks), cart_rank, cart_scale)
     elif inner == "tsv":
-        merged = _tsv(cores)
+        merged = _tsv(cores, min(pairs[0][0].shape[0], pairs[0][1].shape[1]))
     elif inner == "iso_cts":
         merged = iso_cts(cores, context=context).delta()
     else:
@@ -130,11 +131,13 @@ def _by_entries(
     return vote(values, least, Vote(ones, ones, ones, zero=(most > 0) - (most < 0)))
 
 
-def _tsv(cores: Sequence[LoRAFactors]) -> Float[Tensor, "p q"]:
+def _tsv(cores: Sequence[LoRAFactors], shorter_side: int) -> Float[Tensor, "p q"]:
     spectra = [lowrank.svd(core.b, core.a) for core in cores]
-    u = polar(torch.cat([one.u for one in spectra], dim=1))
-    v = polar(torch.cat([one.vh.T for one in spectra], dim=1))
-    return (u * torch.cat([one.s for one in spectra])) @ v.T
+    ranks = shares([one.s.numel() for one in spectra], shorter_side, None)
+    parts = list(zip(spectra, ranks, strict=True))
+    u = polar(torch.cat([one.u[:, :rank] for one, rank in parts], dim=1))
+    v = polar(torch.cat([one.vh[:rank].T for one, rank in parts], dim=1))
+    return (u * torch.cat([one.s[:rank] for one, rank in parts])) @ v.T
 
 
 def _cart(

@@ -16,7 +16,7 @@ from icm_ray.methods.parameters import Scale, Weights, task_weights
 from icm_ray.methods.sparse_merge import Density, deltas, dropped
 from icm_ray.methods.table import Pass
 from icm_ray.methods.trim import exactly, majority_sign, thresholds, trim_passes
-from icm_ray.methods.votes import MERGEKIT, NSC, PAPER, PEFT, AggregateChoice, voted
+from icm_ray.methods.votes import MERGEKIT, NSC, PAPER, PEFT, AggregateChoice, ElectionChoice, voted
 from icm_ray.types import Delta, LoRAFactors, ModuleContext, ModuleEvidence
 
 RULES = {
@@ -51,6 +51,7 @@ def dare_ties(
         Field(description="Whose rules; the docstring says how each drops, elects and averages."),
     ] = "dare_ties",
     aggregate: AggregateChoice = None,
+    election: ElectionChoice = None,
 ) -> LoRAFactors | Delta:
     """Drop entries by chance, elect a sign an entry, put together the entries that agree.
 
@@ -72,7 +73,7 @@ def dare_ties(
     if preset == "peft":
 
         def one(values: Tensor, numbers: Tensor, side: Side) -> Tensor:
-            how = PEFT.vote(numbers.tolist(), 1.0, aggregate, 1)
+            how = PEFT.vote(numbers.tolist(), 1.0, aggregate, 1, election)
             kept = dropped_of_each(values, side, context, density, evidence)
             return vote(kept, torch.zeros(len(values)), how)
 
@@ -87,7 +88,7 @@ def dare_ties(
     else:
         blocks = partial(_dropped, factors, context, evidence, density=density)
     zero = majority_sign(context) if preset == "dare_ties" else 1
-    how = rules.vote(numbers, scale, aggregate, zero)
+    how = rules.vote(numbers, scale, aggregate, zero, election)
     return voted(blocks, factors[0].shape, thresholds(context), how)
 
 

@@ -37,6 +37,7 @@ def factor_wise(
     Raises:
         InputError: the ranks differ.
     """
+    factors = list(factors)
     ranks = [f.rank for f in factors]
     if len(set(ranks)) > 1:
         raise InputError(

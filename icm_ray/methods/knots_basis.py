@@ -20,11 +20,18 @@ class Knots:
 
     Attributes:
         u: `(d_out, q)`, float32; by descending singular value.
+        s: `(q,)`, the singular values, float32.
         coordinates: `p_k` of each task, `(q, d_in)`, as a product of factors.
     """
 
     u: Float[Tensor, "d_out q"]
+    s: Float[Tensor, " q"]
     coordinates: tuple[LoRAFactors, ...]
+
+    def whitened(self) -> "Knots":
+        """Return the same deltas with the singular values in `u` and not in the coordinates."""
+        parts = tuple(LoRAFactors(f.a, f.b / self.s[:, None]) for f in self.coordinates)
+        return Knots(self.u * self.s, torch.ones_like(self.s), parts)
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield row blocks of all tasks' coordinates, `(tasks, rows, d_in)`."""
@@ -66,7 +73,8 @@ def knots(
     flips = _signs(u if told is None else u * told, largest=told is None)
     cores = (basis.coordinates * flips.double()[:, None]).float()
     parts = cores.split([f.rank for f in factors], dim=1)
-    return Knots(u * flips, tuple(LoRAFactors(f.a, b) for f, b in zip(factors, parts, strict=True)))
+    coordinates = tuple(LoRAFactors(f.a, b) for f, b in zip(factors, parts, strict=True))
+    return Knots(u * flips, basis.s.float(), coordinates)
 
 
 def _signs(columns: Float[Tensor, "d_out q"], *, largest: bool) -> Float[Tensor, " q"]:

@@ -14,7 +14,7 @@ from icm_ray.methods.trim import trim_passes
 from icm_ray.methods.votes import AggregateChoice
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 
-RULES = {"knots": "ties", "nsc": "nsc"}
+RULES = {"knots": "ties", "nsc": "nsc", "core": "core"}
 
 
 def knots_ties_passes(*, density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
@@ -31,8 +31,8 @@ def knots_ties(
     scale: Scale = 1.0,
     weights: Weights = None,
     preset: Annotated[
-        Literal["knots", "nsc"],
-        Field(description="Rules after the joint SVD: those of ties with its preset ties, or nsc."),
+        Literal["knots", "nsc", "core"],
+        Field(description="Rules after the joint SVD: those of ties with its preset of that kind."),
     ] = "knots",
     aggregate: AggregateChoice = None,
 ) -> LoRAFactors:
@@ -44,7 +44,9 @@ def knots_ties(
     Paper: arXiv 2410.19735, with TIES of arXiv 2306.01708. Preset `knots` trims over the
     whole adapter, elects by the sum of values and takes the mean (method `ties`, preset `ties`);
     modules a task lacks count as zeros. Preset `nsc` (baseline of arXiv 2603.26317) trims each
-    module, elects by the sum of signs, + where they cancel, and takes the sum.
+    module, elects by the sum of signs, + where they cancel, and takes the sum. Preset `core` (the
+    KnOTS space of arXiv 2509.17786) merges the right singular vectors alone, module by module, and
+    multiplies the singular values back in afterwards.
     The papers tune `scale` and `density` on validation data: 0.6 and 0.2 for ViT-B/32, 0.5 and 1
     for Llama-3-8B.
 
@@ -57,7 +59,10 @@ def knots_ties(
     Cost: O((d_out + d_in) R^2 + K d_in R r) and three to four sweeps over `K * R * d_in`
     coordinates, R the sum of ranks; the result has rank R.
     """
-    return knots(factors, evidence, context).merged_by(
+    space = knots(factors, evidence, context)
+    if preset == "core":
+        space = space.whitened()
+    return space.merged_by(
         ties,
         context=context,
         density=density,

@@ -31,12 +31,19 @@ def learned(
             f"evidence: {context.module}: neither coefficients nor core. Learn them with "
             "jobs.learn."
         )
-    rows = len(evidence["coefficients"]) if "coefficients" in evidence else len(context.all_tasks)
-    if rows != len(context.all_tasks):
+    told = {name: tensor.float() for name, tensor in evidence.items()}
+    shape = told["coefficients"].shape if "coefficients" in told else (len(context.all_tasks), 1)
+    if len(shape) != 2 or shape[0] != len(context.all_tasks) or shape[1] < 1:
         raise InputError(
-            f"evidence: {context.module}.coefficients: {rows} rows but one for each of the "
+            f"evidence: {context.module}.coefficients: {tuple(shape)} but one row for each of the "
             f"{len(context.all_tasks)} adapters is expected. Learn them again."
         )
     present = dict(zip(context.tasks, factors, strict=True))
-    merged = rebuild(present, context.all_tasks, evidence)
+    try:
+        merged = rebuild(present, context.all_tasks, told)
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise InputError(
+            f"evidence: {context.module}: tensors that do not fit together or the adapters "
+            f"({error}). Learn them again."
+        ) from None
     return LoRAFactors(merged.a, merged.b * scale)

@@ -32,6 +32,7 @@ def linear(
     The product holds every `B_i A_j`, so this is not the average of the deltas and the result
     depends on how each adapter splits its delta into B and A. It is here as a baseline.
     """
+    factors = list(factors)  # each is looked at several times
     if preset == "nsc":
         numbers = task_weights(context, weights, default=1.0)
         on_b, on_a = [scale * number for number in numbers], [1.0] * len(numbers)

@@ -89,6 +89,11 @@ def _first_units(
     """Return the places, among the units that are not zero, of those given that are not."""
     if given is None:
         return None
+    if given.ndim != 1 or given.is_floating_point():
+        raise InputError(
+            f"evidence: {module}.init_idx: {tuple(given.shape)} of {given.dtype} but a list of "
+            "whole numbers, one a cluster, is expected."
+        )
     outside = [int(i) for i in given if not 0 <= i < len(alive)]
     if outside:
         raise InputError(

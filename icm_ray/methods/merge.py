@@ -15,7 +15,7 @@ from icm_ray.linalg.threads import kernel_threads
 from icm_ray.methods import METHODS, Method
 from icm_ray.methods.cut import RankRule, cut
 from icm_ray.methods.given import TASK, Given, given
-from icm_ray.methods.inputs import ReadFactors, inputs_of
+from icm_ray.methods.inputs import ReadFactors, finite_only, inputs_of, not_finite
 from icm_ray.methods.passes import with_statistics
 from icm_ray.types import (
     Adapter,
@@ -62,7 +62,8 @@ def merge(
         evidence: What the method is told of models and data: a path, or tensors by name as
             docs/evidence.md lays them out; None for data-free methods.
         output_rank: An int, "exact", "energy:0.99", "serving:64", or None for the method's own
-            default (exact for every linear method, the largest input rank for `svd`).
+            default: exact for every linear and learned method, the largest input rank for `svd`
+            and for dense results.
         seed: Keys every random draw, together with task and module.
 
     Returns:
@@ -164,8 +165,9 @@ def _check_evidence(
     if told is None:
         if row.needs:
             raise RecipeError(
-                f"evidence: none but method {row.name!r} needs {row.needs}. Gather it with "
-                "jobs.evidence, or name base and data in a recipe of jobs.merge."
+                f"evidence: none but method {row.name!r} needs {row.needs}. Make it with "
+                f"{'jobs.learn' if row.needs == 'LearnedMerge' else 'jobs.evidence'}, or name base "
+                "and data in a recipe of jobs.merge."
             )
         return
     problems = [
@@ -188,7 +190,7 @@ def _check_evidence(
             if len(found[module]) < expected and (found[module] or some_lack):
                 problems.append(
                     f"evidence: {module}.{kind}: {len(found[module])} of {expected} tensors. "
-                    "Give one for each task, or none."
+                    "Give all of them, or none of the kind."
                 )
     if not used:
         problems.append(
@@ -204,12 +206,19 @@ def merge_modules(
 ) -> dict[str, MergedModule]:
     """Merge some modules of an order; any split over workers gives the same bytes."""
     with kernel_threads(1), torch.no_grad():
-        return {module: _merge_module(order, module, read) for module in modules}
+        merged = {}
+        for module in modules:
+            with finite_only(order.method, module):
+                merged[module] = _merge_module(order, module, read)
+        return merged
 
 
 def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedModule:
     factors, context, extra = inputs_of(order, module, read, with_norms=True)
-    result = METHODS[order.method].function(factors, context=context, **extra, **order.params)
+    try:
+        result = METHODS[order.method].function(factors, context=context, **extra, **order.params)
+    finally:
+        factors.refuse_not_finite()  # says more than whatever NaN did inside of the method
     of_tasks = result.tasks if isinstance(result, PerTask) else {}
     done = cut(result.unified if isinstance(result, PerTask) else result, order.rule)
     of_tasks = {task: cut(one, order.rule) for task, one in of_tasks.items()}
@@ -234,10 +243,7 @@ def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedMo
 def _refuse_not_finite(order: MergeOrder, module: str, norm: float) -> None:
     # The norm of a product is not finite as soon as one entry of either factor is not.
     if not math.isfinite(norm):
-        raise InputError(
-            f"module {module}: method {order.method!r} gave a number that is not finite. "
-            "Check the adapters' largest values and the method's parameters."
-        )
+        raise not_finite(order.method, module)
 
 
 def assemble(

@@ -9,11 +9,20 @@ from icm_ray.types import ModuleContext
 
 Weights = Annotated[
     Mapping[str, float] | None,
-    Field(description="One number per task: a list in the order of the adapters, or a mapping."),
+    Field(
+        description="One number per task: a list in the order of the adapters, or a mapping.",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "object", "additionalProperties": {"type": "number"}},
+                {"type": "array", "items": {"type": "number"}},
+                {"type": "null"},
+            ]
+        },
+    ),
 ]
 Scale = Annotated[
     float,
-    Field(allow_inf_nan=False, description="Multiplies the merged delta."),
+    Field(ge=-1e6, le=1e6, allow_inf_nan=False, description="Multiplies the merged delta."),
 ]
 
 

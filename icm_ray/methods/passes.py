@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.methods import METHODS
-from icm_ray.methods.inputs import ReadFactors, inputs_of
+from icm_ray.methods.inputs import ReadFactors, finite_only, inputs_of
 from icm_ray.methods.table import Pass
 
 if TYPE_CHECKING:
@@ -27,6 +27,12 @@ class Measured:
 
     whole: dict[str, Tensor] = field(default_factory=dict)
     floats: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def take(self, other: "Measured") -> None:
+        """Add another part's whole numbers and empty it of them; its floats stay where they are."""
+        for name, value in other.whole.items():
+            self.add_whole(name, value)
+        other.whole.clear()
 
     def add_whole(self, name: str, value: Tensor) -> None:
         """Add a tensor of whole numbers, in place where there is a sum already."""
@@ -50,7 +56,8 @@ def measure_modules(
     with kernel_threads(1), torch.no_grad():
         for module in modules:
             factors, context, extra = inputs_of(order, module, read, with_norms=False)
-            measured = measure(factors, context=context, **extra, **order.params)
+            with finite_only(order.method, module):
+                measured = measure(factors, context=context, **extra, **order.params)
             floats = {n: t for n, t in measured.items() if t.is_floating_point()}
             if floats:
                 found.floats[module] = floats
@@ -60,18 +67,21 @@ def measure_modules(
 
 
 def concluded(order: "MergeOrder", number: int, parts: Sequence[Measured]) -> "MergeOrder":
-    """Return the order with what pass `number` found out; `parts` cover every module once."""
+    """Return the order with what pass `number` found out; `parts` cover every module once.
+
+    Counts of many tasks are large, so the parts are emptied one by one.
+    """
     total = Measured()
     for part in parts:
-        for name, value in part.whole.items():
-            total.add_whole(name, value)
+        total.take(part)
     floats = {module: values for part in parts for module, values in part.floats.items()}
     sums = dict(total.whole)
     for module in sorted(floats):
         for name, value in floats[module].items():
             sums[name] = sums[name] + value if name in sums else value
     conclude = passes_of(order)[number].conclude
-    found = conclude(sums, tasks=order.tasks, statistics=order.statistics, **order.params)
+    with kernel_threads(1):
+        found = conclude(sums, tasks=order.tasks, statistics=order.statistics, **order.params)
     return replace(order, statistics={**order.statistics, **found})
 
 

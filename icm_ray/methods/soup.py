@@ -31,4 +31,4 @@ def soup(
     numbers = task_weights(context, weights, default=1 / len(context.all_tasks))
     if space == "delta":
         return weighted_sum(factors, numbers)
-    return sum_of_factors(factors, numbers, numbers)
+    return sum_of_factors(list(factors), numbers, numbers)

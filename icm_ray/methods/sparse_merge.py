@@ -12,7 +12,7 @@ from icm_ray.linalg.sparsify import drop, row_keys
 from icm_ray.seeding import seed_for
 from icm_ray.types import Delta, LoRAFactors, ModuleContext, ModuleEvidence
 
-Density = Annotated[float, Field(gt=0, le=1, description="Share of entries to keep, in (0, 1].")]
+Density = Annotated[float, Field(ge=1e-6, le=1, description="Share of entries to keep.")]
 Blocks = Callable[[], Iterator[Tensor]]
 """Starts a pass over a module's values, `(tasks, rows, cols)` each, the same bits every time."""
 

@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from icm_ray.linalg.consensus import Aggregate, vote
+from icm_ray.linalg.consensus import Aggregate, Election, vote
 from icm_ray.methods.factor_wise import Side, factor_wise, largest_of_each
 from icm_ray.methods.parameters import Scale, Weights, task_weights
 from icm_ray.methods.sparse_merge import Density, deltas
 from icm_ray.methods.table import Pass
 from icm_ray.methods.trim import exactly, majority_sign, of_module_alone, thresholds, trim_passes
-from icm_ray.methods.votes import MERGEKIT, NSC, PAPER, PEFT, AggregateChoice, voted
+from icm_ray.methods.votes import MERGEKIT, NSC, PAPER, PEFT, AggregateChoice, ElectionChoice, voted
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 RULES = {"ties": PAPER, "core": PAPER, "nsc": NSC, "peft_svd": PEFT, "mergekit": MERGEKIT}
@@ -37,6 +37,7 @@ def ties(
         Field(description="Whose rules; the docstring says how each trims, elects and averages."),
     ] = "ties",
     aggregate: AggregateChoice = None,
+    election: ElectionChoice = None,
 ) -> LoRAFactors | Delta:
     """Trim each delta to its largest entries, elect a sign an entry, average those that agree.
 
@@ -59,24 +60,29 @@ def ties(
     """
     numbers = task_weights(context, weights, default=1.0)
     if preset == "peft":
-        one = partial(_one_factor, density, aggregate)
+        one = partial(_one_factor, density, aggregate, election)
         return factor_wise(factors, context, numbers, scale, one)
     factors = list(factors)
     if preset == "core":
         passes = trim_passes(deltas, density)
-        context = of_module_alone(passes, factors, context, weights=weights)
+        context = of_module_alone(passes, factors, context, weights=weights, election=election)
     blocks, shape = partial(deltas, factors), factors[0].shape
     if preset in ("ties", "core"):
-        how = RULES[preset].vote(numbers, scale, aggregate, majority_sign(context))
+        how = RULES[preset].vote(numbers, scale, aggregate, majority_sign(context), election)
         return voted(blocks, shape, thresholds(context), how)
     rules = RULES[preset]
     trim = exactly(blocks, len(factors), partial(rules.count, density))
-    how = rules.vote(numbers, scale, aggregate, 1)
+    how = rules.vote(numbers, scale, aggregate, 1, election)
     return voted(lambda: trim.without_surplus(blocks()), shape, trim.least, how)
 
 
 def _one_factor(
-    density: float, aggregate: Aggregate | None, values: Tensor, weights: Tensor, _side: Side
+    density: float,
+    aggregate: Aggregate | None,
+    election: Election | None,
+    values: Tensor,
+    weights: Tensor,
+    _side: Side,
 ) -> Tensor:
-    how = PEFT.vote(weights.tolist(), 1.0, aggregate, 1)
+    how = PEFT.vote(weights.tolist(), 1.0, aggregate, 1, election)
     return vote(largest_of_each(values, density), torch.zeros(len(values)), how)

@@ -141,11 +141,13 @@ def _count_signs(
     evidence: ModuleEvidence | None = None,
     **params: Any,
 ) -> dict[str, Tensor]:
-    least = thresholds(context)
+    least, by = thresholds(context), params.get("election") or "values"
     numbers = task_weights(context, params.get("weights"), default=1.0)
     weights = torch.tensor(numbers, dtype=torch.float32)
     blocks = entries(factors, context, evidence, **params)
-    return {"majority": torch.tensor(sum(sum_of_signs(block, least, weights) for block in blocks))}
+    return {
+        "majority": torch.tensor(sum(sum_of_signs(block, least, weights, by) for block in blocks))
+    }
 
 
 def _conclude_signs(

@@ -40,7 +40,7 @@ def tsv(
     factors = list(factors)
     spectra = [svd(f.b, f.a) for f in factors]
     own = [x.s.numel() if w != 0 else 0 for x, w in zip(spectra, numbers, strict=True)]
-    ranks = _ranks(own, min(factors[0].shape), keep)
+    ranks = shares(own, min(factors[0].shape), keep)
     parts = list(zip(spectra, ranks, numbers, strict=True))
     u = polar(torch.cat([x.u[:, :rank] for x, rank, _ in parts], 1))
     v = polar(torch.cat([x.vh[:rank].T for x, rank, _ in parts], 1))
@@ -49,8 +49,14 @@ def tsv(
     return LoRAFactors((v * root).T.float().contiguous(), (u * (strength.sign() * root)).float())
 
 
-def _ranks(own: Sequence[int], shorter_side: int, keep: int | None) -> list[int]:
-    """Return how many directions each task brings, given how many it has."""
+def shares(own: Sequence[int], shorter_side: int, keep: int | None) -> list[int]:
+    """Return how many directions each task brings, given how many it has.
+
+    Args:
+        own: Directions of each task.
+        shorter_side: `min(d_out, d_in)` of the module, all the directions there are room for.
+        keep: At most so many of a task; None sets no limit.
+    """
     ranks = [min(rank, keep or rank) for rank in own]
     if sum(ranks) <= shorter_side:
         return ranks

@@ -19,6 +19,12 @@ AggregateChoice = Annotated[
 ]
 
 
+ElectionChoice = Annotated[
+    Election | None,
+    Field(description="Elect by the sum of values or of signs; None for the preset's own."),
+]
+
+
 @dataclass(frozen=True)
 class Rules:
     """What the reference implementations disagree on after the trim.
@@ -44,7 +50,12 @@ class Rules:
         return max(round(density * size), 1) if self.rounded else int(density * size)
 
     def vote(
-        self, weights: Sequence[float], scale: float, aggregate: Aggregate | None, zero: int
+        self,
+        weights: Sequence[float],
+        scale: float,
+        aggregate: Aggregate | None,
+        zero: int,
+        election: Election | None = None,
     ) -> Vote:
         """Return the rules as numbers; `zero` is the sign where the tasks cancel."""
         ones, numbers = torch.ones(len(weights)), torch.tensor(weights, dtype=torch.float32)
@@ -52,7 +63,7 @@ class Rules:
         shares = numbers if self.weighted_mean else ones
         if (aggregate or self.aggregate) == "sum":
             shares = torch.zeros(len(weights))
-        return Vote(before, after * scale, shares, self.by, zero)
+        return Vote(before, after * scale, shares, election or self.by, zero)
 
 
 PAPER = Rules()

@@ -168,3 +168,19 @@ def test_what_half_precision_holds_is_written_as_it_is(make_adapter, adapter_aro
     for module, factors in load_adapter(tmp_path / "a").modules.items():
         assert torch.equal(factors.a, exact[module].a)
         assert torch.equal(factors.b, exact[module].b)
+
+
+def test_values_too_small_for_the_element_type_are_refused(make_adapter, adapter_around, tmp_path):
+    plain = make_adapter("a")
+    gone = {m: LoRAFactors(f.a, f.b * 1e-20) for m, f in plain.modules.items()}
+    with pytest.raises(InputError, match="values too small for"):
+        save_adapter(adapter_around("a", gone), tmp_path / "a", dtype=torch.float16)
+    assert not (tmp_path / "a").exists()
+
+
+def test_ranks_far_apart_meet_in_the_middle(adapter_around, tmp_path):
+    a, b = torch.full((1, 5), 1e-30), torch.full((6, 1), 1e30)
+    one = adapter_around("a", {"q": LoRAFactors(a, b)}, config={"target_modules": ["q"]})
+    save_adapter(one, tmp_path / "a", dtype=torch.float16)
+    found = load_adapter(tmp_path / "a").modules["q"].delta()
+    torch.testing.assert_close(found, torch.ones(6, 5), rtol=2e-3, atol=0)

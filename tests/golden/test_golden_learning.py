@@ -204,6 +204,20 @@ def test_token_entropy_equals_the_reference(llama, adapters, case: str, tokens: 
     check_gradients(parts, theirs, case)
 
 
+def test_tasks_that_are_answered_in_one_batch_give_the_same_step(llama, adapters) -> None:
+    objective = TokenEntropy(readout, max_new_tokens=5)
+    tasks, steps = whole_batches(adapters), Optimisation(2, 1e-2)
+    alone, together = (
+        learn(
+            llama, tasks, Coefficients(own_terms(adapters), START), objective, steps, Run(0, size)
+        )
+        for size in (1, 4)
+    )
+    for task in TASKS:
+        ours, theirs = (run.report["history"][task] for run in (together, alone))
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_greedy_answers_equal_the_reference_alone_and_in_one_padded_batch(llama, adapters) -> None:
     theirs = stored("adamerging_full_token_5")
     parameters = Coefficients(own_terms(adapters), START)

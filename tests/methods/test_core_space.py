@@ -164,3 +164,8 @@ def test_masks_are_those_of_the_cores(three) -> None:
     wrong = {name: mask.T for name, mask in masks.items()}
     with pytest.raises(InputError, match=r"l\.1\.mask\.a is \(7, 5\) but \(5, 7\) is expected"):
         icm_ray.merge(three, "core_space", params=params, evidence=wrong)
+
+
+def test_tsv_caps_what_has_no_room_as_the_method_does(make_adapter) -> None:
+    adapters = [make_adapter(name, shapes={"l.0": (6, 9)}, rank=3) for name in "abc"]
+    assert_close(merged(adapters, inner="tsv"), merged(adapters, "tsv"))

@@ -177,3 +177,20 @@ def test_dare_draws_follow_seed_and_share(make_adapter) -> None:
     # Half of the entries of two tasks agree in sign; one alone survives where they do not.
     single = icm_ray.merge(pair[:1], "knots_dare_ties", params=params, seed=1).adapter
     assert float((single.modules["m"].a != 0).float().mean()) == pytest.approx(0.7, abs=0.05)
+
+
+def test_preset_core_merges_right_singular_vectors_module_by_module(make_adapter) -> None:
+    adapters = [make_adapter(name, shapes={"l.0": (12, 9)}, rank=2) for name in "abc"]
+    found = merged(adapters, preset="core", density=0.5)["l.0"]
+    dense = [adapter.modules["l.0"].delta().double() for adapter in adapters]
+    u, s, vh = torch.linalg.svd(torch.cat(dense, 1), full_matrices=False)
+    u, s, vh = u[:, s > 1e-6], s[s > 1e-6], vh[s > 1e-6]
+    kept = []
+    for part in vh.split(9, 1):
+        k = part.numel() - int(part.numel() * 0.5)
+        least = part.abs().flatten().kthvalue(k).values
+        kept.append(torch.where(part.abs() >= least, part, 0.0))
+    stacked = torch.stack(kept)
+    agreeing = stacked * stacked.sum(0).sign() > 0
+    mean = (stacked * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
+    assert_close({"l.0": found}, {"l.0": ((u * s) @ mean).float()})
