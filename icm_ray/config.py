@@ -118,6 +118,9 @@ class ObjectiveSpec(Part):
     share: float = Field(default=0.25, gt=0, le=1)
     padding: bool = Field(default=False, description="Count padding, as the NSC authors' code.")
     skip_first: bool = Field(default=False, description="Leave out each text's first token.")
+    heads: bool = Field(
+        default=False, description="task_vector_match: look through the experts' heads too."
+    )
     max_new_tokens: Positive = Field(default=1, description="token_entropy: longest answer.")
     reduction: Literal["mean", "sum"] = Field(
         default="mean", description="token_entropy: over an answer's positions."

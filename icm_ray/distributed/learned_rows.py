@@ -9,7 +9,7 @@ from icm_ray.distributed.evidence import load_inputs
 from icm_ray.distributed.learn import LEARNED, Readable, learned_on_ray
 from icm_ray.distributed.rows import SetResults, inputs_spec
 from icm_ray.distributed.shared_base import SharedBase
-from icm_ray.learning.recipes import LABELLED, needs_grams, spec_of
+from icm_ray.learning.recipes import LABELLED, needs_grams, reads_heads, spec_of
 from icm_ray.methods.merge import find_method
 from icm_ray.suites import Suite
 
@@ -57,7 +57,7 @@ def _learn(
     spec = spec_of(row.method, row.learn)
     limit = recipe.sizes.calibration
     readable = {}
-    for task, expert in one.experts.items():
+    for task, expert in one.experts.items() if reads_heads(spec) else ():
         labels = None
         if spec.objective.kind in LABELLED:
             labels = suite.load(task, "calibration", limit).targets.tolist()

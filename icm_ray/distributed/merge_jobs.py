@@ -24,7 +24,7 @@ from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts
 from icm_ray.evidence.store import save_evidence
 from icm_ray.files import refuse_foreign
-from icm_ray.learning.recipes import HEADED, LABELLED, spec_of
+from icm_ray.learning.recipes import LABELLED, reads_heads, spec_of
 from icm_ray.learning.store import load_learned
 from icm_ray.merging import merge_recipe
 from icm_ray.methods.merge import find_method
@@ -104,7 +104,7 @@ def _readable(
         RecipeError: it reads heads and none are named, or the tasks' kinds are not known.
     """
     kind = spec.objective.kind
-    if kind not in HEADED:
+    if not reads_heads(spec):
         return {}
     if heads is None or data.suite is None:
         raise RecipeError(

@@ -48,16 +48,18 @@ LEARNERS: Mapping[str, LearnSpec] = {
         start=StartSpec(value=0.4),
         optimisation=OptimisationSpec(steps=100, lr=1e-3, batch=32),
     ),
+    # Chosen on validation data of one set of experts; docs/experiments.md has what was tried.
     "row_space_match": LearnSpec(
+        parameters=ParametersSpec(kind="cores"),
         objective=ObjectiveSpec(kind="row_space_match", names="all", share=1e-9),
-        start=StartSpec(value="1/K", basis="tsv"),
-        optimisation=OptimisationSpec(steps=60, lr=2e-2, schedule="cosine"),
+        start=StartSpec(value=0.0, residual="regmean"),
+        optimisation=OptimisationSpec(steps=60, lr=0.1, weight_decay=0.0, schedule="cosine"),
     ),
     "task_vector_match": LearnSpec(
         parameters=ParametersSpec(kind="cores"),
         objective=ObjectiveSpec(kind="task_vector_match"),
         start=StartSpec(value=0.0, residual="regmean"),
-        optimisation=OptimisationSpec(steps=120, lr=2e-2, weight_decay=0.0, schedule="cosine"),
+        optimisation=OptimisationSpec(steps=120, lr=0.1, weight_decay=0.0, schedule="cosine"),
     ),
     # Paper: arXiv 2310.02575, layer-wise; coefficients are cut to [0, 1] as in its code.
     "adamerging": LearnSpec(
@@ -146,6 +148,11 @@ Grams = Mapping[str, Mapping[str, Tensor]]
 """`(d_in, d_in)` by module and task."""
 
 
+def reads_heads(spec: LearnSpec) -> bool:
+    """Say whether the objective reads the experts' heads."""
+    return spec.objective.kind in HEADED or spec.objective.heads
+
+
 def needs_grams(spec: LearnSpec) -> bool:
     """Say whether Gram statistics have to be gathered before the plan is made."""
     return "regmean" in (spec.start.basis, spec.start.residual)
@@ -208,7 +215,7 @@ def objective_of(spec: ObjectiveSpec, base: Base | None) -> Objective:
     made: dict[str, Callable[[], Objective]] = {
         "null_space_ratio": lambda: NullSpaceRatio(targets, tokens),
         "row_space_match": lambda: RowSpaceMatch(targets, tokens),
-        "task_vector_match": TaskVectorMatch,
+        "task_vector_match": lambda: TaskVectorMatch(heads=spec.heads),
         "entropy": HeadEntropy,
         "token_entropy": lambda: _token_entropy(spec, base),
         "distillation": Distillation,

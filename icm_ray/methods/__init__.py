@@ -332,7 +332,7 @@ METHODS: Mapping[str, Method] = frozen(
         "row_space_match": Method(
             "row_space_match",
             learned,
-            formula="sum_k c_k delta_k, c so that each A sees in the merge what its expert saw",
+            formula="U C V + RegMean, C so that each A sees in the merge what its expert saw",
             paper="ours, from the geometry of arXiv 2603.26317",
             use="Unlabelled inputs, any kind of task, cheap: the forward stops after the targets.",
             **_LEARNED,
