@@ -9,7 +9,7 @@ from typing import Any
 from icm_ray.adapters import open_all
 from icm_ray.distributed.evaluate import VERSION
 from icm_ray.distributed.pipeline import PipelineResults, probe_scores
-from icm_ray.distributed.rows import OF_TASKS, SetResults, order_of, variants
+from icm_ray.distributed.rows import SetResults, order_of, variants
 from icm_ray.evaluation.metrics import Score, difference_interval
 from icm_ray.evaluation.scoring import TaskScore, standing, values
 from icm_ray.evidence.store import load_evidence
@@ -27,6 +27,7 @@ from icm_ray.report import (
     summarise,
     write_report,
 )
+from icm_ray.report.data import OF_TASKS
 from icm_ray.suites import BASES
 from icm_ray.types import Adapter
 
@@ -35,6 +36,8 @@ NOTES = (
     "share of the expert's gain over the frozen base with the same head.",
     "Settings marked as tuned were chosen on validation data; the test split scores only what "
     "was chosen, and the default setting of each method.",
+    f"Rows that end in {OF_TASKS} score each task with an adapter of its own that the method makes "
+    "besides the common one; they answer an easier question and are no winners of this page.",
     "Intervals cover the sampling of test examples. The spread over expert sets is shown apart.",
 )
 

@@ -26,12 +26,11 @@ from icm_ray.files import is_done, sha256_of
 from icm_ray.methods.given import given
 from icm_ray.methods.merge import find_method, merge
 from icm_ray.output import PER_TASK, MergedFolder, read_merged, write_merged
+from icm_ray.report.data import OF_TASKS
 from icm_ray.suites import Suite
 
 BATCH = 64
 DEFAULT = "default"
-OF_TASKS = "-per-task"
-"""Added to a row's name where each task is scored with its own adapter, not the common one."""
 
 
 @dataclass(frozen=True)

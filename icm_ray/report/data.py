@@ -10,6 +10,9 @@ BASE = "base"
 REFERENCES = (EXPERT, PROBE, BASE)
 """Row labels that are no merges: what a merge is compared with."""
 
+OF_TASKS = "-per-task"
+"""Ends the label of a row where each task is scored with its own adapter, not the common one."""
+
 Split = Literal["validation", "test"]
 SPLITS: tuple[Split, ...] = ("test", "validation")
 Table = Mapping[str, Mapping[str, float]]

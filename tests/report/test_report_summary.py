@@ -102,3 +102,15 @@ def test_a_paired_interval_decides_where_there_is_one(make_row):
     assert touching.verdict == "above"
     assert check_experts(rows, "test", {label: {"a": (0.01, 0.03)}})[0].verdict == "beyond"
     assert check_experts(rows, "test", {label: {"a": (-0.01, 0.03)}})[0].verdict == "above"
+
+
+def test_adapters_of_their_own_for_each_task_are_no_winners(make_row, make_scores):
+    own = [
+        make_row("emr-per-task", task, 0.79, expert_set=name)
+        for name in ("shared-seed0", "shared-seed1")
+        for task in ("topic", "year")
+    ]
+    plain = headline(summarise(make_scores(), "test"), "shared")
+    beside = headline(summarise([*make_scores(), *own], "test"), "shared")
+    assert beside.by_mean.method == plain.by_mean.method != "emr-per-task"
+    assert beside.by_worst.method == plain.by_worst.method
