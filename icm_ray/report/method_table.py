@@ -93,7 +93,7 @@ def described(schema: Schema) -> str:
         values = schema.get("additionalProperties")
         return f"one {described(values)} per task" if isinstance(values, Mapping) else "table"
     if kind == "array":
-        return f"list of {described(schema.get('items', {}))}"
+        return f"list of {described(schema.get('items', {}))}s"
     words = {"null": "none", "boolean": "true | false", "string": "text", "integer": "whole number"}
     return words.get(kind, kind) + _range(schema)
 

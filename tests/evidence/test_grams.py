@@ -40,7 +40,7 @@ def test_grams_are_means_over_real_tokens_of_the_expert(bert, adapter, texts) ->
     ids = tokenize(bert.tokenizer, texts, 32)
     batches = make_batches(ids, 7, 0)
     assert any(not batch.mask.all() for batch in batches)
-    found = gather_grams(bert.model, adapter, [K, O, Q, "embeddings.word_embeddings"], batches)
+    found = gather_grams(bert.model, adapter, [K, OUT, Q, "embeddings.word_embeddings"], batches)
     assert found.shared == {Q: Q, K: Q, OUT: OUT}, "one Gram for one input, none for embeddings"
     assert found.inputs == len(texts)
     for module in (Q, OUT):

@@ -138,7 +138,10 @@ def test_what_cannot_be_merged_is_refused(toy, make_adapter) -> None:
 
 
 def test_numbers_that_overflow_are_refused(toy) -> None:
+    weights = dict.fromkeys((one.name for one in toy), 1e38)
     with pytest.raises(InputError, match="module m: method 'task_arithmetic' gave a number that"):
+        icm_ray.merge(toy, "task_arithmetic", params={"scale": 1e6, "weights": weights})
+    with pytest.raises(RecipeError, match="less than or equal to 1000000"):
         icm_ray.merge(toy, "task_arithmetic", params={"scale": 1e39})
 
 
