@@ -47,7 +47,7 @@ def test_families_come_in_a_fixed_order_and_unknown_ones_last():
         ({"type": "number", "exclusiveMinimum": 0.5}, "number > 0.5"),
         ({"type": "number", "maximum": 2}, "number <= 2"),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "whole number or none"),
-        ({"type": "array", "items": {"type": "string"}}, "list of text"),
+        ({"type": "array", "items": {"type": "string"}}, "list of texts"),
         ({"enum": ["mean", "sum"], "type": "string"}, "mean | sum"),
         ({"const": "mean"}, "mean"),
         ({"type": "boolean"}, "true | false"),
