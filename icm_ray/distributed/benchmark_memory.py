@@ -173,7 +173,7 @@ def merge_many(
         workers = max(sampler.workers, 1)
         print(f"{method.name}: {len(names)} adapters, peak {sampler.peak / 1e6:.0f} MB", flush=True)
         return ManyRow(
-            method=f"{method.name} {method.rank}",
+            method=f"{method.name} {method.rank}" if method.rank else method.name,
             adapters=len(names),
             input_bytes=sum(file.file.stat().st_size for file in files),
             seconds=seconds,
