@@ -97,6 +97,9 @@ class ParametersSpec(Part):
         default=1, description="Coefficients a task and module: runs of ranks, or one a rank."
     )
     link: Literal["raw", "clamp", "softplus", "sigmoid"] = "raw"
+    extend: bool = Field(
+        default=False, description="cores: let the bases span a residual's spaces too."
+    )
 
 
 class ObjectiveSpec(Part):

@@ -119,8 +119,7 @@ class Plan:
         """Return fresh parameters at their start."""
         how = self.spec.parameters
         if how.kind == "cores":
-            extend = bool(self.terms.residual)
-            return CoreMatrices(self.terms, self.value, extend=extend)
+            return CoreMatrices(self.terms, self.value, extend=how.extend)
         return Coefficients(
             self.terms, self.value, sharing=how.sharing, groups=how.groups, link=how.link
         )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from icm_ray.errors import InputError
 from icm_ray.files import read_json
-from icm_ray.learning.rebuild import KINDS, rebuild
 from icm_ray.methods.given import DESCRIPTION, TENSORS, Given, given, read_given, write_given
+from icm_ray.methods.rebuild import KINDS, rebuild
 from icm_ray.types import Adapter, LoRAFactors
 
 KIND = "learned_merge"
