@@ -65,14 +65,22 @@ def same(found, expected):
     assert found.report == expected.report
 
 
+PLAIN = {"start": {"value": 0.3, "residual": None}}  # no Gram statistics needed
 CASES = {
     "nsc": {},
-    "row_space_match": {},
-    "task_vector_match": {"start": {"value": 0.3, "residual": None}},
+    "row_space_match": {**PLAIN, "parameters": {"kind": "coefficients"}},
+    "task_vector_match": PLAIN,
 }
 
 
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "row_space_match",
+        pytest.param("nsc", marks=pytest.mark.slow),
+        pytest.param("task_vector_match", marks=pytest.mark.slow),
+    ],
+)
 def test_any_number_of_actors_gives_the_serial_learner(
     tasks, tiny_bert, shared, tmp_path, one_thread, method
 ):
@@ -87,8 +95,9 @@ def test_any_number_of_actors_gives_the_serial_learner(
         same(on_ray(shared, order, tmp_path / str(workers), workers), expected)
 
 
+@pytest.mark.slow
 def test_a_dead_actor_leaves_no_trace(tasks, shared, tmp_path, monkeypatch):
-    order = order_for(tasks, "row_space_match")
+    order = order_for(tasks, "row_space_match", **PLAIN)
     expected = on_ray(shared, order, tmp_path / "whole", 2)
     started = TaskActor.options
 
@@ -112,7 +121,7 @@ def test_a_dead_actor_leaves_no_trace(tasks, shared, tmp_path, monkeypatch):
 def test_a_run_continues_where_it_stopped(tasks, shared, tmp_path, monkeypatch):
     from icm_ray.learning.descent import Descent
 
-    order = order_for(tasks, "row_space_match")
+    order = order_for(tasks, "row_space_match", **PLAIN)
     expected = on_ray(shared, order, tmp_path / "whole", 1)
     moves = []
     move = Descent.move
