@@ -19,7 +19,7 @@ from icm_ray.distributed.evidence import (
 )
 from icm_ray.distributed.learn import LEARNED, Readable, learned_on_ray
 from icm_ray.distributed.merge import merge_on_ray
-from icm_ray.distributed.shared_base import share_base
+from icm_ray.distributed.shared_base import SharedBase, share_base
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts
 from icm_ray.evidence.store import save_evidence
@@ -64,7 +64,7 @@ def merge_and_write(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
                 session.enter_context(connected(recipe.resources))
                 return _learned(spec, files, inputs, readable, base, folder, recipe)
             session.enter_context(connected(recipe.resources))
-            return _grams(files, inputs, base, folder, recipe, EVIDENCE_BATCH)
+            return _grams(files, inputs, share_base(base), folder, recipe, EVIDENCE_BATCH)
 
         return merge_recipe(recipe, target, on_ray, gathered)
 
@@ -134,7 +134,7 @@ def _learned(
     folder: Path,
     recipe: MergeRecipe | LearnRecipe,
 ) -> Path:
-    grams = folder.with_name(f"{folder.name}.grams")
+    grams, shared = folder.with_name(f"{folder.name}.grams"), share_base(base)
     return learned_on_ray(
         spec,
         files,
@@ -142,10 +142,10 @@ def _learned(
         readable,
         folder,
         base=base,
-        shared=share_base(base),
+        shared=shared,
         resources=recipe.resources,
         seed=recipe.seed,
-        grams=lambda: _grams(files, inputs, base, grams, recipe, EVIDENCE_BATCH),
+        grams=lambda: _grams(files, inputs, shared, grams, recipe, EVIDENCE_BATCH),
         label=recipe.method,
     )
 
@@ -153,12 +153,11 @@ def _learned(
 def _grams(
     files: list[AdapterFile],
     inputs: Inputs,
-    base: Path,
+    shared: SharedBase,
     folder: Path,
     recipe: MergeRecipe | EvidenceRecipe | LearnRecipe,
     batch: int,
 ) -> Path:
-    shared = share_base(base)
     with adapter_actors(shared, recipe.resources, len(files)) as actors:
         return grams_on_ray(
             actors,
@@ -182,10 +181,10 @@ def gather_evidence(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     inputs = load_inputs(recipe.data, [source.name for source in sources])
     path = base_folder(recipe, recipe.base, recipe.revision)
     with connected(recipe.resources):
-        if recipe.kind == "gram_statistics":
-            _grams(files, inputs, path, target, recipe, recipe.batch)
-            return {"outputs": {"evidence": str(target)}}
         shared = share_base(path)
+        if recipe.kind == "gram_statistics":
+            _grams(files, inputs, shared, target, recipe, recipe.batch)
+            return {"outputs": {"evidence": str(target)}}
         actors = start_actors(shared, recipe.resources, len(sources))
         timeout = recipe.resources.timeout_seconds
         gathered = gather_on_ray(actors, sources, inputs, batch=recipe.batch, timeout=timeout)
