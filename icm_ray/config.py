@@ -325,6 +325,9 @@ class MethodRow(Part):
     params: dict[str, Any] = {}
     rank: int | str | None = None
     learn: Overrides = {}
+    inputs: Positive | None = Field(
+        default=None, description="Inputs a task to learn from; None: sizes.calibration."
+    )
     grid: dict[str, list[float]] = Field(default={}, description="Tried on validation data only.")
 
     @property

@@ -15,7 +15,7 @@ from icm_ray.distributed.shared_base import SharedBase
 from icm_ray.evaluation.heads import Head
 from icm_ray.evidence.base import load_tokenizer
 from icm_ray.evidence.batches import make_batches, tokenize
-from icm_ray.files import is_done, sha256_of
+from icm_ray.files import RUN_FILE, is_done, sha256_of, write_json
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run
 from icm_ray.learning.recipes import covered_by, needs_grams, plan_of
@@ -87,7 +87,7 @@ def learned_on_ray(
     )
     scratch = folder.with_name(f".{folder.name}.learning-{key[:12]}")
     scratch.mkdir(parents=True, exist_ok=True)
-    learned = learn_on_ray(
+    learned, seconds = learn_on_ray(
         shared,
         LearnOrder(plan, tasks, run),
         covered_by(spec.objective, tasks),
@@ -98,6 +98,7 @@ def learned_on_ray(
         label=label,
     )
     save_learned(learned, folder, {"key": key})
+    write_json(folder / RUN_FILE, {"cpu_seconds": seconds})
     for file in scratch.iterdir():
         file.unlink()
     scratch.rmdir()

@@ -55,7 +55,8 @@ def _learn(
     root: Path,
 ) -> Path:
     spec = spec_of(row.method, row.learn)
-    limit = recipe.sizes.calibration
+    limit = row.inputs or recipe.sizes.calibration
+    unlabelled = inputs_spec(recipe).model_copy(update={"inputs_per_task": limit})
     readable = {}
     for task, expert in one.experts.items() if reads_heads(spec) else ():
         labels = None
@@ -70,7 +71,7 @@ def _learn(
     return learned_on_ray(
         spec,
         one.files(),
-        load_inputs(inputs_spec(recipe), list(one.experts)),
+        load_inputs(unlabelled, list(one.experts)),
         readable,
         root / "learned" / one.label / row.name,
         base=base,

@@ -5,6 +5,7 @@ order of the tasks' names, makes one step and sends the new values out. A group'
 values and step alone, so any number of actors gives the bytes of `learning.learner.learn`.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,10 @@ class TaskActor:
             self.side.load(values)
             return {task: self.side.components(task) for task in self.found}
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time this actor has used so far."""
+        return time.process_time()
+
 
 def learn_on_ray(
     shared: SharedBase,
@@ -101,8 +106,10 @@ def learn_on_ray(
     scratch: Path,
     key: str,
     label: str,
-) -> LearnedMerge:
-    """Learn a merge over the cluster; see `learning.learner.learn`.
+) -> tuple[LearnedMerge, float]:
+    """Return a merge learned over the cluster and its cost; see `learning.learner.learn`.
+
+    The cost is the processor time of all actors in seconds, from the start or the last resumption.
 
     Args:
         shared: The base.
@@ -146,6 +153,7 @@ def learn_on_ray(
                 descent.save(scratch, key)
         values = ray.put(descent.values())
         ends = _joined(_all([a.ends.remote(values) for a in actors], timeout, "end"))
+        seconds = sum(_all([a.cpu_seconds.remote() for a in actors], timeout, "cost"))
     finally:
         bar.close()
         for actor in actors:
@@ -153,7 +161,8 @@ def learn_on_ray(
     before = {task: starts[task] for task in covered}
     told = report(parameters, descent, before, {task: ends[task] for task in covered})
     adapters = {task.name: task.adapter.fingerprint for task in order.tasks}
-    return LearnedMerge(parameters.learned(), parameters.terms.tasks, adapters, dict(origin), told)
+    learned = parameters.learned()
+    return LearnedMerge(learned, parameters.terms.tasks, adapters, dict(origin), told), seconds
 
 
 def _all(calls: Sequence[Any], timeout: float, what: str) -> list[Any]:

@@ -13,10 +13,10 @@ from icm_ray.distributed.rows import SetResults, order_of, variants
 from icm_ray.evaluation.metrics import Score, difference_interval
 from icm_ray.evaluation.scoring import TaskScore, standing, values
 from icm_ray.evidence.store import load_evidence
-from icm_ray.files import is_done, sha256_of, whole_folder
+from icm_ray.files import RUN_FILE, is_done, read_json, sha256_of, whole_folder
 from icm_ray.linalg import lowrank
 from icm_ray.methods.merge import merge
-from icm_ray.output import write_merged
+from icm_ray.output import MergedFolder, write_merged
 from icm_ray.report import (
     BASE,
     EXPERT,
@@ -130,10 +130,17 @@ def _score_rows(
             spearman=score.spearman,
             normalised=_number(where.normalised[task]),
             gain_kept=_number(where.gain_kept[task]),
-            seconds=float(merged.run.get("seconds", 0.0)) if merged else 0.0,
+            seconds=_seconds(one, name, merged),
         )
 
     return [row(task, item.score, tuned) for tuned in shown for task, item in scores.items()]
+
+
+def _seconds(one: SetResults, name: str, merged: MergedFolder | None) -> float:
+    """Return what a merge took, learning included."""
+    told = one.learned.get(name)
+    run = read_json(told / RUN_FILE) if told and (told / RUN_FILE).is_file() else {}
+    return sum((run.get("cpu_seconds", 0.0), merged.run.get("seconds", 0.0) if merged else 0.0))
 
 
 def _expert_gains(results: PipelineResults, one: SetResults) -> dict[str, tuple[float, float]]:

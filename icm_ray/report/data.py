@@ -41,7 +41,7 @@ class ScoreRow:
         spearman: Rank correlation, for regressions.
         normalised: score / expert's score. None (or NaN) where that is undefined.
         gain_kept: (score - base) / (expert - base). None (or NaN) where expert equals base.
-        seconds: Time the scoring took.
+        seconds: Wall time of the merge, and processor time of what it learned before.
     """
 
     expert_set: str

@@ -54,9 +54,11 @@ def on_ray(shared, order, folder, workers):
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(task.name for task in order.tasks)
     resources = Resources(workers=workers, cpus_per_worker=0.5)
-    return learn_on_ray(
+    learned, seconds = learn_on_ray(
         shared, order, names, resources, origin={}, scratch=folder, key="k", label="test"
     )
+    assert seconds > 0
+    return learned
 
 
 def same(found, expected):
