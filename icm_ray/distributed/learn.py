@@ -97,7 +97,8 @@ def learned_on_ray(
         key=key,
         label=label,
     )
-    save_learned(learned, folder, {"key": key})
+    counts = {task: len(texts) for task, (texts, _) in inputs.items()}
+    save_learned(learned, folder, {"key": key, "inputs": counts})
     write_json(folder / RUN_FILE, {"cpu_seconds": seconds})
     for file in scratch.iterdir():
         file.unlink()

@@ -9,7 +9,7 @@ from icm_ray.adapters import load_adapter
 from icm_ray.cli import app
 from icm_ray.command import run_job
 from icm_ray.config import PipelineRecipe
-from icm_ray.files import read_json, read_manifest
+from icm_ray.files import RUN_FILE, read_json, read_manifest
 from icm_ray.recipe_files import load_recipe
 from jobs.pipeline import work
 
@@ -26,6 +26,16 @@ RECIPE = {
         {"method": "svd"},
         {"method": "task_arithmetic", "params": {"scale": 9.0}, "grid": {"scale": [0.3, 0.6]}},
     ],
+}
+LEARNED = {
+    "label": "learned",
+    "method": "row_space_match",
+    "inputs": 8,
+    "learn": {
+        "parameters": {"kind": "coefficients"},
+        "start": {"value": "1/K", "residual": None},
+        "optimisation": {"steps": 2, "batch": 4},
+    },
 }
 
 
@@ -103,12 +113,25 @@ def test_a_new_row_adds_its_own_work_only(out, recipe):
     merged = stamps(out / "merged" / SET / "svd")
     path = write_yaml(
         recipe.with_name("more.yaml"),
-        {**RECIPE, "output": str(out), "methods": [*RECIPE["methods"], {"method": "soup"}]},
+        {
+            **RECIPE,
+            "output": str(out),
+            "methods": [*RECIPE["methods"], {"method": "soup"}, LEARNED],
+        },
     )
     assert run_job(PipelineRecipe, work, "", ["-c", str(path)]) == 0
     assert {name: stamps(out / name) for name in kept} == kept
     assert stamps(out / "merged" / SET / "svd") == merged
-    assert f"{SET}/soup" in read_json(out / "results.json")["scores"]
+    assert {f"{SET}/soup", f"{SET}/learned"} <= set(read_json(out / "results.json")["scores"])
+
+
+def test_a_learned_row_costs_what_it_took_and_sees_the_inputs_it_asks_for(out):
+    (data,) = (out / "report").glob("*.parquet")
+    spent = {row["method"]: row["seconds"] for row in pq.read_table(data).to_pylist()}
+    learned = out / "learned" / SET / "learned"
+    assert spent["learned"] > read_json(learned / RUN_FILE)["cpu_seconds"] > 0
+    assert read_json(learned / "evidence.json")["origin"]["optimisation"]["steps"] == 2
+    assert read_manifest(learned)["inputs"] == dict.fromkeys(RECIPE["tasks"], 8)
 
 
 def test_the_adapter_is_proven(out, minilm):
@@ -130,7 +153,7 @@ def test_the_adapter_is_proven(out, minilm):
 
 def test_every_stage_left_whole_folders_and_nothing_else(out):
     assert not list(out.rglob(".*"))
-    assert {path.name for path in out.iterdir()} == {*KEPT, "report", "results.json"}
+    assert {path.name for path in out.iterdir()} == {*KEPT, "learned", "report", "results.json"}
     for name in (
         "adapter",
         f"evidence/{SET}",
