@@ -17,9 +17,10 @@ from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.errors import InputError
 from icm_ray.evaluation.scoring import TaskData, TaskScore, evaluate
 from icm_ray.evidence.base import fingerprint_weights
-from icm_ray.evidence.batches import make_batches, tokenize
+from icm_ray.evidence.batches import batches_of
 from icm_ray.evidence.gather import AdapterEvidence, gather
 from icm_ray.evidence.grams import Grams, gather_grams
+from icm_ray.evidence.readers import Inputs
 from icm_ray.files import sha256_of
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.methods.given import given
@@ -108,24 +109,22 @@ class AdapterActor:
         return self.held[1]
 
     def evidence(
-        self, source: AdapterSource, texts: Sequence[str], max_tokens: int, batch: int
+        self, source: AdapterSource, inputs: Inputs, max_tokens: int, batch: int
     ) -> AdapterEvidence:
         """Return task vector and null-space ratios of one adapter on its own inputs."""
-        ids = tokenize(self.base.tokenizer, texts, max_tokens)
-        batches = make_batches(ids, batch, self.base.tokenizer.pad_token_id)
+        batches = batches_of(self.base.reader, inputs, max_tokens, batch)
         return gather(self.base.model, self.hold(source), batches)
 
     def grams(
         self,
         source: AdapterSource,
         modules: Sequence[str],
-        texts: Sequence[str],
+        inputs: Inputs,
         max_tokens: int,
         batch: int,
     ) -> Grams:
         """Return the Gram statistics of one adapter's own inputs."""
-        ids = tokenize(self.base.tokenizer, texts, max_tokens)
-        batches = make_batches(ids, batch, self.base.tokenizer.pad_token_id)
+        batches = batches_of(self.base.reader, inputs, max_tokens, batch)
         with kernel_threads(self.threads):
             return gather_grams(self.base.model, self.hold(source), modules, batches)
 
@@ -143,7 +142,7 @@ class AdapterActor:
 
     def base_fingerprint(self) -> str:
         """Return the sha256 of the base as this actor sees it now."""
-        return fingerprint_weights({n: t.numpy() for n, t in self.base.model.state_dict().items()})
+        return fingerprint_weights({n: t.numpy() for n, t in self.base.weights().items()})
 
 
 def start_actors(shared: SharedBase, resources: Resources, items: int) -> list[Any]:

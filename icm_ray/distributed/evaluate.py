@@ -46,7 +46,11 @@ class ScoreItem:
         )
 
 
-def _data_key(item: TaskData) -> list[str]:
+def _data_key(item: TaskData) -> list[Any]:
+    if item.head is None:
+        task = item.task
+        how = [task.kind, task.metric, task.max_tokens, task.max_new_tokens]
+        return [item.examples.fingerprint, how]
     head = [item.head.weight, item.head.bias]
     digest = sha256_of([t.numpy().tobytes().hex() for t in head] + [item.head.mean, item.head.std])
     return [item.examples.fingerprint, digest]
@@ -103,17 +107,28 @@ def save_scores(folder: Path, key: str, scores: Mapping[str, TaskScore]) -> None
     """Write scores as JSON and the predictions behind them as Parquet, whole or not at all."""
     with whole_folder(folder, info={"key": key}) as target:
         write_json(target / "scores.json", {t: asdict(s.score) for t, s in scores.items()})
-        rows = [(t, p) for t, s in scores.items() for p in s.predictions.tolist()]
-        columns = {"task": [t for t, _ in rows], "prediction": [p for _, p in rows]}
+        tasks = [task for task, s in scores.items() for _ in s.predictions]
+        if all(s.predictions.ndim == 1 for s in scores.values()):
+            rows = [p for s in scores.values() for p in s.predictions.tolist()]
+        else:  # some have several numbers an example, and a column has one type
+            rows = [np.atleast_1d(p).tolist() for s in scores.values() for p in s.predictions]
+        columns = {"task": tasks, "prediction": rows}
         pq.write_table(pa.table(columns), target / "predictions.parquet", compression="zstd")
 
 
 def load_scores(folder: Path) -> dict[str, TaskScore]:
     """Read scores back."""
     table = pq.read_table(folder / "predictions.parquet")
-    tasks = np.array(table["task"].to_pylist())
-    predictions = table["prediction"].to_numpy()
+    rows: dict[str, list[Any]] = {}
+    for task, row in zip(table["task"].to_pylist(), table["prediction"].to_pylist(), strict=True):
+        rows.setdefault(task, []).append(row)
     return {
-        task: TaskScore(Score(**values), predictions[tasks == task])
+        task: TaskScore(Score(**values), _unboxed(np.array(rows[task], dtype=np.float64)))
         for task, values in read_json(folder / "scores.json").items()
     }
+
+
+def _unboxed(predictions: np.ndarray) -> np.ndarray:
+    """Return one number an example as a vector, beside whatever it was written."""
+    one = predictions.ndim == 2 and predictions.shape[1] == 1
+    return predictions[:, 0] if one else predictions

@@ -1,13 +1,17 @@
 """Evidence in parallel: each actor holds one adapter and runs its own unlabelled inputs."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from icm_ray.config import DataSpec
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.cluster import run_bounded
 from icm_ray.errors import RecipeError
+from icm_ray.evidence import readers
 from icm_ray.evidence.gather import AdapterEvidence
 from icm_ray.files import is_done, sha256_of
 from icm_ray.methods.given import write_given
@@ -17,11 +21,11 @@ EVIDENCE_BATCH = 32
 MAX_TOKENS = 128
 """Tokens kept of a user's own text."""
 
-Inputs = Mapping[str, tuple[Sequence[str], int]]
-"""By task: unlabelled texts and the number of tokens to keep of each."""
+Inputs = Mapping[str, tuple[readers.Inputs, int]]
+"""By task: unlabelled texts or images, and the number of tokens to keep of each text."""
 
 
-def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[Sequence[str], int]]:
+def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[readers.Inputs, int]]:
     """Return each task's unlabelled inputs, from a suite or from a folder of the user's.
 
     Raises:
@@ -36,7 +40,7 @@ def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[Sequenc
         suite = SUITES[data.suite]
         limit = data.inputs_per_task
         return {
-            t: (suite.load(t, data.split, limit).texts, suite.tasks[t].max_tokens) for t in tasks
+            t: (suite.load(t, data.split, limit).inputs, suite.tasks[t].max_tokens) for t in tasks
         }
     folder = Path(str(data.path))
     found = {t: load_folder(folder, t).texts for t in tasks}
@@ -122,7 +126,14 @@ def evidence_key(base: str, sources: Sequence[AdapterSource], inputs: Inputs, ba
         {
             "base": base,
             "adapters": {s.name: s.fingerprint for s in sources},
-            "inputs": {task: sha256_of([list(t), n]) for task, (t, n) in inputs.items()},
+            "inputs": {task: inputs_key(*told) for task, told in inputs.items()},
             "batch": batch,
         }
     )
+
+
+def inputs_key(inputs: readers.Inputs, max_tokens: int) -> str:
+    """Return what identifies one task's inputs."""
+    if isinstance(inputs, np.ndarray):
+        return sha256_of([list(inputs.shape), hashlib.sha256(inputs.tobytes()).hexdigest()])
+    return sha256_of([list(inputs), max_tokens])

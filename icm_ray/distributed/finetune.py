@@ -100,7 +100,7 @@ def finetune(
             shared,
             jobs[key],
             data[key[1]],
-            heads[key[1]],
+            heads.get(key[1]),
             recipe,
             base_name,
             folders[key],
@@ -119,7 +119,7 @@ def finetune(
 def _starting_heads(
     recipe: FinetuneRecipe, suite: Suite, shared: SharedBase, root: Path
 ) -> dict[str, Head]:
-    tasks = list(recipe.tasks or suite.tasks)
+    tasks = [task for task in recipe.tasks or suite.tasks if suite.tasks[task].headed]
     folders = fit_probes(
         suite, tasks, recipe.training, recipe.sizes, shared, recipe.resources, root
     )
@@ -131,7 +131,7 @@ def _train(
     shared: SharedBase,
     job: ExpertJob,
     train: Examples,
-    start: Head,
+    start: Head | None,
     recipe: FinetuneRecipe,
     base_name: str,
     folder: Path,
@@ -164,6 +164,7 @@ def _train(
         shutil.copytree(scratch / FOLDER, target, dirs_exist_ok=True)
     with whole_folder(folder, info=info) as target:
         save_adapter_of(trained.model, target / ADAPTER, getattr(torch, recipe.dtype), base_name)
-        trained.head.save(target / HEAD)
+        if trained.head is not None:
+            trained.head.save(target / HEAD)
         write_json(target / METRICS, {"losses": trained.losses, **losses_summary(trained.losses)})
     shutil.rmtree(scratch)

@@ -9,12 +9,12 @@ import torch
 
 from icm_ray.adapters import AdapterFile
 from icm_ray.config import LearnSpec, Resources
-from icm_ray.distributed.evidence import Inputs
+from icm_ray.distributed.evidence import Inputs, inputs_key
 from icm_ray.distributed.learning import LearnOrder, learn_on_ray
 from icm_ray.distributed.shared_base import SharedBase
 from icm_ray.evaluation.heads import Head
-from icm_ray.evidence.base import load_tokenizer
-from icm_ray.evidence.batches import make_batches, tokenize
+from icm_ray.evidence.base import load_reader
+from icm_ray.evidence.batches import batches_of
 from icm_ray.files import RUN_FILE, is_done, sha256_of, write_json
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run
@@ -34,12 +34,12 @@ class Readable:
 
     Attributes:
         task: Says what the head predicts.
-        head: The frozen head.
+        head: The frozen head; None if the base answers by itself.
         targets: Labels of the task's inputs, for supervised objectives; else None.
     """
 
     task: Task
-    head: Head
+    head: Head | None
     targets: Sequence[float] | None = None
 
 
@@ -113,21 +113,19 @@ def _tasks(
     readable: Mapping[str, Readable],
     base: Path,
 ) -> list[TaskInputs]:
-    tokenizer = load_tokenizer(base)
+    reader = load_reader(base)
     made = []
     for file in sorted(files, key=lambda file: file.name):
-        texts, max_tokens = inputs[file.name]
-        ids = tokenize(tokenizer, texts, max_tokens)
-        batches = make_batches(ids, spec.optimisation.batch, tokenizer.pad_token_id)
+        batches = batches_of(reader, *inputs[file.name], spec.optimisation.batch)
         known = readable.get(file.name)
         if known is None:
             made.append(TaskInputs(file.load(), batches))
             continue
-        targets = None
-        if known.targets is not None:
+        head, targets = known.head, None
+        if head is not None and known.targets is not None:
             values = torch.tensor(known.targets, dtype=torch.float64)
-            targets = ((values - known.head.mean) / known.head.std).float()
-        made.append(TaskInputs(file.load(), batches, known.head, known.task.kind, targets))
+            targets = ((values - head.mean) / head.std).float()
+        made.append(TaskInputs(file.load(), batches, head, known.task.kind, targets))
     return made
 
 
@@ -155,13 +153,15 @@ def _key(
 ) -> str:
     heads = {
         task: [known.head.weight.tolist(), known.head.bias.tolist(), known.targets is not None]
+        if known.head is not None
+        else known.task.kind
         for task, known in readable.items()
     }
     content: dict[str, Any] = {
         "version": VERSION,
         "spec": spec.model_dump(),
         "adapters": {file.name: file.fingerprint() for file in files},
-        "inputs": {task: sha256_of([list(texts), n]) for task, (texts, n) in inputs.items()},
+        "inputs": {task: inputs_key(*told) for task, told in inputs.items()},
         "heads": sha256_of(heads),
         "base": base,
         "seed": seed,

@@ -77,7 +77,10 @@ def run_pipeline(
     suite = SUITES[recipe.suite]
     shared = share_base(base_path)
     tasks = list(recipe.tasks or suite.tasks)
-    probes = fit_probes(suite, tasks, recipe.training, recipe.sizes, shared, recipe.resources, root)
+    headed = [task for task in tasks if suite.tasks[task].headed]
+    probes = fit_probes(
+        suite, headed, recipe.training, recipe.sizes, shared, recipe.resources, root
+    )
     experts = _experts(recipe, shared, base_name, root)
     sets = [SetResults(label, found) for label, found in experts.items()]
     sets = _grams(recipe, sets, shared, root)

@@ -12,10 +12,10 @@ import ray
 from icm_ray.config import Resources, Sizes, Training
 from icm_ray.distributed.cluster import MAX_RETRIES, request, run_bounded, worker_count
 from icm_ray.distributed.shared_base import SharedBase, rebuild
+from icm_ray.evaluation.answers import head_features
 from icm_ray.evaluation.experts import HEAD
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.probe import fit_probe
-from icm_ray.evidence.batches import features, make_batches, tokenize
 from icm_ray.files import is_done, sha256_of, whole_folder
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.suites import Examples, Suite, Task
@@ -59,7 +59,7 @@ def fit_probes(
 def read_probe(folder: Path) -> tuple[Head, np.ndarray]:
     """Return a probe's head and its predictions on the test split."""
     table = pq.read_table(folder / PREDICTIONS)
-    return Head.load(folder / HEAD), table["prediction"].to_numpy()
+    return Head.load(folder / HEAD), np.array(table["prediction"].to_pylist(), dtype=np.float64)
 
 
 def _call(
@@ -90,13 +90,11 @@ def _fit(
         base = rebuild(shared, resources)
         found = {}
         for name, examples in splits.items():
-            ids = tokenize(base.tokenizer, examples.texts, task.max_tokens)
-            batches = make_batches(ids, BATCH, base.tokenizer.pad_token_id)
-            found[name] = (features(base.model, batches), examples.targets)
+            found[name] = (head_features(base, examples, task, BATCH), examples.targets.flatten())
             bar.update(1)
         head = fit_probe(task, found["train"], found["validation"])
     bar.close()
     with whole_folder(folder, info={"key": key, "task": task.name}) as target:
         head.save(target / HEAD)
-        predictions = head.predict(found["test"][0], task)
-        pq.write_table(pa.table({"prediction": predictions}), target / PREDICTIONS)
+        predictions = head.predict(found["test"][0], task).reshape(splits["test"].targets.shape)
+        pq.write_table(pa.table({"prediction": predictions.tolist()}), target / PREDICTIONS)

@@ -49,7 +49,7 @@ def report_data(results: PipelineResults, root: Path) -> ReportData:
     vectors, ratios = load_evidence(results.evidence[first.label])
     default = {row: m for (row, variant), m in first.merged.items() if variant == "default"}
     return ReportData(
-        title=f"{results.recipe.name}: {len(results.probes)} tasks, "
+        title=f"{results.recipe.name}: {len(first.experts)} tasks, "
         f"{len(results.sets)} sets of experts",
         command=_command(),
         base=_base(results),
@@ -95,7 +95,7 @@ def _rows(results: PipelineResults, one: SetResults) -> list[ScoreRow]:
         for row in _score_rows(results, one, name, variant, split, scores)
     ]
     probes = probe_scores(results)
-    return found + _score_rows(results, one, PROBE, "default", "test", probes)
+    return found + _score_rows(results, one, PROBE, "default", "test", probes) if probes else found
 
 
 def _score_rows(
@@ -128,6 +128,7 @@ def _score_rows(
             low=score.low,
             high=score.high,
             spearman=score.spearman,
+            **score.details,
             normalised=_number(where.normalised[task]),
             gain_kept=_number(where.gain_kept[task]),
             seconds=_seconds(one, name, merged),
@@ -144,13 +145,16 @@ def _seconds(one: SetResults, name: str, merged: MergedFolder | None) -> float:
 
 
 def _expert_gains(results: PipelineResults, one: SetResults) -> dict[str, tuple[float, float]]:
-    """Return paired intervals of expert minus probe; both answered the same examples."""
-    probes = probe_scores(results)
+    """Return paired intervals of expert minus probe, or minus the base for tasks without a head.
+
+    Both answered the same examples.
+    """
+    below = {**one.scores[BASE, "default", "test"], **probe_scores(results)}
     return {
         task: difference_interval(
             results.suite.tasks[task],
             expert.predictions,
-            probes[task].predictions,
+            below[task].predictions,
             results.suite.load(task, "test", results.recipe.sizes.test).targets,
         )
         for task, expert in one.scores[EXPERT, "default", "test"].items()
@@ -176,7 +180,7 @@ def _tasks(results: PipelineResults, root: Path) -> dict[str, dict[str, str | in
             "test_reads": reads,
         }
         for name, task in results.suite.tasks.items()
-        if name in results.probes
+        if name in results.sets[0].experts
     }
 
 

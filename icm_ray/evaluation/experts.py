@@ -1,4 +1,4 @@
-"""Experts on disk: an adapter, its frozen head, and what they scored."""
+"""Experts on disk: an adapter, its frozen head if it has one, and what they scored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Expert:
 
     Attributes:
         task: The task's name.
-        folder: Holds `adapter/`, `head.safetensors` and `metrics.json`.
+        folder: Holds `adapter/`, `metrics.json` and, where the task has one, `head.safetensors`.
     """
 
     task: str
@@ -30,9 +30,10 @@ class Expert:
         """The PEFT folder."""
         return self.folder / ADAPTER
 
-    def head(self) -> Head:
-        """Read the frozen head."""
-        return Head.load(self.folder / HEAD)
+    def head(self) -> Head | None:
+        """Read the frozen head; None if the base answers by itself."""
+        path = self.folder / HEAD
+        return Head.load(path) if path.is_file() else None
 
     def metrics(self) -> dict[str, Any]:
         """Read what training recorded."""
@@ -45,7 +46,7 @@ def find_experts(folder: Path) -> Mapping[str, Expert]:
     Raises:
         InputError: the folder holds none.
     """
-    found = sorted(folder.glob(f"*/{HEAD}"))
+    found = sorted(folder.glob(f"*/{METRICS}"))
     if not found:
         raise InputError(f"{folder}: no expert in it. Train some with jobs.finetune.")
-    return {head.parent.name: Expert(head.parent.name, head.parent) for head in found}
+    return {told.parent.name: Expert(told.parent.name, told.parent) for told in found}

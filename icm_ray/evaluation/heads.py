@@ -28,12 +28,12 @@ class Head:
     mean: float = 0.0
     std: float = 1.0
 
-    def predict(self, features: Float[Tensor, "examples d_model"], task: Task) -> np.ndarray:
-        """Return class indices or numbers, `(examples,)` float64."""
+    def predict(self, features: Float[Tensor, "*rows d_model"], task: Task) -> np.ndarray:
+        """Return class indices or numbers, one a row, float64."""
         logits = features @ self.weight.T + self.bias
-        if task.kind == "classification":
+        if task.is_class:
             return logits.argmax(-1).numpy().astype(np.float64)
-        return logits[:, 0].double().numpy() * self.std + self.mean
+        return logits[..., 0].double().numpy() * self.std + self.mean
 
     def save(self, path: Path) -> None:
         """Write the head as safetensors."""
@@ -51,13 +51,13 @@ class Head:
 
 def target_scale(task: Task, targets: np.ndarray) -> tuple[float, float]:
     """Return the mean and standard deviation a regression is trained in; (0, 1) otherwise."""
-    if task.kind == "classification":
+    if task.is_class:
         return 0.0, 1.0
     return float(targets.mean()), float(targets.std()) or 1.0
 
 
 def loss(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
     """Return cross-entropy, or the squared error of standardised targets."""
-    if task.kind == "classification":
+    if task.is_class:
         return nn.functional.cross_entropy(logits, targets.long())
     return nn.functional.mse_loss(logits[:, 0], targets.float())

@@ -2,16 +2,23 @@
 
 Every metric is a function of weighted sums over examples. A row of weights is one resample: all
 ones for the point estimate, multinomial counts for a bootstrap. So one matrix product scores a
-thousand resamples.
+thousand resamples. What a task's answers are reduced to, one row an example, are its predictions:
+
+classification, regression  class index or number, `(examples,)`
+dense_*                     the same for each patch, `(examples, patches)`
+language_modelling          summed negative log-likelihood in nats, tokens it is over, characters
+                            they stand for, `(examples, 3)`
+generation                  score of each answer in [0, 1], `(examples,)`
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.stats import rankdata
 
 from icm_ray.seeding import seed_for
-from icm_ray.suites.tasks import Task
+from icm_ray.suites.tasks import Metric, Task
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -22,12 +29,13 @@ class Score:
     """A task's score with its confidence interval over test examples.
 
     Attributes:
-        metric: "accuracy", "macro_f1" or "r2".
+        metric: The task's metric, see `icm_ray.suites.tasks.Metric`.
         value: The score; 1 is perfect.
         low: Lower end of the 95 % bootstrap interval.
         high: Upper end.
         spearman: Rank correlation in [-1, 1] for regressions, else None. It forgives a shifted or
             stretched scale, which is half of what merging does to a regression.
+        details: Other measures of the same answers, by name.
     """
 
     metric: str
@@ -35,6 +43,7 @@ class Score:
     low: float
     high: float
     spearman: float | None
+    details: Mapping[str, float] = field(default_factory=dict)
 
 
 def score(task: Task, predictions: np.ndarray, targets: np.ndarray) -> Score:
@@ -42,8 +51,9 @@ def score(task: Task, predictions: np.ndarray, targets: np.ndarray) -> Score:
 
     Args:
         task: Says which metric.
-        predictions: `(examples,)`: class index or number.
-        targets: `(examples,)`, the same.
+        predictions: One row an example, as the head of this module says.
+        targets: Class indices or numbers of the same shape; not looked at where the predictions
+            are measures already.
     """
     ones = np.ones((1, len(targets)))
     value = float(weighted(task, predictions, targets, ones)[0])
@@ -51,18 +61,15 @@ def score(task: Task, predictions: np.ndarray, targets: np.ndarray) -> Score:
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
     spearman = rank_correlation(predictions, targets) if task.kind == "regression" else None
-    return Score(task.metric, value, float(low), float(high), spearman)
+    details = DETAILS[task.kind](predictions, targets) if task.kind in DETAILS else {}
+    return Score(task.metric, value, float(low), float(high), spearman, details)
 
 
 def weighted(
     task: Task, predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
     """Return the task's metric once for each row of `weights`, shape `(rows,)`."""
-    if task.metric == "accuracy":
-        return weights @ (predictions == targets) / weights.sum(1)
-    if task.metric == "macro_f1":
-        return _macro_f1(predictions, targets, weights, len(task.classes))
-    return _r2(predictions, targets, weights)
+    return MEASURES[task.metric](predictions, targets, weights, len(task.classes))
 
 
 def difference_interval(
@@ -99,9 +106,62 @@ def _macro_f1(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -
     return f1.sum(1) / np.maximum((both > 0).sum(1), 1)
 
 
-def _r2(p: np.ndarray, t: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    count = weights.sum(1)
+def _accuracy(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    return weights @ (p == t) / weights.sum(1)
+
+
+def _r2(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    p, t = p.reshape(len(p), -1), t.reshape(len(t), -1)
+    count = weights.sum(1) * t.shape[1]
     p, t = p - t.mean(), t - t.mean()  # a difference of squares far from zero would lose digits
-    squared_error = weights @ np.square(t - p)
-    spread = weights @ np.square(t) - np.square(weights @ t) / count
+    squared_error = weights @ np.square(t - p).sum(1)
+    spread = weights @ np.square(t).sum(1) - np.square(weights @ t.sum(1)) / count
     return 1 - squared_error / np.maximum(spread, 1e-12)
+
+
+def _miou(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    predicted, actual = p[..., None] == np.arange(classes), t[..., None] == np.arange(classes)
+    shared = weights @ (predicted & actual).sum(1)
+    both = weights @ (predicted | actual).sum(1)
+    ratio = np.divide(shared, both, out=np.zeros_like(both), where=both > 0)
+    return ratio.sum(1) / np.maximum((both > 0).sum(1), 1)
+
+
+def _mean(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    return weights @ p / weights.sum(1)
+
+
+def _likelihood(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    nats, tokens, _ = (weights @ p).T
+    return np.exp(-nats / tokens)
+
+
+def _of_text(p: np.ndarray, t: np.ndarray) -> dict[str, float]:
+    nats, tokens, characters = p.sum(0)
+    return {
+        "perplexity": float(np.exp(nats / tokens)),
+        "bits_per_character": float(nats / np.log(2) / characters),
+    }
+
+
+def _of_map(p: np.ndarray, t: np.ndarray) -> dict[str, float]:
+    return {"rmse": float(np.sqrt(np.square(p - t).mean()))}
+
+
+MEASURES: Mapping[Metric, Callable[..., np.ndarray]] = {
+    "accuracy": _accuracy,
+    "macro_f1": _macro_f1,
+    "r2": _r2,
+    "miou": _miou,
+    "token_likelihood": _likelihood,
+    "exact_match": _mean,
+    "edit_match": _mean,
+    "rouge_l": _mean,
+}
+"""Each metric: predictions, targets, `(resamples, examples)` weights, classes -> `(resamples,)`."""
+
+DETAILS: Mapping[str, Callable[..., dict[str, float]]] = {
+    "language_modelling": _of_text,
+    "dense_regression": _of_map,
+}
+"""By kind: what is shown beside the score."""

@@ -14,7 +14,7 @@ RIDGE_SCALE = 0.01
 """Ridge's penalty per example at strength 1, which puts its grid where logistic regression's is."""
 
 Labelled = tuple[Float[Tensor, "_ d_model"], np.ndarray]
-"""Pooled features and targets; training and validation differ in length."""
+"""Features (pooled, or of patches) and targets; training and validation differ in length."""
 
 
 def fit_probe(task: Task, train: Labelled, validation: Labelled) -> Head:
@@ -32,9 +32,15 @@ def fit_probe(task: Task, train: Labelled, validation: Labelled) -> Head:
     mean, std = target_scale(task, train[1])
     heads = (_fit(task, train[0].numpy(), (train[1] - mean) / std, s) for s in STRENGTHS)
     scaled = [Head(head.weight, head.bias, mean, std) for head in heads]
-    ones = np.ones((1, len(validation[1])))
+    # A dense task's rows are patches: they are judged as the patches of one image.
+    targets = validation[1][None] if task.metric == "miou" else validation[1]
+    ones = np.ones((1, len(targets)))
     scores = [
-        float(weighted(task, head.predict(validation[0], task), validation[1], ones)[0])
+        float(
+            weighted(task, head.predict(validation[0], task).reshape(targets.shape), targets, ones)[
+                0
+            ]
+        )
         for head in scaled
     ]
     return scaled[int(np.argmax(scores))]
@@ -46,7 +52,7 @@ def _fit(task: Task, features: np.ndarray, targets: np.ndarray, strength: float)
 
     scaler = StandardScaler().fit(features)
     standard = scaler.transform(features)
-    if task.kind == "regression":
+    if not task.is_class:
         ridge = Ridge(alpha=len(targets) * RIDGE_SCALE / strength).fit(standard, targets)
         weight, bias = ridge.coef_[None], np.atleast_1d(ridge.intercept_)
     else:

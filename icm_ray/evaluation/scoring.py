@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from icm_ray.evaluation.answers import answer_of
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import Score, score
 from icm_ray.evidence.base import Base
-from icm_ray.evidence.batches import features, make_batches, tokenize
 from icm_ray.evidence.low_rank import applied
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.suites.tasks import Examples, Task
@@ -21,13 +21,13 @@ class TaskData:
 
     Attributes:
         task: The task.
-        examples: Texts and targets.
-        head: The frozen head that reads the features.
+        examples: Inputs and targets or answers.
+        head: The frozen head that reads the features; None if the base answers by itself.
     """
 
     task: Task
     examples: Examples
-    head: Head
+    head: Head | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TaskScore:
 
     Attributes:
         score: Metric with interval.
-        predictions: `(examples,)` float64, class index or number.
+        predictions: One row an example, float64; `metrics` says what each kind of task has.
     """
 
     score: Score
@@ -63,10 +63,8 @@ def evaluate(
 
 
 def predict(base: Base, item: TaskData, batch: int) -> np.ndarray:
-    """Return the head's predictions on the model as it stands, `(examples,)`."""
-    ids = tokenize(base.tokenizer, item.examples.texts, item.task.max_tokens)
-    batches = make_batches(ids, batch, base.tokenizer.pad_token_id)
-    return item.head.predict(features(base.model, batches), item.task)
+    """Return the predictions of the model as it stands, one row an example."""
+    return answer_of(item.task).predict(base, item.head, item.examples, item.task, batch)
 
 
 def values(scores: Mapping[str, TaskScore]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from icm_ray.errors import InputError
+from icm_ray.evidence.readers import ImageReader, Reader, TextReader
 
 Weights = Mapping[str, np.ndarray]
 """A base's tensors as numpy arrays: what the object store shares without a copy."""
@@ -22,20 +23,32 @@ class Base:
     """A frozen base model, ready for `low_rank.applied`.
 
     Attributes:
-        model: In eval mode, gradients off. Its tensors may be shared with other processes and
-            must never be written to in place.
-        tokenizer: The tokenizer beside it.
+        model: The bare model, whose output is hidden states. In eval mode, gradients off. Its
+            tensors may be shared with other processes and must never be written to in place.
+        reader: Turns texts or images into batches.
         path: Folder with config and tokenizer.
+        whole: The model with its language-model head, or `model` again where there is none.
     """
 
     model: nn.Module
-    tokenizer: Any
+    reader: Reader
     path: Path
+    whole: nn.Module
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model; only bases that read texts have one."""
+        assert isinstance(self.reader, TextReader)
+        return self.reader.tokenizer
 
     @property
     def d_model(self) -> int:
         """Width of the last hidden state."""
         return int(self.model.config.hidden_size)  # type: ignore[union-attr]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return every tensor once, by name."""
+        return _distinct(self.whole.state_dict())
 
 
 def load_weights(path: Path) -> dict[str, np.ndarray]:
@@ -45,13 +58,12 @@ def load_weights(path: Path) -> dict[str, np.ndarray]:
         InputError: the folder holds no model that transformers can load from safetensors.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModel
 
     try:
         # A weight the folder lacks (BERT's pooler, often) is drawn, by everybody alike.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = AutoModel.from_pretrained(
+            model = _auto_class(_config(path)).from_pretrained(
                 path,
                 local_files_only=True,
                 use_safetensors=True,
@@ -60,7 +72,29 @@ def load_weights(path: Path) -> dict[str, np.ndarray]:
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{path}: not a loadable base model ({error}).") from None
-    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return {name: tensor.numpy() for name, tensor in _distinct(model.state_dict()).items()}
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _auto_class(config: Any) -> Any:
+    """Return what to load a folder with: language models keep their head, others are bare."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    saved = (config.architectures or [""])[0]
+    return AutoModelForCausalLM if saved.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
+
+
+def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state without the second names of tied tensors."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in state.items():
+        first.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), name)
+    return {name: state[name] for name in state if name in set(first.values())}
 
 
 def build_base(path: Path, weights: Weights, *, device: str, dtype: str) -> Base:
@@ -70,26 +104,33 @@ def build_base(path: Path, weights: Weights, *, device: str, dtype: str) -> Base
     on a node hold one copy between them.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config = _config(path)
     with init_empty_weights(include_buffers=False):
-        model = AutoModel.from_config(config, trust_remote_code=False)
+        whole = _auto_class(config).from_config(config, trust_remote_code=False)
     with warnings.catch_warnings():
         # The arrays are read-only on purpose, and torch says so once.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-    model.load_state_dict(tensors, strict=True, assign=True)
-    model.tie_weights()
-    model = model.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-    return Base(model, load_tokenizer(path), path)
+    found = whole.load_state_dict(tensors, strict=False, assign=True)
+    whole.tie_weights()
+    empty = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
+    if empty or found.unexpected_keys:
+        raise InputError(f"{path}: other weights than its config says ({empty[:1]}).")
+    whole = whole.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    return Base(whole.base_model, load_reader(path), path, whole)
 
 
-def load_tokenizer(path: Path) -> Any:
-    """Return the tokenizer beside a base."""
+def load_reader(path: Path) -> Reader:
+    """Return what turns a base's inputs into batches: its tokenizer, or its patches' size."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config = _config(path)
+    if hasattr(config, "patch_size"):
+        return ImageReader(config.patch_size, 1 + getattr(config, "num_register_tokens", 0))
+    return TextReader(
+        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    )
 
 
 def load_base(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Base:
@@ -125,9 +166,3 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     raise InputError(
         f"module {path}: not in {type(model).__name__}. The adapter belongs to another base."
     )
-
-
-def to_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the batch on the model's device."""
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""Train one expert: PEFT LoRA plus a linear head, resumable, the same bytes every time."""
+"""Train one expert: PEFT LoRA plus a linear head if the task has one, resumable, repeatable."""
 
 import contextlib
 import io
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from icm_ray.config import ExpertSet, LoRARecipe, Training
-from icm_ray.evaluation.heads import Head, loss
+from icm_ray.evaluation.answers import answer_of
+from icm_ray.evaluation.heads import Head
 from icm_ray.evidence.base import Base
-from icm_ray.evidence.batches import pad_batch, pooled, tokenize
 from icm_ray.finetuning.state import load_state, save_state
 from icm_ray.finetuning.trajectory import Trajectory
 from icm_ray.seeding import generator, seed_for
@@ -47,12 +47,12 @@ class TrainedExpert:
 
     Attributes:
         model: The PEFT model holding the final adapter.
-        head: The head, frozen from here on.
+        head: The head, frozen from here on; None if the base answers by itself.
         losses: Loss of every step.
     """
 
     model: Any
-    head: Head
+    head: Head | None
     losses: list[float]
 
 
@@ -60,11 +60,11 @@ def train_expert(
     base: Base,
     job: ExpertJob,
     train: Examples,
-    start: Head,
+    start: Head | None,
     scratch: Path,
     report: Report | None = None,
 ) -> TrainedExpert:
-    """Train adapter and head together on labelled examples of one task.
+    """Train adapter and head together on examples of one task.
 
     The head starts as the linear probe of the frozen base (arXiv 2202.10054: features are bent
     less that way), and both learning rates fall linearly to zero. Dropout is off and every draw
@@ -75,27 +75,30 @@ def train_expert(
         base: Frozen base; its weights stay untouched.
         job: Task and hyper-parameters.
         train: At least `job.training.batch` examples.
-        start: The probe's head; its target scale is kept.
+        start: The probe's head, whose target scale is kept; None for tasks without a head.
         scratch: Folder for resumable state and the trajectory; kept until the caller is done.
         report: Told about each step.
     """
     model, head = _start(base, job, start)
-    targets = torch.from_numpy((train.targets - start.mean) / start.std)
-    ids = tokenize(base.tokenizer, train.texts, job.task.max_tokens)
+    answer, scale = answer_of(job.task), (start.mean, start.std) if start else (0.0, 1.0)
+    targets = torch.from_numpy((train.targets - scale[0]) / scale[1])
+    make_batch = answer.batches(base, train, job.task)
+    headed = dict(head.named_parameters()) if head is not None else {}
     # The names PEFT writes to disk lack the name of the adapter inside the model.
     trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     rates = (job.training.lora_lr, job.training.head_lr)
     optimizer = torch.optim.AdamW(
-        [{"params": list(trained.values())}, {"params": list(head.parameters())}], weight_decay=0.0
+        [{"params": list(trained.values())}, *([{"params": list(headed.values())}] * bool(headed))],
+        weight_decay=0.0,
     )
-    parameters = {**trained, **{f"head.{n}": p for n, p in head.named_parameters()}}
+    parameters = {**trained, **{f"head.{n}": p for n, p in headed.items()}}
     trajectory = Trajectory(scratch, job.training.steps, job.training.checkpoints)
     losses = load_state(scratch, parameters, optimizer)
     for step in range(len(losses), job.training.steps):
-        rows = batch_rows(job, len(ids), step)
-        batch = pad_batch([ids[r] for r in rows], rows, base.tokenizer.pad_token_id)
-        value = loss(head(pooled(model, batch)), targets[rows], job.task)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        rows = batch_rows(job, len(train), step)
+        # The adapter's layers are inside the base's own modules by now.
+        value = answer.loss(base, head, make_batch(rows), targets[rows], job.task)
+        for group, rate in zip(optimizer.param_groups, rates):  # noqa: B905 - a head is optional
             group["lr"] = rate * (1 - step / job.training.steps)
         optimizer.zero_grad()
         value.backward()
@@ -106,11 +109,13 @@ def train_expert(
             save_state(scratch, parameters, optimizer, losses)
         if report:
             report(step + 1, losses[-1])
-    final = Head(head.weight.detach().clone(), head.bias.detach().clone(), start.mean, start.std)
+    final = None
+    if head is not None:
+        final = Head(head.weight.detach().clone(), head.bias.detach().clone(), *scale)
     return TrainedExpert(model, final, losses)
 
 
-def _start(base: Base, job: ExpertJob, start: Head) -> tuple[Any, nn.Linear]:
+def _start(base: Base, job: ExpertJob, start: Head | None) -> tuple[Any, nn.Linear | None]:
     from peft import LoraConfig, get_peft_model
 
     own = job.task.name if job.which.init == "own" else "every task"
@@ -119,10 +124,12 @@ def _start(base: Base, job: ExpertJob, start: Head) -> tuple[Any, nn.Linear]:
         lora_alpha=job.lora.alpha,
         target_modules=job.lora.targets,
         lora_dropout=0.0,
-        task_type="FEATURE_EXTRACTION",
+        task_type="FEATURE_EXTRACTION" if base.whole is base.model else "CAUSAL_LM",
     )
     with _seeded("lora", job.which.seed, own):
-        model = get_peft_model(base.model, config)
+        model = get_peft_model(base.whole, config)
+    if start is None:
+        return model.eval(), None
     head = nn.Linear(base.d_model, job.task.outputs, device="meta").to_empty(device="cpu")
     head.weight.data.copy_(start.weight)
     head.bias.data.copy_(start.bias)

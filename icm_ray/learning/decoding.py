@@ -1,32 +1,17 @@
 """Entropy of a language model's next tokens: greedy answers, then one teacher-forced pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import nn
 
-from icm_ray.evidence.base import to_device
-from icm_ray.evidence.batches import Batch, pad_batch
+from icm_ray.evidence.decoding import Readout, greedy
+from icm_ray.evidence.readers import Answered, Batch, pad_batch
 from icm_ray.learning.heads import entropy
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives import Measured, Memory, Scaling
-
-Readout = Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows vocabulary"]]
-"""Last hidden states to logits over the vocabulary: the language-model head."""
-
-
-@dataclass(frozen=True)
-class Answered(Batch):
-    """Prompts with the answers the merge gave.
-
-    Attributes:
-        answers: `(examples, tokens)`, True where the next token is one of the answer.
-    """
-
-    answers: Bool[Tensor, "examples tokens"]
 
 
 @dataclass(frozen=True)
@@ -92,36 +77,3 @@ class _Tokens:
         if self.options.reduction == "mean":
             values = values / counts.sum(1)[counts.nonzero()[:, 0]]
         return values.sum()[None], float(len(batch.rows))
-
-
-@torch.no_grad()
-def greedy(
-    model: nn.Module,
-    readout: Readout,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    end: int | None = None,
-) -> list[list[int]]:
-    """Return each prompt's greedy continuation, up to and with the token that ends it.
-
-    Prompts are padded on the left, so that all answers grow at the same place.
-    """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    mask = torch.arange(width)[None] >= width - lengths[:, None]
-    answers: list[list[int]] = [[] for _ in prompts]
-    cache: Any = None
-    for _ in range(max_new_tokens):
-        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": places}
-        seen = model(**to_device(inputs, model), past_key_values=cache, use_cache=True)
-        cache = seen.past_key_values
-        chosen = readout(seen.last_hidden_state[:, -1]).argmax(-1).cpu()
-        for answer, token in zip(answers, chosen.tolist(), strict=True):
-            if end is None or answer[-1:] != [end]:
-                answer.append(token)
-        if end is not None and all(answer[-1] == end for answer in answers):
-            break
-        ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return answers

@@ -1,7 +1,6 @@
 """One forward pass of base plus merge, as far as it is needed, watching what passes by."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from icm_ray.errors import InputError
-from icm_ray.evidence.base import find_module, to_device
-from icm_ray.evidence.batches import Batch
+from icm_ray.evidence.base import find_module
+from icm_ray.evidence.batches import Batch, hidden_states
 from icm_ray.learning.inputs import Seen
 from icm_ray.learning.parameters import Frame
 from icm_ray.learning.targets import block_path
@@ -104,16 +103,12 @@ def observe(
 
         return keep
 
-    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
-    inputs = to_device(inputs, model)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False  # keys of earlier tokens serve nobody here
     handles = []
     with _saving(model, modules, hidden) if save else contextlib.nullcontext():
         try:
             for path in modules:
                 handles.append(find_module(model, path).register_forward_pre_hook(keeper(path)))
-            state = model(**inputs).last_hidden_state
+            state = hidden_states(model, batch)
         except _Seen:
             state = None
         finally:

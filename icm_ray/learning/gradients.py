@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icm_ray.errors import InputError
-from icm_ray.evidence.batches import Batch
 from icm_ray.evidence.low_rank import applied
+from icm_ray.evidence.readers import Batch, join
 from icm_ray.learning.forward import merged, observe
-from icm_ray.learning.inputs import TaskInputs, join
+from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives import Memory, Objective, TaskObjective
 from icm_ray.learning.parameters import Parameters
 

@@ -39,9 +39,9 @@ class Distillation:
     scaling: Scaling = "energy"
 
     def of(self, inputs: TaskInputs) -> "_Logits | None":
-        """Return the task's objective; None without a head."""
+        """Return the task's objective; None without a head on pooled states."""
         known = {"classification": _divergence, "regression": _squared}
-        return _Logits(inputs, known[inputs.kind]) if inputs.kind else None
+        return _Logits(inputs, known[inputs.kind]) if inputs.kind in known else None
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Supervised:
 
     def of(self, inputs: TaskInputs) -> "_Logits | None":
         """Return the task's objective; None without a head or labels."""
-        if not inputs.kind or inputs.targets is None:
-            return None
         known = {"classification": _cross_entropy, "regression": _squared}
+        if inputs.kind not in known or inputs.targets is None:
+            return None
         return _Logits(inputs, known[inputs.kind], inputs.targets)
 
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from icm_ray.evaluation.heads import Head
-from icm_ray.evidence.batches import Batch
+from icm_ray.evidence.readers import Batch
 from icm_ray.seeding import generator
 from icm_ray.types import Adapter
 
@@ -22,7 +21,7 @@ class TaskInputs:
         adapter: The task's expert; its name is the task's.
         batches: Fixed batches, one of them a step; `make_batches` sorts by length.
         head: The frozen head, for objectives that read it.
-        kind: What the head predicts; None without a head.
+        kind: What the task asks for, as its suite says; None if nobody said.
         targets: `(examples,)` labels by original row: class indices, or numbers standardised by
             the head's mean and deviation. Only `Supervised` may look at them.
     """
@@ -30,7 +29,7 @@ class TaskInputs:
     adapter: Adapter
     batches: Sequence[Batch]
     head: Head | None = None
-    kind: Literal["classification", "regression"] | None = None
+    kind: str | None = None
     targets: Float[Tensor, " examples"] | None = None
 
     @property
@@ -81,21 +80,9 @@ class Seen:
 def _shares(x: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
     # One split has one backward; a slice for each would fill the whole tensor as often.
     parts = x.split([len(batch.rows) for batch in batches])
-    width = max(batch.ids.shape[1] for batch in batches)
-    own = [batch.ids.shape[1] for batch in batches]
+    own = [batch.mask.shape[1] for batch in batches]
+    width = max(own)
     return [
         part[:, :tokens] if part.ndim == 3 and tokens < width else part
         for part, tokens in zip(parts, own, strict=True)
     ]
-
-
-def join(batches: Sequence[Batch]) -> Batch:
-    """Return one batch that holds several, padded to the longest."""
-    width = max(batch.ids.shape[1] for batch in batches)
-    ids = torch.cat([_widened(batch.ids, width) for batch in batches])
-    mask = torch.cat([_widened(batch.mask, width) for batch in batches])
-    return Batch(ids, mask, torch.cat([batch.rows for batch in batches]))
-
-
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from icm_ray.config import (
 )
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.base import Base
+from icm_ray.evidence.decoding import readout_of
 from icm_ray.learning.decoding import TokenEntropy
 from icm_ray.learning.descent import Optimisation
 from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised
@@ -227,18 +227,3 @@ def _token_entropy(spec: ObjectiveSpec, base: Base | None) -> TokenEntropy:
     assert base is not None
     end = base.tokenizer.eos_token_id
     return TokenEntropy(readout_of(base), spec.max_new_tokens, end, spec.reduction)
-
-
-def readout_of(base: Base) -> Callable[[Tensor], Tensor]:
-    """Return a language model's head where it is its input embedding.
-
-    Raises:
-        RecipeError: the model has a head of its own, which a bare base does not hold.
-    """
-    if not getattr(base.model.config, "tie_word_embeddings", False):
-        raise RecipeError(
-            "objective: token_entropy needs a base whose output head is its input embedding. "
-            "Choose another objective."
-        )
-    weight = base.model.get_input_embeddings().weight  # type: ignore[operator]
-    return lambda hidden: torch.nn.functional.linear(hidden, weight)

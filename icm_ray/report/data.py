@@ -39,6 +39,9 @@ class ScoreRow:
         low: Lower end of the 95 % bootstrap interval of `score`.
         high: Upper end of that interval.
         spearman: Rank correlation, for regressions.
+        perplexity: Of a language model, beside `score`.
+        bits_per_character: Of a language model; does not depend on its tokenizer.
+        rmse: Root of the mean squared error over all patches, for dense regressions.
         normalised: score / expert's score. None (or NaN) where that is undefined.
         gain_kept: (score - base) / (expert - base). None (or NaN) where expert equals base.
         seconds: Wall time of the merge, and processor time of what it learned before.
@@ -56,6 +59,9 @@ class ScoreRow:
     low: float
     high: float
     spearman: float | None = None
+    perplexity: float | None = None
+    bits_per_character: float | None = None
+    rmse: float | None = None
     normalised: float | None
     gain_kept: float | None
     seconds: float
@@ -78,7 +84,8 @@ class ReportData:
         delta_cosines: Cosine of each pair of whole weight changes.
         retained_energy: For each method and module, the share the final cut kept, in [0, 1].
         output_norms: For each method and module, the Frobenius norm of the merged delta.
-        expert_gains: Paired 95 % interval of the expert's test score minus the probe's.
+        expert_gains: Paired 95 % interval of the expert's test score minus the probe's, or minus
+            the base's for tasks without a head.
         notes: What a reader must know to read the numbers rightly.
     """
 

@@ -7,8 +7,8 @@ from torch import nn
 from icm_ray.errors import InputError
 from icm_ray.evidence.base import find_module
 from icm_ray.evidence.low_rank import applied
+from icm_ray.evidence.readers import join
 from icm_ray.learning.forward import merged, observe
-from icm_ray.learning.inputs import join
 from icm_ray.learning.parameters import Coefficients, CoreMatrices, merged_factors
 from icm_ray.learning.terms import own_terms, summed, tsv_terms
 from icm_ray.types import LoRAFactors

@@ -1,0 +1,72 @@
+"""What a language model says next: its readout, likelihoods, and greedy answers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from icm_ray.errors import RecipeError
+from icm_ray.evidence.base import Base
+from icm_ray.evidence.readers import to_device
+
+Readout = Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows vocabulary"]]
+"""Last hidden states to logits over the vocabulary: the language-model head."""
+
+SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of models whose logits are more than a linear map of the hidden state."""
+
+
+def readout_of(base: Base) -> Readout:
+    """Return a language model's head: its own, or its input embedding where they are one.
+
+    Raises:
+        RecipeError: the base has no such head.
+    """
+    config: Any = base.model.config
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in SCALED):
+        raise RecipeError(f"base: {config.model_type} bends its logits, which is not supported.")
+    outputs: Any = getattr(base.whole, "get_output_embeddings", lambda: None)()
+    if outputs is not None:
+        return outputs
+    if not getattr(config, "tie_word_embeddings", False):
+        raise RecipeError(
+            "base: a language model is needed, saved with its head or with one that is its input "
+            "embedding. Choose another base, or an objective that reads no tokens."
+        )
+    weight = base.model.get_input_embeddings().weight  # type: ignore[operator]
+    return lambda hidden: nn.functional.linear(hidden, weight)
+
+
+@torch.no_grad()
+def greedy(
+    model: nn.Module,
+    readout: Readout,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    end: int | None = None,
+) -> list[list[int]]:
+    """Return each prompt's greedy continuation, up to and with the token that ends it.
+
+    Prompts are padded on the left, so that all answers grow at the same place.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    mask = torch.arange(width)[None] >= width - lengths[:, None]
+    answers: list[list[int]] = [[] for _ in prompts]
+    cache: Any = None
+    for _ in range(max_new_tokens):
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": places}
+        seen = model(**to_device(inputs, model), past_key_values=cache, use_cache=True)
+        cache = seen.past_key_values
+        chosen = readout(seen.last_hidden_state[:, -1]).argmax(-1).cpu()
+        for answer, token in zip(answers, chosen.tolist(), strict=True):
+            if end is None or answer[-1:] != [end]:
+                answer.append(token)
+        if end is not None and all(answer[-1] == end for answer in answers):
+            break
+        ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return answers

@@ -1,0 +1,187 @@
+"""Texts or images to batches a model takes, the same ones whoever makes them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from icm_ray.errors import InputError
+
+Inputs = Sequence[str] | np.ndarray
+"""Texts, or uint8 images `(examples, height, width, 3)`."""
+
+Read = Sequence[Any] | np.ndarray
+"""What a reader makes of inputs, one item an example; an item's length is what it costs."""
+
+IMAGE_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+IMAGE_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+"""Of ImageNet's red, green and blue in [0, 1]: what vision models were trained with."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model reads at once, and where it came from.
+
+    Attributes:
+        data: `(examples, tokens)` int64 token ids padded on the right, or
+            `(examples, channels, height, width)` float pixels.
+        mask: `(examples, tokens)` bool over the model's tokens, False on padding.
+        rows: Position of each example in the original order.
+    """
+
+    data: Shaped[Tensor, "examples ..."]
+    mask: Bool[Tensor, "examples tokens"]
+    rows: Int[Tensor, " examples"]
+
+    @property
+    def ids(self) -> Int[Tensor, "examples tokens"]:
+        """The token ids."""
+        return self.data
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with."""
+        if self.data.is_floating_point():
+            return {"pixel_values": self.data}
+        return {"input_ids": self.data, "attention_mask": self.mask.long()}
+
+
+@dataclass(frozen=True)
+class Answered(Batch):
+    """Prompts with their answers.
+
+    Attributes:
+        answers: `(examples, tokens)`, True where the next token is one of the answer.
+    """
+
+    answers: Bool[Tensor, "examples tokens"]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """One way of reading, for one base."""
+
+    def read(self, inputs: Inputs, max_tokens: int) -> Read:
+        """Return what each example becomes."""
+        ...
+
+    def batch(self, read: Read, rows: Sequence[int]) -> Batch:
+        """Return one batch of some of the examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Reads texts with the base's tokenizer."""
+
+    tokenizer: Any
+
+    def read(self, inputs: Inputs, max_tokens: int) -> list[list[int]]:
+        """Return each text's token ids."""
+        return tokenize(self.tokenizer, [str(text) for text in inputs], max_tokens)
+
+    def batch(self, read: Read, rows: Sequence[int]) -> Batch:
+        """Return one padded batch."""
+        return pad_batch([read[row] for row in rows], rows, self.tokenizer.pad_token_id)
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images for a vision transformer.
+
+    Attributes:
+        patch: Side of a patch in pixels.
+        prefix: Tokens before those of the patches (class and registers).
+    """
+
+    patch: int
+    prefix: int
+
+    def read(self, inputs: Inputs, max_tokens: int) -> Read:
+        """Return the images, checked; all are of one size.
+
+        Raises:
+            InputError: they are no images, or their sides are no multiple of a patch's.
+        """
+        if not isinstance(inputs, np.ndarray) or inputs.ndim != 4:
+            raise InputError("data: texts but the base reads images. Choose a suite of images.")
+        sides = inputs.shape[1:3]
+        if any(side % self.patch for side in sides):
+            raise InputError(f"data: images of {sides} pixels but multiples of {self.patch} fit.")
+        return inputs
+
+    def batch(self, read: Read, rows: Sequence[int]) -> Batch:
+        """Return one batch of standardised pixels."""
+        images = np.stack([read[row] for row in rows])
+        pixels = (images / np.float32(255) - IMAGE_MEAN) / IMAGE_STD
+        height, width = images.shape[1] // self.patch, images.shape[2] // self.patch
+        mask = torch.ones(len(images), self.prefix + height * width, dtype=torch.bool)
+        data = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return Batch(data, mask, torch.tensor(rows))
+
+
+def batches_of(reader: Reader, inputs: Inputs, max_tokens: int, size: int) -> list[Batch]:
+    """Return batches of examples of similar length.
+
+    Sorting by length removes most padding; ties keep their order, so the batches are a function
+    of the inputs alone.
+    """
+    read = reader.read(inputs, max_tokens)
+    return [reader.batch(read, rows) for rows in by_length(read, size)]
+
+
+def by_length(read: Read, size: int) -> list[list[int]]:
+    """Return which examples go together, the shortest first."""
+    order = sorted(range(len(read)), key=lambda row: len(read[row]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Return the token ids of each text, special tokens included, cut to `max_tokens`.
+
+    Raises:
+        InputError: a text has no token, so there is no state to average over.
+    """
+    ids = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    empty = [row for row, tokens in enumerate(ids) if not tokens]
+    if empty:
+        raise InputError(f"texts: number {empty[0]} gives no token. Leave empty texts out.")
+    return ids
+
+
+def make_batches(ids: Sequence[Sequence[int]], size: int, pad: int | None) -> list[Batch]:
+    """Return batches of tokenised examples of similar length."""
+    return [pad_batch([ids[row] for row in rows], rows, pad) for rows in by_length(ids, size)]
+
+
+def pad_batch(ids: Sequence[Sequence[int]], rows: Sequence[int], pad: int | None) -> Batch:
+    """Return one batch padded on the right to its longest example.
+
+    GPT-2 and Llama have no padding token (None); any will do, since the mask covers it.
+    """
+    width = max(len(row) for row in ids)
+    padded = torch.tensor([[*row, *[pad or 0] * (width - len(row))] for row in ids])
+    lengths = torch.tensor([len(row) for row in ids])
+    return Batch(padded, torch.arange(width)[None] < lengths[:, None], torch.tensor(rows))
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Return one batch that holds several, padded to the longest."""
+    width = max(batch.mask.shape[1] for batch in batches)
+    mask = torch.cat([_widened(batch.mask, width) for batch in batches])
+    data = [b.data if b.data.ndim > 2 else _widened(b.data, width) for b in batches]
+    return Batch(torch.cat(data), mask, torch.cat([batch.rows for batch in batches]))
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+
+
+def to_device(batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return the batch on the model's device."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
