@@ -173,6 +173,97 @@ class LearnSpec(Part):
     optimisation: OptimisationSpec = OptimisationSpec()
 
 
+class RepresentationSpec(Part):
+    """How adapters become vectors for the Fusion-VAE."""
+
+    gauge: Literal["core", "balanced", "raw"] = Field(
+        default="core",
+        description="Matrices between the finals' shared bases, evenly split factors, or factors "
+        "as they are.",
+    )
+    components: Positive | None = Field(
+        default=24,
+        description="Principal directions kept of a module, the finals' span always among them; "
+        "None: all numbers as they are.",
+    )
+
+
+class VAESpec(Part):
+    """The network of the Fusion-VAE."""
+
+    preset: Literal["default", "conv", "paper"] = Field(
+        default="default",
+        description="Linear skip and residual a module, convolutions as in the predecessor, or "
+        "the paper's plain encoder and decoder.",
+    )
+    latent: Positive = Field(
+        default=16, description="Latent numbers: a module's in the default, else all there are."
+    )
+    hidden: Positive = 96
+    residual: bool = Field(
+        default=True, description="default: let a nonlinear part that sees v join the linear skip."
+    )
+
+
+class InnerSpec(Part):
+    """The inner adaptation of Algorithm 1: the decoded LoRA descends through the frozen base."""
+
+    loss: Literal["task", "reconstruction", "entropy", "null_space_ratio", "task_vector"] = Field(
+        default="task_vector", description="Only reconstruction needs neither base nor inputs."
+    )
+    steps: Positive = 1
+    lr: float = Field(default=0.01, gt=0, description="Length of a step over that of the LoRA.")
+    relative: bool = Field(default=True, description="False: lr multiplies the plain gradient.")
+    order: Literal[1, 2] = Field(
+        default=1, description="2 differentiates the outer loss through the inner gradients too."
+    )
+
+
+class FusionSpec(Part):
+    """One Fusion-VAE: its representation, network, losses and the two stages of its training.
+
+    Steps `0 .. vae_steps - 1` fit the VAE alone, the `meta_steps` after them are Algorithm 1.
+    """
+
+    representation: RepresentationSpec = RepresentationSpec()
+    vae: VAESpec = VAESpec()
+    inner: InnerSpec = InnerSpec()
+    vae_steps: int = Field(default=600, ge=0)
+    meta_steps: int = Field(default=200, ge=0)
+    batch: Positive = Field(default=16, description="Checkpoints of each task a step.")
+    meta_batch: Positive = Field(default=1, description="Checkpoints of each task a meta step.")
+    tasks_per_step: Positive | None = Field(default=None, description="None: every task.")
+    mixtures: float = Field(
+        default=0.5, ge=0, le=1, description="Share of a batch that mixes checkpoints of tasks."
+    )
+    lr: float = Field(default=1e-3, gt=0)
+    meta_lr: float = Field(default=1e-4, gt=0)
+    warm_up: float = Field(
+        default=0.05, ge=0, le=1, description="Share of a stage in which its rate rises."
+    )
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0, description="Largest norm of a step's gradient.")
+    kl_weight: float = Field(default=1e-5, ge=0)
+    kl_warm_up: float = Field(
+        default=0.1, ge=0, le=1, description="Share of vae_steps in which kl_weight rises."
+    )
+    free_bits: float = Field(
+        default=0.0, ge=0, description="Nats a latent dimension that cost nothing."
+    )
+    query: float = Field(
+        default=0.0, ge=0, description="Weight of the inner loss after re-encoding, on new inputs."
+    )
+    strict: bool = Field(
+        default=False, description="Algorithm 1 to the letter: line 11 decodes z, not z'."
+    )
+    save_every: Positive = 50
+
+    @property
+    def steps(self) -> int:
+        """Steps of both stages."""
+        return self.vae_steps + self.meta_steps
+
+
 Overrides = Annotated[
     dict[str, dict[str, Any]],
     Field(description="Changes to the method's own learning recipe: part: {key: value}."),
