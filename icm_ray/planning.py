@@ -147,6 +147,8 @@ def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
         problems.append(f"learn: method {recipe.method!r} learns nothing. Leave it out.")
     if recipe.data is not None and needs is None:
         problems.append(f"data: method {recipe.method!r} gathers none. Leave it out.")
+    elif recipe.data is not None and needs == "FusionModel":
+        problems.append("data: a Fusion-VAE is trained by jobs.train_fusion. Name it as evidence.")
     elif recipe.data is not None and recipe.evidence is not None:
         problems.append("data, evidence: both named but one is expected. Leave one out.")
     elif recipe.data is not None and not recipe.base:
@@ -157,10 +159,10 @@ def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
             "python -m jobs.merge with the same recipe, or name evidence that is ready."
         )
     elif needs and recipe.data is None and recipe.evidence is None:
-        problems.append(
-            f"evidence: missing but method {recipe.method!r} needs {needs}. Name base and data, or "
-            "a folder written by jobs.evidence."
-        )
+        advice = "Name base and data, or a folder written by jobs.evidence."
+        if needs == "FusionModel":
+            advice = "Name a folder written by jobs.train_fusion."
+        problems.append(f"evidence: missing but method {recipe.method!r} needs {needs}. {advice}")
     if problems:
         raise RecipeError(problems)
 

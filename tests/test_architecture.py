@@ -21,13 +21,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "config": {"errors", "types"},
     "adapters": BASICS | {"linalg"},
-    "methods": BASICS | {"linalg", "adapters"},
+    "vae": BASICS | {"config", "linalg"},
+    "methods": BASICS | {"linalg", "adapters", "vae"},
     "suites": BASICS,
     "evidence": BASICS | {"linalg", "adapters", "methods", "suites"},
     "evaluation": BASICS | {"linalg", "adapters", "evidence", "suites"},
     "finetuning": BASICS | {"config", "evaluation", "evidence", "suites"},
     "report": BASICS,
     "learning": BASICS | {"adapters", "config", "evaluation", "evidence", "linalg", "methods"},
+    "fusion": BASICS
+    | {"adapters", "config", "evidence", "finetuning", "learning", "linalg", "methods", "vae"},
     "output": BASICS | {"adapters", "methods", "report"},
     "reproduction": BASICS | {"adapters", "linalg", "methods", "output", "report"},
     "importing": BASICS | {"config", "methods", "recipe_files"},
@@ -37,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command": {"config", "errors", "files", "recipe_files", "storage"},
     "merging": BASICS | {"adapters", "config", "methods", "output", "planning", "suites"},
     "distributed": BASICS
-    | {"adapters", "config", "evaluation", "evidence", "finetuning", "learning", "linalg"}
-    | {"methods", "merging", "output", "planning", "report", "suites"},
+    | {"adapters", "config", "evaluation", "evidence", "finetuning", "fusion", "learning"}
+    | {"linalg", "methods", "merging", "output", "planning", "report", "suites", "vae"},
     "cli": BASICS
     | {"adapters", "command", "config", "importing", "merging", "methods", "planning"}
     | {"recipe_files", "report", "reproduction", "suites"},

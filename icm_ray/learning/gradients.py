@@ -98,10 +98,10 @@ class TaskGradients:
         base = expert = torch.zeros(0, dtype=torch.float64)
         energy = None
         if objective.compares:
-            base, expert, energy = self._compare(inputs, objective)
+            self.memories[task], base, expert, energy = compare(self.model, inputs, objective)
         start = self._raw(task)
         scale = {"none": None, "energy": energy, "start": start}[self.scaling]
-        self.scales[task] = torch.ones_like(start) if scale is None else _inverse(scale)
+        self.scales[task] = torch.ones_like(start) if scale is None else inverse(scale)
         by, warning = self.scales[task], None
         if objective.compares:
             warning = _warning(float((base * by).mean()), float((expert * by).mean()))
@@ -153,32 +153,6 @@ class TaskGradients:
         return answer(self.model, batches) if answer else batches
 
     @torch.no_grad()
-    def _compare(
-        self, inputs: TaskInputs, objective: TaskObjective
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fill the memory and return mean components of base and expert, and the energy."""
-        sums: dict[str, list[Tensor]] = {"base": [], "expert": [], "energy": []}
-        total = 0.0
-        for number, batch in enumerate(inputs.batches):
-            seen = {}
-            for name, adapter in (("base", None), ("expert", inputs.adapter)):
-                with applied(self.model, adapter):
-                    seen[name] = observe(
-                        self.model, batch, objective.modules, hidden=objective.hidden
-                    )
-            _check_reached(inputs.name, objective, seen["base"].inputs)
-            memory = dict(objective.remember(batch, seen["expert"], seen["base"]))
-            if "energy" in memory:
-                sums["energy"].append(memory.pop("energy").double().cpu())
-            self.memories[inputs.name][number] = memory
-            for name in ("base", "expert"):
-                found, count = objective.measure(batch, seen[name], memory)
-                sums[name].append(found.double().cpu())
-            total += count
-        mean = {name: torch.stack(s).sum(0) / total for name, s in sums.items() if s}
-        return mean["base"], mean["expert"], mean.get("energy")
-
-    @torch.no_grad()
     def _raw(self, task: str) -> Float[Tensor, " components"]:
         """Return the unscaled components over all inputs at the present values, float64."""
         objective, sums, total = self.objectives[task], [], 0.0
@@ -192,7 +166,41 @@ class TaskGradients:
         return torch.stack(sums).sum(0) / total
 
 
-def _inverse(scale: Tensor) -> Tensor:
+@torch.no_grad()
+def compare(
+    model: nn.Module, inputs: TaskInputs, objective: TaskObjective
+) -> tuple[list[Memory], Tensor, Tensor, Tensor | None]:
+    """Run expert and base over a task's inputs.
+
+    Returns:
+        What is kept of each batch, mean components of base and of expert, and the energy that
+        components may be divided by.
+
+    Raises:
+        InputError: inputs never reach a target.
+    """
+    sums: dict[str, list[Tensor]] = {"base": [], "expert": [], "energy": []}
+    total, memories = 0.0, []
+    for batch in inputs.batches:
+        seen = {}
+        for name, adapter in (("base", None), ("expert", inputs.adapter)):
+            with applied(model, adapter):
+                seen[name] = observe(model, batch, objective.modules, hidden=objective.hidden)
+        _check_reached(inputs.name, objective, seen["base"].inputs)
+        kept = objective.remember(batch, seen["expert"], seen["base"]) if objective.compares else {}
+        memory = dict(kept)
+        if "energy" in memory:
+            sums["energy"].append(memory.pop("energy").double().cpu())
+        memories.append(memory)
+        for name in ("base", "expert"):
+            found, count = objective.measure(batch, seen[name], memory)
+            sums[name].append(found.double().cpu())
+        total += count
+    mean = {name: torch.stack(s).sum(0) / total for name, s in sums.items() if s}
+    return memories, mean["base"], mean["expert"], mean.get("energy")
+
+
+def inverse(scale: Tensor) -> Tensor:
     """Return what to multiply by; a component that compares with nothing is left as it is."""
     return torch.where(scale > 0, 1 / scale, torch.ones_like(scale))
 

@@ -16,6 +16,7 @@ from icm_ray.methods.dare_ties import dare_ties, dare_ties_passes
 from icm_ray.methods.della import della
 from icm_ray.methods.emr import emr, emr_passes
 from icm_ray.methods.fr_merging import fr_merging
+from icm_ray.methods.icm_fusion import FUSED, icm_fusion, prepared
 from icm_ray.methods.iso_c import iso_c
 from icm_ray.methods.iso_cts import iso_cts
 from icm_ray.methods.knots_dare_ties import knots_dare_ties, knots_dare_ties_passes
@@ -360,6 +361,18 @@ METHODS: Mapping[str, Method] = frozen(
             paper="arXiv 2407.02880",
             use="With a few labels of every task.",
             **_LEARNED,
+        ),
+        "icm_fusion": Method(
+            "icm_fusion",
+            icm_fusion,
+            formula="sum_k w_k delta_k + D(z*; v*) - sum_k w_k D(z_k; v_k), D a trained decoder",
+            paper="arXiv 2508.04153",
+            use="Any subset of the tasks one Fusion-VAE knows, without learning again.",
+            cost="the decoder once a task, then a stack",
+            needs="FusionModel",
+            takes=FUSED,
+            prepare=prepared,
+            family="learned",
         ),
     }
 )

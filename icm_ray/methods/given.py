@@ -8,7 +8,7 @@ Names are `<module>.<kind>` or `<module>.<kind>.<task>`; docs/evidence.md lists 
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from icm_ray.files import (
     write_json,
 )
 from icm_ray.types import ModuleEvidence
+from icm_ray.vae.model import KIND, FusionModel
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "evidence.safetensors", "evidence.json"
@@ -45,6 +46,7 @@ class Given:
         shared: By task, modules whose tensors stand under another module's name.
         file: The safetensors file, if it is one.
         tensors: The tensors, if they are in memory.
+        described: What else is known of them, as plain data.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Given:
     shared: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     file: Path | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    described: Mapping[str, Any] = field(default_factory=dict)
 
     def keys(self, module: str, kind: str, tasks: Iterable[str]) -> dict[str, str]:
         """Return `{what the method calls it: name}` of those that are there."""
@@ -78,7 +81,7 @@ class Given:
 
 
 def given(evidence: object | None) -> Given | None:
-    """Return evidence in the one form methods use: a path, a Given, or tensors by name.
+    """Return evidence in the one form methods use: a path, a model, or tensors by name.
 
     Raises:
         InputError: it is none of these, or its folder or file is broken.
@@ -87,6 +90,10 @@ def given(evidence: object | None) -> Given | None:
         return evidence
     if isinstance(evidence, str | Path):
         return read_given(Path(evidence))
+    if isinstance(evidence, FusionModel):
+        found = _in_memory(evidence.tensors())
+        about = evidence.described()
+        return replace(found, kind=KIND, adapters=evidence.adapters, described=about)
     if isinstance(evidence, Mapping) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in evidence.items()
     ):
@@ -126,6 +133,7 @@ def read_given(path: Path) -> Given:
         described.get("adapters", {}),
         described.get("shared", {}),
         file,
+        described=described,
     )
 
 

@@ -150,9 +150,19 @@ def plan_merge(
     if evidence is not None and not row.takes:
         raise RecipeError(f"evidence: given but method {row.name!r} uses none. Leave it out.")
     told = given(evidence)
+    if told and row.prepare:
+        told = row.prepare(told, tasks, **bound)
     if told or not is_gathered_later:
         _check_evidence(row, told, present, adapters)
     return MergeOrder(method, bound, rule, output_rank, present, tasks, seed, told)
+
+
+_GATHERED = ", or name base and data in a recipe of jobs.merge."
+_ADVICE = {
+    "LearnedMerge": f"Make it with jobs.learn{_GATHERED}",
+    "GramStatistics": f"Make it with jobs.evidence{_GATHERED}",
+    "FusionModel": "Train one with jobs.train_fusion.",
+}
 
 
 def _check_evidence(
@@ -165,9 +175,7 @@ def _check_evidence(
     if told is None:
         if row.needs:
             raise RecipeError(
-                f"evidence: none but method {row.name!r} needs {row.needs}. Make it with "
-                f"{'jobs.learn' if row.needs == 'LearnedMerge' else 'jobs.evidence'}, or name base "
-                "and data in a recipe of jobs.merge."
+                f"evidence: none but method {row.name!r} needs {row.needs}. {_ADVICE[row.needs]}"
             )
         return
     problems = [
@@ -175,7 +183,9 @@ def _check_evidence(
         for a in adapters
         if told.adapters and told.adapters.get(a.name) != _fingerprint(a)
     ]
-    if row.needs == "LearnedMerge" and told.adapters.keys() - {a.name for a in adapters}:
+    if "LearnedMerge" in (row.needs, told.kind) and told.adapters.keys() - {
+        a.name for a in adapters
+    }:
         missing = ", ".join(sorted(told.adapters.keys() - {a.name for a in adapters}))
         problems.append(
             f"evidence: learned with {missing} too. Merge the adapters it was learned from."

@@ -56,6 +56,8 @@ class Method:
         takes: Named tensors it can be given as evidence, each with its shape and meaning; a name
             with `<task>` stands for one tensor a task.
         passes: Says, from the parameters, which passes over all modules come before the merge.
+        prepare: `(given, tasks, **params)` makes those tensors from evidence of another form, such
+            as a model; None where evidence comes as it is used.
         default_rank: "exact" or "largest input": what `output_rank=None` means.
         family: Where it stands in a list of methods.
         is_dense: The result is of full rank: deltas are visited entry by entry, in blocks, and a
@@ -73,6 +75,7 @@ class Method:
     needs: str | None = None
     takes: Mapping[str, str] = field(default_factory=dict)
     passes: Callable[..., tuple[Pass, ...]] = no_passes
+    prepare: Callable[..., Any] | None = None
     default_rank: Literal["exact", "largest input"] = "exact"
     family: Family = "sums"
     is_dense: bool = False

@@ -268,13 +268,15 @@ class Layout:
         """Return a layout from what `described` and `tensors` gave."""
         modules = [
             ModuleLayout(
-                m["path"],
-                (m["shape"][0], m["shape"][1]),
-                m["rank"],
-                (m["units"][0], m["units"][1]),
-                m["scale"],
-                *(tensors.get(f"{m['path']}.{name}") for name in ("left", "right", "directions")),
-                m["kind"],
+                path=m["path"],
+                shape=(m["shape"][0], m["shape"][1]),
+                rank=m["rank"],
+                units=(m["units"][0], m["units"][1]),
+                scale=m["scale"],
+                left=tensors.get(f"{m['path']}.left"),
+                right=tensors.get(f"{m['path']}.right"),
+                directions=tensors.get(f"{m['path']}.directions"),
+                kind=m["kind"],
             )
             for m in described["modules"]
         ]

@@ -1,0 +1,123 @@
+"""The inner loss of Algorithm 1: what a decoded LoRA does inside of the frozen base."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from icm_ray.config import InnerSpec
+from icm_ray.errors import RecipeError
+from icm_ray.evidence.batches import Batch
+from icm_ray.learning.forward import merged, observe
+from icm_ray.learning.gradients import compare, inverse
+from icm_ray.learning.heads import HeadEntropy, Supervised
+from icm_ray.learning.inputs import Seen, TaskInputs
+from icm_ray.learning.objectives import (
+    Memory,
+    NullSpaceRatio,
+    Objective,
+    Scaling,
+    TaskObjective,
+    TaskVectorMatch,
+)
+from icm_ray.learning.parameters import Frame
+from icm_ray.vae.layout import Layout
+
+
+class AdaptedBase(nn.Module):
+    """The frozen base with the adapter that `vector` stands for; `vector` is a functional input.
+
+    `torch.func.functional_call(adapted, {"vector": x}, (batch, objective))` runs the base with any
+    x, and gradients flow to x.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        super().__init__()
+        self.model, self.layout = model, layout
+        self.register_buffer("vector", torch.zeros(layout.size))
+
+    def forward(self, batch: Batch, objective: TaskObjective) -> Seen:
+        """Return what the objective asks to see, as far into the model as it asks."""
+        vector: Tensor = self.vector  # type: ignore[assignment]
+        parts = self.layout.parts(vector)
+        kinds = self.layout.kinds
+        frames = {
+            path: Frame(part.left, part.right, None, kinds.get(path, "linear"))
+            for path, part in parts.items()
+        }
+        with merged(self.model, frames, {path: part.core for path, part in parts.items()}):
+            return observe(self.model, batch, objective.modules, hidden=objective.hidden)
+
+
+class BaseSide:
+    """Base, inputs and objectives of every task; expert and base run once over each input.
+
+    Not a module on purpose: its parameters are never trained, saved or sent.
+    """
+
+    def __init__(self, model: nn.Module, tasks: Sequence[TaskInputs]) -> None:
+        """Take the frozen base and the tasks' inputs; nothing runs yet."""
+        self.model = model
+        self.tasks = {task.name: task for task in tasks}
+        self.objectives: dict[str, TaskObjective | None] = {}
+        self.kept: dict[str, tuple[list[Memory], Tensor]] = {}
+        self.adapted: AdaptedBase | None = None
+        self.scaling: Scaling = "none"
+
+    def open(self, layout: Layout, spec: InnerSpec) -> None:
+        """Choose the objective; "start" of a scaling is the base's own value here.
+
+        Raises:
+            RecipeError: the inner loss needs labels or heads that no task has.
+        """
+        objective = inner_objective(spec)
+        made = {name: objective.of(task) for name, task in self.tasks.items()}
+        if not any(made.values()):
+            raise RecipeError(
+                f"inner.loss: {spec.loss} says nothing about any of the tasks. Give heads and "
+                "labels, or choose task_vector."
+            )
+        self.objectives, self.scaling, self.kept = made, objective.scaling, {}
+        self.adapted = AdaptedBase(self.model, layout)
+
+    def covers(self, task: str) -> bool:
+        """Say whether the inner loss says anything about a task."""
+        return self.objectives.get(task) is not None
+
+    def loss(self, task: str, draw: int, seed: int, vector: Tensor) -> Tensor:
+        """Return the scaled inner loss of one batch, differentiable in `vector`.
+
+        Args:
+            task: Whose inputs.
+            draw: Counts the batches of a task; see `TaskInputs.batch_number`.
+            seed: Keys the order of batches.
+            vector: `(D,)`.
+        """
+        objective, adapted = self.objectives[task], self.adapted
+        assert objective is not None
+        assert adapted is not None
+        memories, scale = self._kept(task, objective)
+        number = self.tasks[task].batch_number(seed, draw)
+        batch = self.tasks[task].batches[number]
+        seen = torch.func.functional_call(adapted, {"vector": vector}, (batch, objective))
+        sums, count = objective.measure(batch, seen, memories[number])
+        return (sums / count * scale.to(sums)).mean()
+
+    def _kept(self, task: str, objective: TaskObjective) -> tuple[list[Memory], Tensor]:
+        if task not in self.kept:
+            inputs = self.tasks[task]
+            memories, base, _, energy = compare(self.model, inputs, objective)
+            scale = {"none": None, "energy": energy, "start": base}[self.scaling]
+            self.kept[task] = memories, torch.ones_like(base) if scale is None else inverse(scale)
+        return self.kept[task]
+
+
+def inner_objective(spec: InnerSpec) -> Objective:
+    """Return the learner's objective that an inner loss is."""
+    known: dict[str, Objective] = {
+        "task": Supervised(),
+        "entropy": HeadEntropy(),
+        "null_space_ratio": NullSpaceRatio(),
+        "task_vector": TaskVectorMatch(),
+    }
+    return known[spec.loss]

@@ -1,0 +1,40 @@
+"""A Fusion-VAE on disk: evidence like any other, one safetensors file and one JSON."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from icm_ray.errors import InputError
+from icm_ray.methods.given import given, write_given
+from icm_ray.methods.icm_fusion import model_of
+from icm_ray.vae.model import KIND, FusionModel
+
+
+def save_fusion(model: FusionModel, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
+    """Write a model to a new folder, all or nothing.
+
+    Args:
+        model: What to write.
+        folder: The output.
+        origin: What it was made from, such as the run's key; stored in the manifest.
+    """
+    write_given(
+        folder,
+        KIND,
+        model.tensors(),
+        adapters=model.adapters,
+        described=model.described(),
+        origin=origin,
+    )
+
+
+def load_fusion(folder: Path) -> FusionModel:
+    """Read a model back.
+
+    Raises:
+        InputError: the folder is not intact, or holds another kind of evidence.
+    """
+    told = given(folder)
+    if told is None or told.kind != KIND:
+        raise InputError(f"{folder}: no Fusion-VAE. Train one with jobs.train_fusion.")
+    return model_of(told)
