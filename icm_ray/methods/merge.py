@@ -183,9 +183,8 @@ def _check_evidence(
         for a in adapters
         if told.adapters and told.adapters.get(a.name) != _fingerprint(a)
     ]
-    if "LearnedMerge" in (row.needs, told.kind) and told.adapters.keys() - {
-        a.name for a in adapters
-    }:
+    of_these_only = row.needs == "LearnedMerge" or told.kind == "learned_merge"
+    if of_these_only and told.adapters.keys() - {a.name for a in adapters}:
         missing = ", ".join(sorted(told.adapters.keys() - {a.name for a in adapters}))
         problems.append(
             f"evidence: learned with {missing} too. Merge the adapters it was learned from."

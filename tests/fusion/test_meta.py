@@ -1,4 +1,4 @@
-"""Both stages: what they minimise, what Algorithm 1 does to whom, and that splits change nothing."""
+"""Both stages: what they minimise, and that splitting the tasks changes nothing."""
 
 import pytest
 import torch

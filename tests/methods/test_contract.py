@@ -94,6 +94,8 @@ def evidence_for(adapters: Sequence[Adapter], method: str) -> dict[str, torch.Te
         return None
     if METHODS[method].needs == "LearnedMerge":
         return coefficients_for(adapters)
+    if METHODS[method].needs == "FusionModel":
+        return averages_for(adapters)
     assert METHODS[method].needs == "GramStatistics"
     widths = {m: f.shape[1] for adapter in adapters for m, f in adapter.modules.items()}
     grams = {}
@@ -114,6 +116,18 @@ def coefficients_for(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
         rows = [torch.rand(1, generator=generator("coefficient", n, module)) for n in names]
         values = torch.stack(rows) if len(names) > 1 else torch.ones(1, 1)
         found[f"{module}.coefficients"] = values
+    return found
+
+
+def averages_for(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+    """Return what a Fusion-VAE that decodes to nothing leaves: the adapters' average."""
+    found = {}
+    for module, (d_out, d_in) in {
+        m: f.shape for a in adapters for m, f in a.modules.items()
+    }.items():
+        found[f"{module}.left"], found[f"{module}.core"] = torch.zeros(d_out, 0), torch.zeros(0)
+        found[f"{module}.right"] = torch.zeros(0, d_in)
+        found[f"{module}.shares"] = torch.full((len(adapters),), 1 / len(adapters))
     return found
 
 

@@ -1,0 +1,109 @@
+"""F3: the latent and then the LoRA adapt to inputs, resume, and merge as what was learned."""
+
+import pytest
+import torch
+
+import icm_ray
+from icm_ray.errors import InputError
+from icm_ray.fusion.diagnosis import soup
+from icm_ray.fusion.latent import DIRECT, IN_CONTEXT, fuse_in_context, latent_plan
+from icm_ray.learning.parameters import Parameters, merged_factors
+from icm_ray.learning.store import save_learned
+from icm_ray.vae.layout import distance, norm
+
+
+def short(spec, steps):
+    return spec.model_copy(
+        update={"optimisation": spec.optimisation.model_copy(update={"steps": steps})}
+    )
+
+
+QUICK = {"latent": short(IN_CONTEXT, 8), "direct": short(DIRECT, 6)}
+
+
+@pytest.fixture(scope="module")
+def fused(tiny, tasks, model):
+    return fuse_in_context(tiny.model, tasks, model, **QUICK)
+
+
+def test_it_starts_at_the_average(model, adapters) -> None:
+    parameters = latent_plan(model, adapters).parameters()
+    assert isinstance(parameters, Parameters)
+    average = soup(
+        [a.modules for a in adapters],
+        [model.point(list(model.tasks)).weights[a.name] for a in adapters],
+    )
+    merged = merged_factors(parameters)
+    bent = model.fused(model.point(list(model.tasks)), residual=True)
+    expected = norm(model.layout.decode(bent))
+    assert distance(merged, average) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_losses_fall_in_both_stages(fused) -> None:
+    for report in (fused.report["latent"], fused.report):
+        start, end = (
+            sum(t[when][0] for t in report["losses"].values()) for when in ("start", "end")
+        )
+        assert end < start
+    ends = [t["end"][0] for t in fused.report["latent"]["losses"].values()]
+    starts = [t["start"][0] for t in fused.report["losses"].values()]
+    assert starts == pytest.approx(ends, rel=1e-4), "the second stage goes on where the first ended"
+
+
+def test_the_method_reads_it(fused, adapters, tmp_path) -> None:
+    save_learned(fused, tmp_path / "fused")
+    merged = icm_ray.merge(adapters, "icm_fusion", evidence=tmp_path / "fused").adapter
+    for module, factors in merged.modules.items():
+        expected = (
+            fused.tensors[f"{module}.left"]
+            @ fused.tensors[f"{module}.core"]
+            @ fused.tensors[f"{module}.right"]
+        )
+        assert torch.allclose(factors.delta(), expected, atol=1e-5)
+    with pytest.raises(InputError, match="learned with med too"):
+        icm_ray.merge(adapters[:2], "icm_fusion", evidence=tmp_path / "fused")
+
+
+def test_a_killed_run_continues_to_the_same_bytes(tiny, tasks, model, fused, tmp_path) -> None:
+    from icm_ray.learning.learner import Run
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, _loss: float) -> None:
+        if step == 5:
+            raise Killed
+
+    options = {**QUICK, "run": Run(save_every=2), "scratch": tmp_path, "key": "k"}
+    with pytest.raises(Killed):
+        fuse_in_context(tiny.model, tasks, model, **options, progress=kill)
+    seen: list[int] = []
+    again = fuse_in_context(
+        tiny.model, tasks, model, **options, progress=lambda step, _loss: seen.append(step)
+    )
+    assert seen[0] == 5
+    assert all(torch.equal(again.tensors[n], t) for n, t in fused.tensors.items())
+
+
+def test_a_merge_may_lie_beneath(tiny, tasks, model, adapters, tmp_path) -> None:
+    beneath = dict(soup([a.modules for a in adapters]))
+    start = latent_plan(model, adapters, beneath=beneath).parameters()
+    merged = merged_factors(start)
+    assert distance(merged, beneath) <= 1e-4 * norm(beneath)
+    found = fuse_in_context(
+        tiny.model, tasks, model, beneath=beneath, latent=QUICK["latent"], direct=None
+    )
+    save_learned(found, tmp_path / "fused")
+    result = icm_ray.merge(adapters, "icm_fusion", evidence=tmp_path / "fused").adapter
+    assert 0 < distance(result.modules, beneath) < norm(beneath)
+
+
+@pytest.mark.parametrize("gauge", ["raw", "balanced"])
+def test_gauges_of_factors_adapt_too(tiny, tasks, build, adapters, gauge) -> None:
+    from icm_ray.fusion.train import finished
+
+    changes = {"representation": {"gauge": gauge}, "vae": {"preset": "default"}}
+    model = finished(build(**changes), [], adapters)
+    found = fuse_in_context(tiny.model, tasks, model, **QUICK)
+    losses = found.report["losses"].values()
+    assert sum(t["end"][0] for t in losses) < sum(t["start"][0] for t in losses)
