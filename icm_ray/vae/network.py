@@ -154,6 +154,7 @@ class _Residual(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, x: Tensor, v: Tensor, places: Tensor) -> Tensor:
+        """Return `(batch, tokens, d_out)` for tokens `(batch, tokens, d_in)`."""
         h = self.enter(x) + self.task(v)[:, None] + places
         h = F.gelu(self.before(h))
         h = h + self.alone(h) + self.mixed(h.mean(1, keepdim=True))
