@@ -324,6 +324,11 @@ class MethodRow(Part):
     method: str
     params: dict[str, Any] = {}
     rank: int | str | None = None
+    tasks: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Experts to merge, for scores on unseen tasks too; None: all.",
+    )
     learn: Overrides = {}
     inputs: Positive | None = Field(
         default=None, description="Inputs a task to learn from; None: sizes.calibration."

@@ -137,13 +137,18 @@ def check_rows(recipe: PipelineRecipe) -> None:
         if names.count(name) > 1:
             problems.append(f"methods: {name!r} names {names.count(name)} rows. Set labels.")
     for row in recipe.methods:
+        strange = sorted(set(row.tasks or ()) - set(tasks))
+        problems += [
+            f"methods.{row.name}.tasks: {task!r} has no expert.{did_you_mean(task, tasks)}"
+            for task in strange
+        ]
         try:
             method = find_method(row.method)
             if row.learn or method.needs == LEARNED:
                 spec_of(row.method, row.learn)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
             for variant in variants(row):
-                method.bind(variant.params, tasks)
+                method.bind(variant.params, row.tasks or tasks)
         except RecipeError as error:
             problems += [f"methods.{row.name}: {line}" for line in error.problems]
     if problems:

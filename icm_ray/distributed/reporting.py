@@ -245,7 +245,7 @@ def _publish_adapter(
     key = sha256_of([VERSION, one.merged[method, name].report, [r.score for r in scores]])
     if is_done(target, key):
         return target
-    files = open_all([(task, expert.adapter) for task, expert in one.experts.items()])
+    files = one.files(row.tasks)
     evidence = one.evidence(row)
     merged = merge(files, **order_of(variant, evidence, results.recipe.seed))
     write_merged(
