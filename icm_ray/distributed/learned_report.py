@@ -21,7 +21,7 @@ from icm_ray.report.text import method_label
 
 
 def learned_report(results: PipelineResults) -> dict[str, Any]:
-    """Return the fields of `ReportData` that learned rows fill; the pictures are the first set's."""
+    """Return the fields of `ReportData` that learned rows fill; pictures show the first set."""
     first = results.sets[0]
     tasks_of = {row.name: row.tasks for row in results.recipe.methods}
     ratios = {row: read_ratios(folder) for row, folder in results.ratios.items()}
