@@ -217,7 +217,7 @@ class Straightforward:
         return found.weight
 
     def _loss(self, task: TaskInputs) -> Tensor:
-        ids, targets = task.batches[0].ids, self.targets[task.name]
+        ids, targets = task.batches[0].data, self.targets[task.name]
         expert: dict[str, Tensor] = {}
         if self.spec.kind == "row_space_match":
             with torch.no_grad():
@@ -228,7 +228,7 @@ class Straightforward:
 
     def _answer(self, task: TaskInputs) -> None:
         """Answer greedily, the whole text again for each token, and go back at once each time."""
-        ids, length = task.batches[0].ids, self.spec.max_new_tokens
+        ids, length = task.batches[0].data, self.spec.max_new_tokens
         for _ in range(length):
             _, logits = self._run(self._merged(), ids, ())
             log = logits[:, -1].log_softmax(-1)

@@ -141,8 +141,8 @@ def learned_figures(data: ReportData, summary: Summary) -> Iterator[Picture]:
         yield Picture(
             "Null-space ratios before and after merging",
             "On top the base's ratio, for each task and module it adapts; below the change with "
-            "the expert's features and with those of the best learned merges. Below zero: the adapter "
-            "reads more of what reaches it.",
+            "the expert's features and with those of the best learned merges. Below zero: the "
+            "adapter reads more of what reaches it.",
             learned_pictures.change_picture(data.ratios, states),
         )
     lines = {m: data.quartiles[m] for m in (*REFERENCES, *best) if m in data.quartiles}

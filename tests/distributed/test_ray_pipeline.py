@@ -170,7 +170,8 @@ def test_the_adapter_is_proven(out, minilm):
 
 def test_every_stage_left_whole_folders_and_nothing_else(out):
     assert not list(out.rglob(".*"))
-    assert {path.name for path in out.iterdir()} == {*KEPT, "learned", "report", "results.json"}
+    made = ("learned", "ratios", "report", "results.json")
+    assert {path.name for path in out.iterdir()} == {*KEPT, *made}
     for name in (
         "adapter",
         f"evidence/{SET}",

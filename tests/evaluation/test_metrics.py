@@ -125,7 +125,7 @@ def test_paired_differences_are_narrower_than_two_intervals() -> None:
 def test_the_mean_difference_is_paired_and_covers_the_point():
     from icm_ray.evaluation.metrics import Answers, mean_difference
 
-    task = SUITES["text"].tasks["keyword"]
+    task = make_task("accuracy", 2)
     draw = np.random.default_rng(0)
     targets = draw.integers(0, 2, 200)
     theirs = np.where(draw.random(200) < 0.6, targets, 1 - targets)
