@@ -372,7 +372,7 @@ Shape = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 class StepsBenchmark(Part):
     """One comparison of learning steps: ours beside the straightforward loop."""
 
-    label: Name
+    label: str
     model: dict[str, Any] = Field(description="Config of a base with random weights.")
     objective: ObjectiveSpec
     targets: list[str] = Field(description="Ends of the paths of adapted modules.")
