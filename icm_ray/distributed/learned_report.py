@@ -15,7 +15,7 @@ from icm_ray.evaluation.scoring import standing, values
 from icm_ray.learning.shares import shares_of
 from icm_ray.learning.store import load_learned
 from icm_ray.report import BASE, EXPERT, Gap, LearnedRow
-from icm_ray.report.data import OF_TASKS, REFERENCES
+from icm_ray.report.data import OF_TASKS
 from icm_ray.report.summary import init_of
 from icm_ray.report.text import method_label
 
@@ -30,9 +30,7 @@ def learned_report(results: PipelineResults) -> dict[str, Any]:
             learned_row(row, folder, first.files(tasks_of[row]))
             for row, folder in first.learned.items()
         ],
-        "merged_ratios": {
-            row: found.by_module() for row, found in ratios.items() if row not in REFERENCES
-        },
+        "state_ratios": {row: found.by_module() for row, found in ratios.items()},
         "quartiles": _quartiles(results, first),
         "training_ratios": results.training_ratios,
         "gaps": list(_gaps(results)),

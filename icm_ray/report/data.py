@@ -133,7 +133,8 @@ class ReportData:
         expert_gains: Paired 95 % interval of the expert's test score minus the probe's, or minus
             the base's for tasks without a head.
         learned: What the learned rows of the first expert set learned.
-        merged_ratios: By learned row, task and module: the ratio under the merge's features.
+        state_ratios: By learned row, base or expert, then task and module: the ratio of the test
+            inputs under its features; unlike `ratios`, every example counts the same.
         quartiles: By row and classification: accuracy on the test inputs of the lowest quarter of
             null-space ratios to that of the highest.
         training_ratios: By task: ratio of the expert at each kept step of its training.
@@ -153,7 +154,7 @@ class ReportData:
     output_norms: Table = field(default_factory=dict)
     expert_gains: Gains = field(default_factory=dict)
     learned: Sequence[LearnedRow] = ()
-    merged_ratios: Mapping[str, Table] = field(default_factory=dict)
+    state_ratios: Mapping[str, Table] = field(default_factory=dict)
     quartiles: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     training_ratios: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     gaps: Sequence[Gap] = ()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from icm_ray.report.data import REFERENCES, LearnedRow, ReportData, ScoreRow, Split
+from icm_ray.report.data import BASE, EXPERT, REFERENCES, LearnedRow, ReportData, ScoreRow, Split
 from icm_ray.report.findings import ExpertCheck, check_experts, headline
 from icm_ray.report.summary import Summary, init_of, summarise
 from icm_ray.report.text import is_number, number, percent, plain
@@ -136,14 +136,14 @@ def learned_figures(data: ReportData, summary: Summary) -> Iterator[Picture]:
         key=lambda row: ranked.index(row.method) if row.method in ranked else len(ranked),
     )
     best = [row.method for row in learned][: learned_pictures.LINES_SHOWN]
-    states = {m: data.merged_ratios[m] for m in best if m in data.merged_ratios}
-    if states and any(data.ratios.values()):
+    shown = {m: data.state_ratios[m] for m in (EXPERT, *best) if m in data.state_ratios}
+    if shown and BASE in data.state_ratios:
         yield Picture(
             "Null-space ratios before and after merging",
             "On top the base's ratio, for each task and module it adapts; below the change with "
             "the expert's features and with those of the best learned merges. Below zero: the "
             "adapter reads more of what reaches it.",
-            learned_pictures.change_picture(data.ratios, states),
+            learned_pictures.change_picture(data.state_ratios[BASE], shown),
         )
     lines = {m: data.quartiles[m] for m in (*REFERENCES, *best) if m in data.quartiles}
     if lines:

@@ -18,28 +18,26 @@ PART = 0.55
 """Height of a panel's title and margins, in inches."""
 
 
-def change_picture(
-    ratios: Mapping[str, Mapping[str, tuple[float, float]]], merged: Mapping[str, Table]
-) -> str:
+def change_picture(base: Table, others: Mapping[str, Table]) -> str:
     """Return heat maps, task by module: the base's ratios, and how experts and merges differ.
 
     Args:
-        ratios: Base's and expert's ratio, by task and module.
-        merged: The same ratio under a merge's features, by merge, task and module.
+        base: Ratio by task and module under the base's features.
+        others: The same under the features of the experts and of merges, by their label.
     """
-    modules = short_modules(module for row in ratios.values() for module in row)
-    tasks = sorted(ratios)
-    nothing = (float("nan"), float("nan"))
-    pairs = np.array([[ratios[t].get(m, nothing) for m in modules] for t in tasks], dtype=float)
-    base, changes = pairs[..., 0], {"own expert": pairs[..., 1] - pairs[..., 0]}
-    for name, table in merged.items():
-        found = [[table.get(t, {}).get(m, np.nan) for m in modules] for t in tasks]
-        changes[name] = np.array(found, dtype=float) - base
+    modules = short_modules(module for row in base.values() for module in row)
+    tasks = sorted(base)
+
+    def values(table: Table) -> np.ndarray:
+        return np.array([[table.get(t, {}).get(m, np.nan) for m in modules] for t in tasks], float)
+
+    before = values(base)
+    changes = {name: values(table) - before for name, table in others.items()}
     bound = max(float(np.nanmax(np.abs(c), initial=0.001)) for c in changes.values())
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1 + len(changes), 1, sharex=True)
-        draw_heat(panels[0], base, tasks, [], "cividis", _bounds(base))
+        draw_heat(panels[0], before, tasks, [], "cividis", _bounds(before))
         panels[0].set_title("base", loc="left")
         for axes, (name, change) in zip(panels[1:], changes.items(), strict=True):
             columns = list(modules.values()) if axes is panels[-1] else []

@@ -30,7 +30,7 @@ def test_the_report_shows_all_that_was_learned(learned, make_data):
     ratios = {t: dict.fromkeys(learned.shares["topic"], 0.4) for t in ("topic", "year")}
     data = make_data(
         learned=[learned],
-        merged_ratios={"soup": ratios},
+        state_ratios={"base": ratios, "expert": ratios, "soup": ratios},
         quartiles={"expert": {"topic": [0.9, 0.8, 0.8, 0.7]}, "soup": {"topic": [0.5] * 4}},
         training_ratios={"topic": {3: 0.9, 6: 0.91}},
         gaps=[
