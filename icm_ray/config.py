@@ -415,6 +415,11 @@ class MethodRow(Part):
     method: str
     params: dict[str, Any] = {}
     rank: int | str | None = None
+    tasks: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Experts to merge, for scores on unseen tasks too; None: all.",
+    )
     learn: Overrides = {}
     inputs: Positive | None = Field(
         default=None, description="Inputs a task to learn from; None: sizes.calibration."
@@ -455,6 +460,20 @@ Shape = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 """`[d_out, d_in]` of a weight."""
 
 
+class StepsBenchmark(Part):
+    """One comparison of learning steps: ours beside the straightforward loop."""
+
+    label: str
+    model: dict[str, Any] = Field(description="Config of a base with random weights.")
+    objective: ObjectiveSpec
+    targets: list[str] = Field(description="Ends of the paths of adapted modules.")
+    tokens: list[Positive] = [64]
+    adapters: list[Positive] = [6]
+    batch: Positive = 1
+    repeats: Positive = 3
+    goal: str = ""
+
+
 class BenchmarkRecipe(Recipe):
     """Recipe of `jobs.benchmark`: ours and peers side by side, and memory over many adapters."""
 
@@ -477,4 +496,7 @@ class BenchmarkRecipe(Recipe):
     many_methods: list[MethodRow] = [MethodRow(method="svd", rank=16)]
     many_shape: Shape = [1024, 1024]
     many_modules: Positive = 24
+    learning: list[StepsBenchmark] = Field(
+        default=[], description="Learning steps beside the straightforward loop."
+    )
     output: str = Field(min_length=1)

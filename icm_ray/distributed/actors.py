@@ -18,7 +18,7 @@ from icm_ray.errors import InputError
 from icm_ray.evaluation.scoring import TaskData, TaskScore, evaluate
 from icm_ray.evidence.base import fingerprint_weights
 from icm_ray.evidence.batches import batches_of
-from icm_ray.evidence.gather import AdapterEvidence, gather
+from icm_ray.evidence.gather import AdapterEvidence, example_ratios, gather
 from icm_ray.evidence.grams import Grams, gather_grams
 from icm_ray.evidence.readers import Inputs
 from icm_ray.files import sha256_of
@@ -114,6 +114,20 @@ class AdapterActor:
         """Return task vector and null-space ratios of one adapter on its own inputs."""
         batches = batches_of(self.base.reader, inputs, max_tokens, batch)
         return gather(self.base.model, self.hold(source), batches)
+
+    def ratios(
+        self,
+        features: AdapterSource | MergeSource | None,
+        judge: AdapterSource,
+        inputs: Inputs,
+        max_tokens: int,
+        batch: int,
+    ) -> tuple[tuple[str, ...], torch.Tensor]:
+        """Return the modules of `judge` and each input's null-space ratio there."""
+        batches = batches_of(self.base.reader, inputs, max_tokens, batch)
+        adapter = self.hold(features) if features else None
+        with kernel_threads(self.threads):
+            return example_ratios(self.base.model, adapter, judge.load(), batches)
 
     def grams(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from icm_ray.config import BenchmarkRecipe
+from icm_ray.distributed.benchmark_learning import StepRow
 from icm_ray.distributed.benchmark_memory import ManyRow
 
 WHOLE_GOAL = "< 2 s wall, reading included (P10)"
@@ -52,6 +53,7 @@ def as_tables(
     rows: Sequence[Measured],
     whole: Mapping[str, Any] | None,
     memory: Sequence[ManyRow],
+    steps: Sequence[StepRow] = (),
 ) -> list[Table]:
     """Return a table for each part of the benchmark that was run."""
     tables: list[Table] = []
@@ -74,7 +76,18 @@ def as_tables(
         heads = ["method", "adapters", "input", "all ours", "net of bare workers"]
         heads += ["driver", "workers", "net growth", "wall s"]
         tables.append((title, heads, [_many_cells(row) for row in memory]))
+    if steps:
+        title = "A learning step of all tasks: CPU ms (median), one thread, float32"
+        heads = ["comparison", "tokens", "adapters", "ours", "straightforward", "ratio"]
+        heads += ["our start", "gradient off", "goal"]
+        tables.append((title, heads, [_step_cells(row) for row in steps]))
     return tables
+
+
+def _step_cells(row: StepRow) -> list[str]:
+    times = [f"{1000 * value:.1f}" for value in (row.ours, row.peer)]
+    last = [f"{row.peer / row.ours:,.1f}x", f"{1000 * row.start:.1f}", f"{row.off:.1e}", row.goal]
+    return [row.label, str(row.tokens), str(row.adapters), *times, *last]
 
 
 def _compared_cells(row: Measured) -> list[str]:

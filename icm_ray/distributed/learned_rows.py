@@ -57,12 +57,13 @@ def _learn(
     spec = spec_of(row.method, row.learn)
     limit = row.inputs or recipe.sizes.calibration
     unlabelled = inputs_spec(recipe).model_copy(update={"inputs_per_task": limit})
+    files = one.files(row.tasks)
     readable = {}
-    for task, expert in one.experts.items() if reads_heads(spec) else ():
+    for task in [file.name for file in files] if reads_heads(spec) else ():
         labels = None
         if spec.objective.kind in LABELLED:
             labels = suite.load(task, "calibration", limit).targets.tolist()
-        readable[task] = Readable(suite.tasks[task], expert.head(), labels)
+        readable[task] = Readable(suite.tasks[task], one.experts[task].head(), labels)
 
     def grams() -> Path:
         assert one.grams is not None, "gathered before, as rows_need_grams said"
@@ -70,8 +71,8 @@ def _learn(
 
     return learned_on_ray(
         spec,
-        one.files(),
-        load_inputs(unlabelled, list(one.experts)),
+        files,
+        load_inputs(unlabelled, [file.name for file in files]),
         readable,
         root / "learned" / one.label / row.name,
         base=base,

@@ -18,17 +18,19 @@ from icm_ray.distributed.evidence import (
     load_inputs,
 )
 from icm_ray.distributed.learn import LEARNED, Readable, learned_on_ray
+from icm_ray.distributed.learned_report import learned_row
 from icm_ray.distributed.merge import merge_on_ray
 from icm_ray.distributed.shared_base import SharedBase, share_base
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts
 from icm_ray.evidence.store import save_evidence
-from icm_ray.files import refuse_foreign
+from icm_ray.files import refuse_foreign, whole_folder
 from icm_ray.learning.recipes import LABELLED, reads_heads, spec_of
 from icm_ray.learning.store import load_learned
 from icm_ray.merging import merge_recipe
 from icm_ray.methods.merge import find_method
 from icm_ray.planning import warn, warnings_of
+from icm_ray.report import learned_page
 from icm_ray.suites import BASES, SUITES, prepare_base
 from icm_ray.types import MergeResult
 
@@ -92,7 +94,16 @@ def learn_and_write(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
         print(f"{task}: loss {loss['start']:.4f} at the start, {loss['end']:.4f} at the end")
     if told["unmoved"]:
         print(f"no path to a target, left at the start: {', '.join(told['unmoved'])}")
-    return {"outputs": {"evidence": str(target)}, "losses": losses}
+    report = _learned_page(recipe.method, target, files)
+    return {"outputs": {"evidence": str(target), "report": str(report)}, "losses": losses}
+
+
+def _learned_page(method: str, target: Path, files: list[AdapterFile]) -> Path:
+    """Write the page about what was learned into a folder beside it; return the page."""
+    with whole_folder(target.with_name(f"{target.name}.report")) as folder:
+        page = learned_page(learned_row(method, target, files))
+        (folder / "index.html").write_text(page, encoding="utf-8")
+    return target.with_name(f"{target.name}.report") / "index.html"
 
 
 def _readable(

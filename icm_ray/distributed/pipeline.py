@@ -4,6 +4,7 @@ experts/<set>/<task>/       adapter, head, losses
 trajectories/<set>/<task>/  checkpoints of the second half of training
 merged/<set>/<row>/<how>/   merged PEFT adapters; <how> is "default" or for example "scale=0.3"
 evidence/<set>/             task vectors and null-space ratios
+ratios/<set>/<row>/         ratios of the first set's learned rows, on test inputs
 probes/<task>/              the refitted linear probe and its test predictions
 scores/<set>-<split>/       scores by content
 report/                     the page, the table, Parquet and JSON
@@ -28,6 +29,7 @@ from icm_ray.distributed.finetune import finetune
 from icm_ray.distributed.learn import LEARNED
 from icm_ray.distributed.learned_rows import learn_rows, rows_need_grams
 from icm_ray.distributed.probes import fit_probes, read_probe
+from icm_ray.distributed.ratios import ratios_of_rows, training_ratios
 from icm_ray.distributed.rows import (
     SetResults,
     choose,
@@ -61,6 +63,8 @@ class PipelineResults:
     sets: list[SetResults]
     probes: Mapping[str, Path]
     evidence: Mapping[str, Path]
+    ratios: Mapping[str, Path]
+    training_ratios: Mapping[str, Mapping[int, float]]
 
 
 def run_pipeline(
@@ -99,7 +103,11 @@ def run_pipeline(
     with adapter_actors(shared, recipe.resources, len(suite.tasks)) as actors:
         for results in sets:
             score_test(recipe, suite, results, shared, actors, root)
-    return PipelineResults(recipe, suite, shared, base_path, sets, probes, evidence)
+        ratios = ratios_of_rows(recipe, suite, sets[0], actors, shared.fingerprint, root)
+        trained = training_ratios(recipe, suite, sets[0], actors, root)
+    return PipelineResults(
+        recipe, suite, shared, base_path, sets, probes, evidence, ratios, trained
+    )
 
 
 def _experts(
@@ -137,13 +145,18 @@ def check_rows(recipe: PipelineRecipe) -> None:
         if names.count(name) > 1:
             problems.append(f"methods: {name!r} names {names.count(name)} rows. Set labels.")
     for row in recipe.methods:
+        strange = sorted(set(row.tasks or ()) - set(tasks))
+        problems += [
+            f"methods.{row.name}.tasks: {task!r} has no expert.{did_you_mean(task, tasks)}"
+            for task in strange
+        ]
         try:
             method = find_method(row.method)
             if row.learn or method.needs == LEARNED:
                 spec_of(row.method, row.learn)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
             for variant in variants(row):
-                method.bind(variant.params, tasks)
+                method.bind(variant.params, row.tasks or tasks)
         except RecipeError as error:
             problems += [f"methods.{row.name}: {line}" for line in error.problems]
     if problems:

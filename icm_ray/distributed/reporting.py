@@ -8,6 +8,7 @@ from typing import Any
 
 from icm_ray.adapters import open_all
 from icm_ray.distributed.evaluate import VERSION
+from icm_ray.distributed.learned_report import learned_report
 from icm_ray.distributed.pipeline import PipelineResults, probe_scores
 from icm_ray.distributed.rows import SetResults, order_of, variants
 from icm_ray.evaluation.metrics import Score, difference_interval
@@ -66,6 +67,7 @@ def report_data(results: PipelineResults, root: Path) -> ReportData:
             for row, merged in default.items()
         },
         expert_gains={one.label: _expert_gains(results, one) for one in results.sets},
+        **learned_report(results),
         notes=NOTES,
     )
 
@@ -113,6 +115,8 @@ def _score_rows(
     # The default setting can be the best one, and then stands in both rows.
     shown = [False] * (variant == "default") + [True] * (one.chosen.get(name) == variant)
     lora = results.recipe.lora.rank if name == EXPERT else 0
+    row_of = {row.name: row for row in results.recipe.methods}.get(name.removesuffix(OF_TASKS))
+    merged_tasks = row_of.tasks if row_of else None
 
     def row(task: str, score: Score, tuned: bool) -> ScoreRow:
         return ScoreRow(
@@ -132,6 +136,7 @@ def _score_rows(
             normalised=_number(where.normalised[task]),
             gain_kept=_number(where.gain_kept[task]),
             seconds=_seconds(one, name, merged),
+            seen=merged_tasks is None or task in merged_tasks,
         )
 
     return [row(task, item.score, tuned) for tuned in shown for task, item in scores.items()]
@@ -245,7 +250,7 @@ def _publish_adapter(
     key = sha256_of([VERSION, one.merged[method, name].report, [r.score for r in scores]])
     if is_done(target, key):
         return target
-    files = open_all([(task, expert.adapter) for task, expert in one.experts.items()])
+    files = one.files(row.tasks)
     evidence = one.evidence(row)
     merged = merge(files, **order_of(variant, evidence, results.recipe.seed))
     write_merged(

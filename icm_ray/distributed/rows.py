@@ -70,9 +70,11 @@ class SetResults:
     chosen: dict[str, str] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], dict[str, TaskScore]] = field(default_factory=dict)
 
-    def files(self) -> list[AdapterFile]:
-        """Return the experts' adapters, opened and checked."""
-        return open_all([(task, expert.adapter) for task, expert in self.experts.items()])
+    def files(self, tasks: Sequence[str] | None = None) -> list[AdapterFile]:
+        """Return the experts' adapters, all or those of some tasks, opened and checked."""
+        return open_all(
+            [(t, e.adapter) for t, e in self.experts.items() if tasks is None or t in tasks]
+        )
 
     def evidence(self, row: MethodRow) -> Path | None:
         """Return the evidence a row's method needs."""
@@ -110,8 +112,8 @@ def merge_rows(
     calls: dict[tuple[int, str, str], Any] = {}
     folders: dict[tuple[int, str, str], Path] = {}
     for index, one in enumerate(sets):
-        files = one.files()
         for row in recipe.methods:
+            files = one.files(row.tasks)
             wanted = DEFAULT if which == "default" else one.chosen.get(row.name)
             for variant in (v for v in variants(row) if v.name == wanted):
                 key = (index, row.name, variant.name)
@@ -177,10 +179,10 @@ def choose(
     root: Path,
 ) -> None:
     """Score every grid on validation data and note the best setting of each row."""
-    files = one.files()
     tuned = [row for row in recipe.methods if row.grid]
     items, labels = [], {}
     for row in tuned:
+        files = one.files(row.tasks)
         for variant in variants(row):
             source = MergeSource.of(files, order_of(variant, one.evidence(row), recipe.seed))
             labels[row.name, variant.name] = f"{row.name}/{variant.name}"

@@ -11,7 +11,7 @@ language_modelling          summed negative log-likelihood in nats, tokens it is
 generation                  score of each answer in [0, 1], `(examples,)`
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,6 +83,44 @@ def difference_interval(
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Two models' answers to the same examples of one task.
+
+    Attributes:
+        task: The task.
+        ours: `(examples,)` predictions.
+        theirs: The other model's.
+        targets: The truth.
+        unit: What a difference of scores is divided by: the expert's score.
+    """
+
+    task: Task
+    ours: np.ndarray
+    theirs: np.ndarray
+    targets: np.ndarray
+    unit: float
+
+
+def mean_difference(answers: Sequence[Answers]) -> tuple[float, float, float]:
+    """Return the mean over tasks of `(ours - theirs) / unit`, and its paired 95 % interval.
+
+    Every task's examples are drawn for themselves, and answers of several models to one task on
+    the same draws: tests that share their examples do not count as more of them.
+    """
+    gaps, points = [], []
+    for one in answers:
+        count = len(one.targets)
+        rows = np.concatenate([np.ones((1, count)), _resamples(count, one.task.name)])
+        ours, theirs = (weighted(one.task, p, one.targets, rows) for p in (one.ours, one.theirs))
+        change = (ours - theirs) / one.unit
+        points.append(change[0])
+        gaps.append(change[1:])
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(np.mean(gaps, axis=0), [tail, 100 - tail])
+    return float(np.mean(points)), float(low), float(high)
+
+
 def rank_correlation(predictions: np.ndarray, targets: np.ndarray) -> float:
     """Return Spearman's rank correlation; 0 where one side is constant."""
     ranks = [rankdata(predictions), rankdata(targets)]
@@ -91,9 +129,9 @@ def rank_correlation(predictions: np.ndarray, targets: np.ndarray) -> float:
     return float(centred[0] @ centred[1] / scale) if scale else 0.0
 
 
-def _resamples(examples: int) -> np.ndarray:
+def _resamples(examples: int, *key: str) -> np.ndarray:
     # The same resamples for every method, so that intervals of two methods are comparable.
-    draw = np.random.default_rng(seed_for("bootstrap", examples))
+    draw = np.random.default_rng(seed_for("bootstrap", examples, *key))
     return draw.multinomial(examples, np.full(examples, 1 / examples), RESAMPLES).astype(float)
 
 

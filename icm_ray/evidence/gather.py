@@ -42,11 +42,7 @@ def gather(model: nn.Module, adapter: Adapter, batches: Sequence[Batch]) -> Adap
     the ratios. Ratios leave out modules of rank 0, convolutions, and modules that these inputs
     never reach.
     """
-    bases = {
-        module: _Basis(adapter.layouts.get(module, "linear"), row_space(factors.a))
-        for module, factors in adapter.modules.items()
-        if factors.rank and not adapter.layouts.get(module, "").startswith("conv")
-    }
+    bases = _bases(adapter)
     base_state, base_ratios = _pass(model, None, bases, batches)
     expert_state, expert_ratios = _pass(model, adapter, bases, batches)
     return AdapterEvidence(
@@ -57,6 +53,52 @@ def gather(model: nn.Module, adapter: Adapter, batches: Sequence[Batch]) -> Adap
         base_ratios,
         sum(len(batch.rows) for batch in batches),
     )
+
+
+@torch.no_grad()
+def example_ratios(
+    model: nn.Module, features: Adapter | None, judge: Adapter, batches: Sequence[Batch]
+) -> tuple[tuple[str, ...], Float[Tensor, "examples modules"]]:
+    """Return the modules an adapter reads, and every example's mean null-space ratio there.
+
+    Args:
+        model: The base.
+        features: What makes the modules' inputs besides the base: the expert, a merge, or nothing.
+        judge: The adapter whose A the inputs are measured against.
+        batches: The examples; rows of the result are in their original order.
+    """
+    bases = _bases(judge)
+    found: list[dict[str, Tensor]] = []
+    mask = [torch.ones(0, dtype=torch.bool)]  # the current batch's, read by the hooks
+
+    def keeper(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[-1][path] = bases[path].by_example(inputs[0], mask[0]).cpu()
+
+        return keep
+
+    handles = [find_module(model, path).register_forward_pre_hook(keeper(path)) for path in bases]
+    try:
+        with applied(model, features):
+            for batch in batches:
+                mask[0] = batch.mask
+                found.append({})
+                pooled(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    reached = tuple(path for path in bases if all(path in one for one in found))
+    values = torch.cat([torch.stack([one[path] for path in reached], 1) for one in found])
+    order = torch.cat([batch.rows for batch in batches]).argsort()
+    return reached, values[order]
+
+
+def _bases(adapter: Adapter) -> dict[str, "_Basis"]:
+    return {
+        module: _Basis(adapter.layouts.get(module, "linear"), row_space(factors.a))
+        for module, factors in adapter.modules.items()
+        if factors.rank and not adapter.layouts.get(module, "").startswith("conv")
+    }
 
 
 @dataclass(frozen=True)
@@ -73,6 +115,17 @@ class _Basis:
         if self.layout == "embedding":
             return axis_ratios(q)[kept.flatten()]
         return null_space_ratio(kept.reshape(-1, q.shape[0]), q)
+
+    def by_example(self, inputs: Tensor, mask: Tensor) -> Float[Tensor, " examples"]:
+        """Return each example's mean ratio over its real tokens."""
+        q, mask = self.q.to(inputs.device), mask.to(inputs.device)
+        if self.layout == "embedding":
+            rows = axis_ratios(q)[inputs]
+        else:
+            rows = null_space_ratio(inputs.reshape(-1, q.shape[0]), q).reshape(inputs.shape[:-1])
+        if rows.shape == mask.shape:
+            return (rows * mask).sum(1) / mask.sum(1)
+        return rows.reshape(len(mask), -1).mean(1)
 
 
 @torch.no_grad()

@@ -5,14 +5,15 @@ summary.py     mean and worst task, per expert set and per init
 findings.py    who won, and whether the experts beat a linear probe
 tables.py      Parquet, JSON, Markdown and terminal tables
 pictures.py    SVG pictures (imported only when a page is written: needs matplotlib)
+learned_pictures.py  more of them, of what was learned
 html.py        the page, from template.html
 model_card.py  README.md of a merged adapter
 """
 
 from pathlib import Path
 
-from icm_ray.report.data import BASE, EXPERT, PROBE, ReportData, ScoreRow
-from icm_ray.report.html import page
+from icm_ray.report.data import BASE, EXPERT, PROBE, Gap, LearnedRow, ReportData, ScoreRow
+from icm_ray.report.html import learned_page, page
 from icm_ray.report.model_card import model_card
 from icm_ray.report.summary import Summary, summarise
 from icm_ray.report.tables import console_table, markdown_table, write_parquet, write_summary
@@ -21,10 +22,13 @@ __all__ = [
     "BASE",
     "EXPERT",
     "PROBE",
+    "Gap",
+    "LearnedRow",
     "ReportData",
     "ScoreRow",
     "Summary",
     "console_table",
+    "learned_page",
     "markdown_table",
     "model_card",
     "summarise",

@@ -45,6 +45,7 @@ class ScoreRow:
         normalised: score / expert's score. None (or NaN) where that is undefined.
         gain_kept: (score - base) / (expert - base). None (or NaN) where expert equals base.
         seconds: Wall time of the merge, and processor time of what it learned before.
+        seen: Whether the task's expert is among those that were merged.
     """
 
     expert_set: str
@@ -65,6 +66,51 @@ class ScoreRow:
     normalised: float | None
     gain_kept: float | None
     seconds: float
+    seen: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedRow:
+    """What one learned merge of one set of experts was, and how it got there.
+
+    Attributes:
+        method: Label of the row.
+        history: Loss of each step, by task.
+        shares: How much of each task's expert is in each module: its coefficient, or for a core
+            matrix the norm of what the core holds between this expert's own row and column space,
+            over the norm of the expert's change. A fixed start beneath the core is not in it.
+        core: Whether `shares` are norms.
+        unmoved: Parameters that no target depends on; they stayed at their start.
+        warnings: What is wrong with the objective, by task.
+    """
+
+    method: str
+    history: Mapping[str, Sequence[float]]
+    shares: Table
+    core: bool = False
+    unmoved: Sequence[str] = ()
+    warnings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """A learned row beside the best merge of the same experts that learns nothing.
+
+    Attributes:
+        init: The kind of LoRA init; the means are over its expert sets.
+        method: The learned row.
+        baseline: The best other row by mean on the same split.
+        difference: Mean over tasks and sets of the normalised score, minus the baseline's.
+        low: Lower end of its paired 95 % bootstrap interval over examples.
+        high: Upper end.
+    """
+
+    init: str
+    method: str
+    baseline: str
+    difference: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +132,13 @@ class ReportData:
         output_norms: For each method and module, the Frobenius norm of the merged delta.
         expert_gains: Paired 95 % interval of the expert's test score minus the probe's, or minus
             the base's for tasks without a head.
+        learned: What the learned rows of the first expert set learned.
+        state_ratios: By learned row, base or expert, then task and module: the ratio of the test
+            inputs under its features; unlike `ratios`, every example counts the same.
+        quartiles: By row and classification: accuracy on the test inputs of the lowest quarter of
+            null-space ratios to that of the highest.
+        training_ratios: By task: ratio of the expert at each kept step of its training.
+        gaps: Learned rows beside the best that learns nothing.
         notes: What a reader must know to read the numbers rightly.
     """
 
@@ -100,4 +153,9 @@ class ReportData:
     retained_energy: Table = field(default_factory=dict)
     output_norms: Table = field(default_factory=dict)
     expert_gains: Gains = field(default_factory=dict)
+    learned: Sequence[LearnedRow] = ()
+    state_ratios: Mapping[str, Table] = field(default_factory=dict)
+    quartiles: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    training_ratios: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    gaps: Sequence[Gap] = ()
     notes: Sequence[str] = ()

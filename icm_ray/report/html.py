@@ -1,22 +1,31 @@
 """One static page that needs nothing but itself: no scripts, no fonts, no links to load."""
 
+import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from icm_ray.report.data import ReportData, ScoreRow, Split
+from icm_ray.report.data import BASE, EXPERT, REFERENCES, LearnedRow, ReportData, ScoreRow, Split
 from icm_ray.report.findings import ExpertCheck, check_experts, headline
 from icm_ray.report.summary import Summary, init_of, summarise
 from icm_ray.report.text import is_number, number, percent, plain
 
+METHODS_SHOWN = 16
+"""Rows of one picture; more are hard to tell apart."""
+WHOLE = 1 - 1e-6
+
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the page: SVG text, with a heading and a sentence on how to read it."""
+    """One picture of the page: SVG text, with a heading and a sentence on how to read it.
+
+    A folded one is opened by a click.
+    """
 
     heading: str
     caption: str
     svg: str
+    folded: bool = False
 
 
 def page(data: ReportData) -> str:
@@ -46,6 +55,7 @@ def page(data: ReportData) -> str:
         folded=validation if main == "test" else None,
         headlines=[h for init in summary.inits if (h := headline(summary, init))],
         checks=_by_set(check_experts(data.scores, main, data.expert_gains)),
+        partial=[row for row in summary.across if row.mean_unseen],
         pictures=[(p, Markup(p.svg)) for p in _pictures(data, summary)],
     )
 
@@ -69,13 +79,18 @@ def _pictures(data: ReportData, summary: Summary) -> Iterator[Picture]:
     for init in summary.inits:
         methods = list(dict.fromkeys(row.method for row in summary.of_init(init)))
         rows = [r for s in summary.sets if init_of(s.expert_set) == init for r in s.rows.values()]
-        if methods:
+        for first in range(0, len(methods), METHODS_SHOWN):
+            part = methods[first : first + METHODS_SHOWN]
+            which = (
+                f", places {first + 1} to {first + len(part)}" if len(part) < len(methods) else ""
+            )
             yield Picture(
-                f"Scores by method and task: {init}",
+                f"Scores by method and task: {init}{which}",
                 "A dot is one expert set, its bar the 95 % interval; upright lines are means over "
                 "expert sets. Methods go from best to worst mean. Arrows and lines at -0.25, the "
                 "left edge, stand for anything lower.",
-                pictures.score_picture(rows, methods),
+                pictures.score_picture([r for r in rows if r.method in (*part, *REFERENCES)], part),
+                folded=first > 0,
             )
     if any(data.ratios.values()):
         yield Picture(
@@ -92,15 +107,92 @@ def _pictures(data: ReportData, summary: Summary) -> Iterator[Picture]:
             "Near 0: the tasks do not touch. Negative: they pull against each other.",
             pictures.cosine_picture(matrices),
         )
-    if any(data.retained_energy.values()):
+    cut = {m: e for m, e in data.retained_energy.items() if min(e.values(), default=1) < WHOLE}
+    if cut:
         yield Picture(
             "Retained energy",
-            "Share of each module's squared norm that the final cut to the output rank kept.",
-            pictures.module_picture("energy", data.retained_energy, (0.0, 1.0)),
+            "Share of each module's squared norm that the final cut to the output rank kept. Rows "
+            "that are left out lost nothing.",
+            pictures.module_picture("energy", cut, (0.0, 1.0)),
+            folded=len(cut) > METHODS_SHOWN,
         )
     if any(data.output_norms.values()):
         yield Picture(
             "Size of the merged change",
             "Frobenius norm of each module's merged delta.",
             pictures.module_picture("norms", data.output_norms),
+            folded=len(data.output_norms) > METHODS_SHOWN,
         )
+    yield from learned_figures(data, summary)
+
+
+def learned_figures(data: ReportData, summary: Summary) -> Iterator[Picture]:
+    """Yield what was learned: ratios of merges, quartiles, and each row's shares and losses."""
+    from icm_ray.report import learned_pictures
+
+    ranked = list(dict.fromkeys(row.method for row in summary.across))
+    learned = sorted(
+        data.learned,
+        key=lambda row: ranked.index(row.method) if row.method in ranked else len(ranked),
+    )
+    best = [row.method for row in learned][: learned_pictures.LINES_SHOWN]
+    shown = {m: data.state_ratios[m] for m in (EXPERT, *best) if m in data.state_ratios}
+    if shown and BASE in data.state_ratios:
+        yield Picture(
+            "Null-space ratios before and after merging",
+            "On top the base's ratio, for each task and module it adapts; below the change with "
+            "the expert's features and with those of the best learned merges. Below zero: the "
+            "adapter reads more of what reaches it.",
+            learned_pictures.change_picture(data.state_ratios[BASE], shown),
+        )
+    lines = {m: data.quartiles[m] for m in (*REFERENCES, *best) if m in data.quartiles}
+    if lines:
+        yield Picture(
+            "Accuracy by null-space ratio",
+            "Each classification's test inputs in four equal parts, from the lowest mean ratio "
+            "under the model's own features to the highest; Figure 2 of arXiv 2603.26317.",
+            learned_pictures.quartile_picture(lines),
+        )
+    if data.training_ratios:
+        yield Picture(
+            "Null-space ratio during fine-tuning",
+            "Mean over modules, of each expert on its own inputs at the steps that were kept; "
+            "Figure 1 of arXiv 2603.26317.",
+            learned_pictures.training_picture(data.training_ratios),
+        )
+    for place, row in enumerate(learned):
+        yield learned_figure(row, folded=place > 0)
+
+
+def learned_figure(row: LearnedRow, *, folded: bool = False) -> Picture:
+    """Return the shares and losses of one learned merge."""
+    from icm_ray.report import learned_pictures
+
+    what = (
+        "Norm of what the core holds in each expert's own row and column space, over the norm of "
+        "the expert's change; a fixed start beneath the core is not in it"
+        if row.core
+        else "Coefficient of each expert in each module"
+    )
+    facts = [f"{what}. Below: the loss of each step, with its running mean."]
+    if row.unmoved:
+        facts.append(f"No target depends on {len(row.unmoved)} of the learned parts.")
+    facts += [f"{task}: {text}." for task, text in sorted(row.warnings.items())]
+    return Picture(
+        f"What {row.method} learned",
+        " ".join(facts),
+        learned_pictures.learned_picture(row),
+        folded,
+    )
+
+
+def learned_page(row: LearnedRow) -> str:
+    """Return a page of its own about one learned merge."""
+    picture = learned_figure(row)
+    heading, caption = html.escape(plain(picture.heading)), html.escape(plain(picture.caption))
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{heading}</title>\n'
+        "<style>:root { color-scheme: light dark } body { font-family: sans-serif; margin: 1.5rem "
+        "auto; max-width: 70rem } svg { width: 100%; height: auto }</style>\n"
+        f"<h1>{heading}</h1>\n<p>{caption}</p>\n{picture.svg}</html>\n"
+    )

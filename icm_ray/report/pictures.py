@@ -58,7 +58,7 @@ def score_picture(rows: Sequence[ScoreRow], methods: Sequence[str]) -> str:
             axes.set_visible(False)
         _draw_legend(figure, rows)
 
-    return _svg("scores", down * (0.75 + 0.25 * len(methods)) + 0.5, draw)
+    return svg("scores", down * (0.75 + 0.25 * len(methods)) + 0.5, draw)
 
 
 def ratio_picture(ratios: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
@@ -72,12 +72,12 @@ def ratio_picture(ratios: Mapping[str, Mapping[str, tuple[float, float]]]) -> st
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True)
-        _draw_heat(above, expert, tasks, [], "cividis", (0.0, 1.0))
-        _draw_heat(below, change, tasks, list(modules.values()), "PuOr", (-bound, bound))
+        draw_heat(above, expert, tasks, [], "cividis", (0.0, 1.0))
+        draw_heat(below, change, tasks, list(modules.values()), "PuOr", (-bound, bound))
         above.set_title("ratio with the expert's features", loc="left")
         below.set_title("change: expert minus base", loc="left")
 
-    return _svg("ratios", 2 * (0.55 + 0.27 * len(tasks)) + _label_height(modules), draw)
+    return svg("ratios", 2 * (0.55 + 0.27 * len(tasks)) + label_height(modules), draw)
 
 
 def cosine_picture(matrices: Mapping[str, Table]) -> str:
@@ -91,7 +91,7 @@ def cosine_picture(matrices: Mapping[str, Table]) -> str:
             _draw_cosines(axes, table)
             axes.set_title(title, loc="left")
 
-    return _svg("cosines", 1.0 + WIDTH * 0.4, draw)
+    return svg("cosines", 1.0 + WIDTH * 0.4, draw)
 
 
 def module_picture(name: str, table: Table, bounds: tuple[float, float] | None = None) -> str:
@@ -102,9 +102,9 @@ def module_picture(name: str, table: Table, bounds: tuple[float, float] | None =
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _draw_heat(axes, values, list(table), list(modules.values()), "cividis", bounds)
+        draw_heat(axes, values, list(table), list(modules.values()), "cividis", bounds)
 
-    return _svg(name, 0.5 + 0.27 * len(table) + _label_height(modules), draw)
+    return svg(name, 0.5 + 0.27 * len(table) + label_height(modules), draw)
 
 
 def _draw_task(axes: Axes, rows: Sequence[ScoreRow], methods: Sequence[str]) -> None:
@@ -154,7 +154,7 @@ def _draw_legend(figure: Figure, rows: Sequence[ScoreRow]) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
 
 
-def _draw_heat(
+def draw_heat(
     axes: Axes,
     values: NDArray[np.float64],
     rows: Sequence[str],
@@ -162,6 +162,7 @@ def _draw_heat(
     colours: str,
     bounds: tuple[float, float],
 ) -> None:
+    """Draw a heat map with its colour bar; missing values are hatched."""
     low, high = bounds
     image = axes.imshow(
         values, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="none"
@@ -201,7 +202,8 @@ def _draw_cosines(axes: Axes, table: Table) -> None:
     axes.tick_params(length=0)
 
 
-def _label_height(modules: Mapping[str, str]) -> float:
+def label_height(modules: Mapping[str, str]) -> float:
+    """Return the inches that upright labels of the modules take."""
     return 0.1 + 0.075 * max(map(len, modules.values()), default=0)
 
 
@@ -219,7 +221,7 @@ STYLE: dict[Any, object] = {
 }
 
 
-def _svg(name: str, height: float, draw: Draw) -> str:
+def svg(name: str, height: float, draw: Draw) -> str:
     """Draw on a fresh figure and return it as SVG text that may stand inside a page."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         # A glyph our font lacks is drawn by the reader's browser in its own font.

@@ -30,6 +30,8 @@ class SetSummary:
         worst_task: The task it belongs to.
         mean_kept: Mean over tasks of the kept share of the experts' gain.
         worst_kept: Smallest such share.
+        correlation: Mean over regressions of the rank correlation; None without any.
+        mean_seen, mean_unseen: `mean` over the tasks whose experts were merged, and over others.
         missing: Tasks others were scored on but this method was not, or not with a number. A
             method with missing tasks never ranks above one without.
     """
@@ -43,6 +45,9 @@ class SetSummary:
     worst_task: str | None
     mean_kept: float | None
     worst_kept: float | None
+    correlation: float | None
+    mean_seen: float | None
+    mean_unseen: float | None
     missing: tuple[str, ...]
 
     @property
@@ -72,7 +77,8 @@ class InitSummary:
 
     Attributes:
         sets: The summaries this one is made from, by expert set.
-        mean, worst, mean_kept, worst_kept: Mean and range, over sets, of those of `SetSummary`.
+        mean, worst, mean_kept, worst_kept, correlation, mean_seen, mean_unseen: Mean and range,
+            over sets, of those of `SetSummary`.
         worst_task: The task with the smallest normalised score of any set.
         scores: Mean and range, over sets, of each task's score.
         missing: Tasks missing in any set.
@@ -87,6 +93,9 @@ class InitSummary:
     worst_task: str | None
     mean_kept: Spread | None
     worst_kept: Spread | None
+    correlation: Spread | None
+    mean_seen: Spread | None
+    mean_unseen: Spread | None
     scores: dict[str, Spread | None]
     missing: tuple[str, ...]
 
@@ -111,6 +120,11 @@ class InitSummary:
         """Rank, or smallest to largest rank of the sets."""
         ranks = sorted({one.rank for one in self.sets})
         return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+    @property
+    def seconds(self) -> float:
+        """Mean over sets of what the merge took, learning included."""
+        return sum(next(iter(one.rows.values())).seconds for one in self.sets) / len(self.sets)
 
 
 @dataclass(frozen=True)
@@ -193,6 +207,9 @@ def _summarise_set(rows: list[ScoreRow], expected: set[str]) -> SetSummary:
         worst_task=worst_task,
         mean_kept=_mean(kept),
         worst_kept=min(kept, default=None),
+        correlation=_mean(_numbers(row.spearman for row in rows)),
+        mean_seen=_mean(_numbers(row.normalised for row in rows if row.seen)),
+        mean_unseen=_mean(_numbers(row.normalised for row in rows if not row.seen)),
         missing=tuple(sorted(expected - set(ratios))),
     )
 
@@ -211,6 +228,9 @@ def _summarise_init(init: str, sets: Sequence[SetSummary]) -> InitSummary:
         worst_task=lowest.worst_task if lowest else None,
         mean_kept=_spread(one.mean_kept for one in sets),
         worst_kept=_spread(one.worst_kept for one in sets),
+        correlation=_spread(one.correlation for one in sets),
+        mean_seen=_spread(one.mean_seen for one in sets),
+        mean_unseen=_spread(one.mean_unseen for one in sets),
         scores={t: _spread(one.rows[t].score for one in sets if t in one.rows) for t in tasks},
         missing=tuple(sorted({task for one in sets for task in one.missing})),
     )

@@ -44,7 +44,8 @@ def write_summary(data: ReportData, path: Path) -> None:
 def markdown_table(data: ReportData, split: Split = "test") -> str:
     """Return one Markdown table per init, best method first, references last."""
     summary = summarise(data.scores, split)
-    header = ["method", "mean", "worst task", "gain kept", *map(markdown, summary.tasks)]
+    header = ["method", "mean", "worst task", "gain kept", "rank corr."]
+    header += map(markdown, summary.tasks)
     parts = []
     for init in summary.inits:
         merges, references = summary.of_init(init), summary.of_init(init, references=True)
@@ -59,16 +60,20 @@ def markdown_table(data: ReportData, split: Split = "test") -> str:
 def console_table(data: ReportData, split: Split = "test") -> RichTable:
     """Return one screen: methods by mean normalised score, then experts, probe and base.
 
-    A method that was tuned shows only its tuned row; the page and the files have all.
+    A method that was tuned shows only its tuned row; the page and the files have all. Seconds are
+    shown here alone: two runs with the same scores write the same page, and no two take as long.
     """
     summary = summarise(data.scores, split)
     title = Text(f"{plain(data.title)} ({split})")
-    caption = "* tuned. Mean, worst: % of the experts' scores; kept: % of their gain over the base."
+    caption = (
+        "* tuned. Mean, worst: % of the experts' scores; kept: % of their gain over the base; "
+        "corr: mean rank correlation of the regressions; s: merging (wall) and learning (CPU)."
+    )
     table = RichTable(title=title, caption=caption, box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True, min_width=12)
     table.add_column("", width=1)
-    for name in ("mean", "worst", "kept"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=5)
+    for name in ("mean", "worst", "kept", "corr", "s"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=4)
     for task in summary.tasks:
         table.add_column(Text(clip(task, 16)), justify="right", overflow="fold", min_width=5)
     for init in summary.inits:
@@ -89,7 +94,10 @@ def console_table(data: ReportData, split: Split = "test") -> RichTable:
 def _console_cells(row: InitSummary, tasks: Sequence[str]) -> list[Text]:
     shares = [spread and 100 * spread.mean for spread in (row.mean, row.worst, row.mean_kept)]
     scores = [spread and spread.mean for spread in map(row.scores.get, tasks)]
-    cells = [number(share, 1) for share in shares] + [number(score, 2) for score in scores]
+    cells = [number(share, 1) for share in shares]
+    cells.append(number(row.correlation and row.correlation.mean, 2))
+    cells.append("" if row.is_reference else number(row.seconds, 0))
+    cells += [number(score, 2) for score in scores]
     return [Text(clip(row.method)), Text("*" * row.tuned), *map(Text, cells)]
 
 
@@ -97,7 +105,8 @@ def _markdown_cells(row: InitSummary, tasks: Sequence[str]) -> list[str]:
     worst = _share_range(row.worst) + (f" ({markdown(row.worst_task)})" if row.worst_task else "")
     shares = [_share_range(row.mean), worst, _share_range(row.mean_kept)]
     scores = [number(spread and spread.mean) for spread in map(row.scores.get, tasks)]
-    return [markdown(row.label), *shares, *scores]
+    correlation = number(row.correlation and row.correlation.mean)
+    return [markdown(row.label), *shares, correlation, *scores]
 
 
 def _share_range(spread: Spread | None) -> str:

@@ -116,7 +116,12 @@ def test_a_new_row_adds_its_own_work_only(out, recipe):
         {
             **RECIPE,
             "output": str(out),
-            "methods": [*RECIPE["methods"], {"method": "soup"}, LEARNED],
+            "methods": [
+                *RECIPE["methods"],
+                {"method": "soup"},
+                LEARNED,
+                {"label": "half", "method": "soup", "tasks": ["keyword"]},
+            ],
         },
     )
     assert run_job(PipelineRecipe, work, "", ["-c", str(path)]) == 0
@@ -132,6 +137,18 @@ def test_a_learned_row_costs_what_it_took_and_sees_the_inputs_it_asks_for(out):
     assert spent["learned"] > read_json(learned / RUN_FILE)["cpu_seconds"] > 0
     assert read_json(learned / "evidence.json")["origin"]["optimisation"]["steps"] == 2
     assert read_manifest(learned)["inputs"] == dict.fromkeys(RECIPE["tasks"], 8)
+
+
+def test_a_row_of_some_experts_is_scored_on_every_task(out):
+    # One expert alone is its own average; the other task is unseen, and scored all the same.
+    rows = pq.read_table(out / "report" / "results.parquet").to_pylist()
+    half = {r["task"]: r for r in rows if r["method"] == "half"}
+    assert {task: row["seen"] for task, row in half.items()} == {
+        "keyword": True,
+        "supersense": False,
+    }
+    assert half["keyword"]["normalised"] == pytest.approx(1)
+    assert "Seen and unseen tasks" in (out / "report" / "index.html").read_text()
 
 
 def test_the_adapter_is_proven(out, minilm):
@@ -153,7 +170,8 @@ def test_the_adapter_is_proven(out, minilm):
 
 def test_every_stage_left_whole_folders_and_nothing_else(out):
     assert not list(out.rglob(".*"))
-    assert {path.name for path in out.iterdir()} == {*KEPT, "learned", "report", "results.json"}
+    made = ("learned", "ratios", "report", "results.json")
+    assert {path.name for path in out.iterdir()} == {*KEPT, *made}
     for name in (
         "adapter",
         f"evidence/{SET}",
@@ -170,3 +188,13 @@ def test_shipped_tables_are_sound(path):
     from icm_ray.distributed.pipeline import check_rows
 
     check_rows(load_recipe(PipelineRecipe, path))
+
+
+def test_a_row_names_experts_that_exist():
+    from icm_ray.distributed.pipeline import check_rows
+    from icm_ray.errors import RecipeError
+
+    rows = [{"method": "soup", "tasks": ["keyword", "keywrd"]}]
+    recipe = PipelineRecipe.model_validate({**RECIPE, "output": "unused", "methods": rows})
+    with pytest.raises(RecipeError, match=r"methods.soup.tasks: 'keywrd' has no expert.*keyword"):
+        check_rows(recipe)

@@ -120,3 +120,18 @@ def test_paired_differences_are_narrower_than_two_intervals() -> None:
     assert high - low < one.high - one.low
     assert difference_interval(ACCURACY, predictions, predictions, targets) == (0, 0)
     assert RESAMPLES >= 1000
+
+
+def test_the_mean_difference_is_paired_and_covers_the_point():
+    from icm_ray.evaluation.metrics import Answers, mean_difference
+
+    task = make_task("accuracy", 2)
+    draw = np.random.default_rng(0)
+    targets = draw.integers(0, 2, 200)
+    theirs = np.where(draw.random(200) < 0.6, targets, 1 - targets)
+    same = Answers(task, theirs, theirs, targets, 0.8)
+    assert mean_difference([same, same]) == (0, 0, 0)
+    better = Answers(task, targets, theirs, targets, 0.8)
+    point, low, high = mean_difference([better, same])
+    assert point == pytest.approx((1 - (theirs == targets).mean()) / 0.8 / 2)
+    assert 0 < low < point < high

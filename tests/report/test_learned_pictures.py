@@ -1,0 +1,67 @@
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from icm_ray.report import Gap, LearnedRow, learned_page
+from icm_ray.report.html import page
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def learned(data):
+    modules = list(data.ratios["topic"])
+    shares = {"topic": dict.fromkeys(modules, 0.3), "year": {modules[0]: 0.5}}
+    history = {"topic": [1.0, 0.5, 0.01], "year": [0.9, 0.8, 0.7]}
+    return LearnedRow(
+        method="soup", history=history, shares=shares, unmoved=["x"], warnings={"year": EVIL}
+    )
+
+
+def test_a_page_of_its_own_is_the_same_bytes_and_escapes(learned):
+    text = learned_page(learned)
+    assert text == learned_page(learned)
+    assert EVIL not in text
+    assert "No target depends on 1" in text
+    ET.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+
+
+def test_the_report_shows_all_that_was_learned(learned, make_data):
+    ratios = {t: dict.fromkeys(learned.shares["topic"], 0.4) for t in ("topic", "year")}
+    data = make_data(
+        learned=[learned],
+        state_ratios={"base": ratios, "expert": ratios, "soup": ratios},
+        quartiles={"expert": {"topic": [0.9, 0.8, 0.8, 0.7]}, "soup": {"topic": [0.5] * 4}},
+        training_ratios={"topic": {3: 0.9, 6: 0.91}},
+        gaps=[
+            Gap(
+                init="shared",
+                method="soup",
+                baseline="ties",
+                difference=d,
+                low=d - 0.02,
+                high=d + 0.02,
+            )
+            for d in (0.05, 0.0, -0.05)
+        ],
+    )
+    text = page(data)
+    assert text == page(data)
+    for word in (
+        "before and after merging",
+        "Accuracy by null-space ratio",
+        "during fine-tuning",
+        "What soup learned",
+        "✓ better",
+        "within the interval",
+        "✗ worse",
+    ):
+        assert word in text, word
+    assert text.count("<svg") == 9
+
+
+def test_rows_that_merged_some_experts_have_a_table(make_data, make_row, make_scores):
+    half = [make_row("half", "topic", 0.72), make_row("half", "year", 0.4, seen=False)]
+    text = page(make_data(scores=[*make_scores(), *half]))
+    table = text[text.index("Seen and unseen tasks") :]
+    assert table.index("90.0 %") < table.index("50.0 %")
