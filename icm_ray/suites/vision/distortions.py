@@ -7,11 +7,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from icm_ray.seeding import seed_for
+from icm_ray.suites.vision import DISTORTIONS
 from icm_ray.suites.vision.painting import Painted
 from icm_ray.suites.vision.photographs import Photographs
 
 SIDE = 56
-DISTORTIONS = ("none", "blur", "motion", "noise", "jpeg", "pixels", "posterised", "sharpened")
 
 
 def distorted(split: str, photographs: Photographs, count: int) -> Iterator[Painted]:

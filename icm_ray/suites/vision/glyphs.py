@@ -8,41 +8,89 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from icm_ray.seeding import seed_for
+from icm_ray.suites.vision import LETTERS, STYLES
 from icm_ray.suites.vision.painting import Painted
 from icm_ray.suites.vision.photographs import Photographs
 
 SIDE = 56
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-STYLES = ("serif", "sans", "mono", "hand")
 MOST_DEGREES = 60.0
 """A letter of the rotation task is turned by up to this, either way."""
 
 TYPEFACES: Mapping[str, Sequence[str]] = {
-    "serif": (
-        "AccanthisADFStd-Regular.otf Arapey-Regular.otf BaskervaldADFStd.otf Caladea-Regular.ttf "
-        "Cardo104s.ttf DejaVuSerif.ttf EBGaramond12-Regular.otf Essays1743.ttf Fanwood.otf "
-        "GenBasR.ttf GoudyBookletter1911.otf LiberationSerif-Regular.ttf LinLibertine_R.otf "
-        "OldStandard-Regular.ttf Prociono.otf Quattrocento-Regular.otf Vollkorn-Regular.ttf"
-    ).split(),
-    "sans": (
-        "Cabin-Regular.otf Cantarell-Regular.otf ClearSans-Regular.ttf Comfortaa-Regular.ttf "
-        "DejaVuSans.ttf Dosis-Book.otf GilliusADF-Regular.otf Go-Regular.ttf Junction.otf "
-        "Jura-Regular.otf Karla-Regular.otf Lato-Regular.ttf LiberationSans-Regular.ttf "
-        "OpenSans-Regular.ttf Play-Regular.ttf Quicksand-Regular.ttf UniversalisADFStd-Regular.otf"
-    ).split(),
-    "mono": (
-        "Anonymous_Pro.ttf Courier_Prime.otf DejaVuSansMono.ttf FantasqueSansMono-Regular.ttf "
-        "FiraCode-Regular.ttf GNUTypewriter.ttf Go-Mono.ttf Hack-Regular.ttf Inconsolata.otf "
-        "JetBrainsMono-Regular.ttf LeagueMono-Regular.otf LiberationMono-Regular.ttf OCRB.otf "
-        "agave-r-autohinted.ttf monof55.ttf mononoki-Regular.ttf"
-    ).split(),
-    "hand": (
-        "BecauseWeBuild-Regular.otf BecauseWeCreate-Regular.otf BecauseWeLearn-Regular.otf "
-        "Breip.ttf DancingScript-Regular.otf Delphine.ttf Ecolier-court.ttf "
-        "Humor-Sans.ttf KaushanScript-Regular.otf Kristi.ttf LeckerliOne-Regular.ttf "
-        "LobsterTwo-Regular.otf Rufscript010.ttf SteveHand.ttf dkg.ttf "
-        "femkeklaver.ttf"
-    ).split(),
+    "serif": [
+        "AccanthisADFStd-Regular.otf",
+        "Arapey-Regular.otf",
+        "BaskervaldADFStd.otf",
+        "Caladea-Regular.ttf",
+        "Cardo104s.ttf",
+        "DejaVuSerif.ttf",
+        "EBGaramond12-Regular.otf",
+        "Essays1743.ttf",
+        "Fanwood.otf",
+        "GenBasR.ttf",
+        "GoudyBookletter1911.otf",
+        "LiberationSerif-Regular.ttf",
+        "LinLibertine_R.otf",
+        "OldStandard-Regular.ttf",
+        "Prociono.otf",
+        "Quattrocento-Regular.otf",
+        "Vollkorn-Regular.ttf",
+    ],
+    "sans": [
+        "Cabin-Regular.otf",
+        "Cantarell-Regular.otf",
+        "ClearSans-Regular.ttf",
+        "Comfortaa-Regular.ttf",
+        "DejaVuSans.ttf",
+        "Dosis-Book.otf",
+        "GilliusADF-Regular.otf",
+        "Go-Regular.ttf",
+        "Junction.otf",
+        "Jura-Regular.otf",
+        "Karla-Regular.otf",
+        "Lato-Regular.ttf",
+        "LiberationSans-Regular.ttf",
+        "OpenSans-Regular.ttf",
+        "Play-Regular.ttf",
+        "Quicksand-Regular.ttf",
+        "UniversalisADFStd-Regular.otf",
+    ],
+    "mono": [
+        "Anonymous_Pro.ttf",
+        "Courier_Prime.otf",
+        "DejaVuSansMono.ttf",
+        "FantasqueSansMono-Regular.ttf",
+        "FiraCode-Regular.ttf",
+        "GNUTypewriter.ttf",
+        "Go-Mono.ttf",
+        "Hack-Regular.ttf",
+        "Inconsolata.otf",
+        "JetBrainsMono-Regular.ttf",
+        "LeagueMono-Regular.otf",
+        "LiberationMono-Regular.ttf",
+        "OCRB.otf",
+        "agave-r-autohinted.ttf",
+        "monof55.ttf",
+        "mononoki-Regular.ttf",
+    ],
+    "hand": [
+        "BecauseWeBuild-Regular.otf",
+        "BecauseWeCreate-Regular.otf",
+        "BecauseWeLearn-Regular.otf",
+        "Breip.ttf",
+        "DancingScript-Regular.otf",
+        "Delphine.ttf",
+        "Ecolier-court.ttf",
+        "Humor-Sans.ttf",
+        "KaushanScript-Regular.otf",
+        "Kristi.ttf",
+        "LeckerliOne-Regular.ttf",
+        "LobsterTwo-Regular.otf",
+        "Rufscript010.ttf",
+        "SteveHand.ttf",
+        "dkg.ttf",
+        "femkeklaver.ttf",
+    ],
 }
 """Font files by kind; a blank in a name is written as an underscore."""
 

@@ -22,7 +22,6 @@ SPLIT_OF: Mapping[str, str] = {
     "hubble_deep_field": "train",
     "ihc": "train",
     "locomotion-house-cat": "train",
-    "moon": "train",
     "nagasaki-boats": "train",
     "coins": "calibration",
     "march-pastoral": "calibration",

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from icm_ray.seeding import seed_for
+from icm_ray.suites.vision import SURFACES
 from icm_ray.suites.vision.painting import Painted
 from icm_ray.suites.vision.photographs import Photographs
 
@@ -19,7 +20,6 @@ SIDE = 84
 PATCH = 14
 SAMPLES = 2
 """Rays along each side of a pixel."""
-SURFACES = ("floor", "wall", "ball", "box", "pillar")
 TEXTURE = 96
 FAR = 1e6
 """Distance of what a ray misses."""
