@@ -208,7 +208,7 @@ def box(centre: np.ndarray, half: np.ndarray, yaw: float) -> Hit:
 
 
 def pillar(foot: np.ndarray, radius: float, height: float) -> Hit:
-    """Return an upright cylinder with a flat top."""
+    """Return an upright cylinder with a flat top; `foot` is where it stands on the floor."""
 
     def hit(origins: Points, rays: Points) -> tuple[np.ndarray, Points]:
         offset, way = (origins - foot)[:, [0, 2]], rays[:, [0, 2]]
