@@ -22,8 +22,9 @@ class TaskInputs:
         batches: Fixed batches, one of them a step; `make_batches` sorts by length.
         head: The frozen head, for objectives that read it.
         kind: What the task asks for, as its suite says; None if nobody said.
-        targets: Labels by original row, `(examples,)` or one for each patch: class indices, or numbers standardised by
-            the head's mean and deviation. Only `Supervised` may look at them.
+        targets: Labels by original row, `(examples,)` or one for each patch: class indices, or
+            numbers standardised by the head's mean and deviation. Only `Supervised` may look at
+            them.
     """
 
     adapter: Adapter
