@@ -66,7 +66,7 @@ class _Headed:
     ) -> Tensor:
         """Return the mean loss of a batch on the model as it stands."""
         assert head is not None
-        logits = head(self._states(base.model, batch, targets.shape[1:]))
+        logits = head(self._states(base.model, batch))
         return loss(logits.flatten(0, -2), targets.flatten(), task)
 
     @torch.no_grad()
@@ -75,8 +75,7 @@ class _Headed:
         make = self.batches(base, examples, task)
         read = base.reader.read(examples.inputs, task.max_tokens)
         batches = [make(rows) for rows in by_length(read, size)]
-        per = examples.targets.shape[1:]
-        parts = [self._states(base.model, batch, per).float().cpu() for batch in batches]
+        parts = [self._states(base.model, batch).float().cpu() for batch in batches]
         return in_order(batches, parts)
 
     def predict(
@@ -86,10 +85,10 @@ class _Headed:
         assert head is not None
         return head.predict(self.features(base, examples, task, size), task)
 
-    def _states(self, model: nn.Module, batch: Batch, per_example: Sequence[int]) -> Tensor:
+    def _states(self, model: nn.Module, batch: Batch) -> Tensor:
         if not self.dense:
             return pooled(model, batch)
-        return hidden_states(model, batch)[:, -per_example[0] :]  # patches come last
+        return hidden_states(model, batch)[:, batch.prefix :]
 
 
 class _NextToken:

@@ -1,7 +1,7 @@
 """Texts or images to batches a model takes, the same ones whoever makes them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,11 +31,13 @@ class Batch:
             `(examples, channels, height, width)` float pixels.
         mask: `(examples, tokens)` bool over the model's tokens, False on padding.
         rows: Position of each example in the original order.
+        prefix: Tokens before those of an image's patches.
     """
 
     data: Shaped[Tensor, "examples ..."]
     mask: Bool[Tensor, "examples tokens"]
     rows: Int[Tensor, " examples"]
+    prefix: int = field(default=0, kw_only=True)
 
     @property
     def ids(self) -> Int[Tensor, "examples tokens"]:
@@ -121,7 +123,7 @@ class ImageReader:
         height, width = images.shape[1] // self.patch, images.shape[2] // self.patch
         mask = torch.ones(len(images), self.prefix + height * width, dtype=torch.bool)
         data = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        return Batch(data, mask, torch.tensor(rows))
+        return Batch(data, mask, torch.tensor(rows), prefix=self.prefix)
 
 
 def batches_of(reader: Reader, inputs: Inputs, max_tokens: int, size: int) -> list[Batch]:

@@ -16,7 +16,7 @@ from icm_ray.errors import InputError
 from icm_ray.evidence.low_rank import applied
 from icm_ray.evidence.readers import Batch, join
 from icm_ray.learning.forward import merged, observe
-from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives import Memory, Objective, TaskObjective
 from icm_ray.learning.parameters import Parameters
 
@@ -132,19 +132,27 @@ class TaskGradients:
 
     def _losses(self, numbers: Mapping[str, int]) -> dict[str, Tensor]:
         """Return each task's loss on one of its batches; the merge is on the model already."""
-        batches = self._batches(numbers)
-        modules = sorted({m for task in numbers for m in self.objectives[task].modules})
-        hidden = any(self.objectives[task].hidden for task in numbers)
-        whole = join(batches) if len(batches) > 1 else batches[0]
-        seen = observe(self.model, whole, modules, hidden=hidden, save=self.save_memory)
+        batches = dict(zip(numbers, self._batches(numbers), strict=True))
+        # Images of several sizes cannot be one batch.
+        alike: dict[tuple[int, ...], dict[str, Batch]] = {}
+        for task, batch in batches.items():
+            alike.setdefault(tuple(batch.data.shape[2:]), {})[task] = batch
         losses = {}
-        for (task, number), batch, part in zip(
-            numbers.items(), batches, seen.split(batches), strict=True
-        ):
-            memory = self.memories[task][number]
-            sums, count = self.objectives[task].measure(batch, part, memory)
-            losses[task] = (sums / count * self.scales[task].to(sums)).mean()
-        return losses
+        for group in alike.values():
+            for task, part in self._observe(group).items():
+                memory = self.memories[task][numbers[task]]
+                sums, count = self.objectives[task].measure(batches[task], part, memory)
+                losses[task] = (sums / count * self.scales[task].to(sums)).mean()
+        return {task: losses[task] for task in numbers}
+
+    def _observe(self, batches: Mapping[str, Batch]) -> dict[str, Seen]:
+        """Return what each task's objective asks to see, of one forward over all their batches."""
+        modules = sorted({m for task in batches for m in self.objectives[task].modules})
+        hidden = any(self.objectives[task].hidden for task in batches)
+        every = list(batches.values())
+        whole = join(every) if len(every) > 1 else every[0]
+        seen = observe(self.model, whole, modules, hidden=hidden, save=self.save_memory)
+        return dict(zip(batches, seen.split(every), strict=True))
 
     def _batches(self, numbers: Mapping[str, int]) -> list[Batch]:
         """Return one batch of each task, with the merge's answers if the objective wants them."""

@@ -25,7 +25,7 @@ class HeadEntropy:
 
     def of(self, inputs: TaskInputs) -> "_Logits | None":
         """Return the task's objective; None for a regression, which has no entropy."""
-        return _Logits(inputs, _entropy) if inputs.kind == "classification" else None
+        return _Logits(inputs, _entropy) if _asks(inputs) == "classification" else None
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Distillation:
     scaling: Scaling = "energy"
 
     def of(self, inputs: TaskInputs) -> "_Logits | None":
-        """Return the task's objective; None without a head on pooled states."""
+        """Return the task's objective; None without a head."""
         known = {"classification": _divergence, "regression": _squared}
-        return _Logits(inputs, known[inputs.kind]) if inputs.kind in known else None
+        asks = _asks(inputs)
+        return _Logits(inputs, known[asks]) if asks in known else None
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,15 @@ class Supervised:
     def of(self, inputs: TaskInputs) -> "_Logits | None":
         """Return the task's objective; None without a head or labels."""
         known = {"classification": _cross_entropy, "regression": _squared}
-        if inputs.kind not in known or inputs.targets is None:
+        asks = _asks(inputs)
+        if asks not in known or inputs.targets is None:
             return None
-        return _Logits(inputs, known[inputs.kind], inputs.targets)
+        return _Logits(inputs, known[asks], inputs.targets)
+
+
+def _asks(inputs: TaskInputs) -> str | None:
+    """Return what a head is asked for each row it reads: an example, or a patch of one."""
+    return inputs.kind.removeprefix("dense_") if inputs.kind else None
 
 
 class _Logits:
@@ -70,12 +77,13 @@ class _Logits:
         if inputs.head is None:
             raise RecipeError(f"task {inputs.name!r}: has no head, which the objective reads.")
         self.head: Head = inputs.head
+        self.dense = inputs.dense
         self.loss, self.targets = loss, targets
         self.compares = targets is None and loss is not _entropy
 
     def _logits(self, batch: Batch, seen: Seen) -> Tensor:
-        pooled = seen.pooled(batch.mask).float()
-        return pooled @ self.head.weight.T.to(pooled) + self.head.bias.to(pooled)
+        read = seen.read(batch, self.dense).float()
+        return read @ self.head.weight.T.to(read) + self.head.bias.to(read)
 
     def remember(self, batch: Batch, expert: Seen, base: Seen) -> Memory:
         """Return what of expert and base the measure compares with."""
@@ -88,7 +96,7 @@ class _Logits:
         logits = self._logits(batch, seen)
         expected = memory.get("expected", logits)
         if self.targets is not None:
-            expected = self.targets[batch.rows].to(logits.device)
+            expected = self.targets[batch.rows].flatten().to(logits.device)
         return self.loss(logits, expected).sum()[None], float(len(logits))
 
 

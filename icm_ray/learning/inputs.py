@@ -22,20 +22,26 @@ class TaskInputs:
         batches: Fixed batches, one of them a step; `make_batches` sorts by length.
         head: The frozen head, for objectives that read it.
         kind: What the task asks for, as its suite says; None if nobody said.
-        targets: `(examples,)` labels by original row: class indices, or numbers standardised by
-            the head's mean and deviation. Only `Supervised` may look at them.
+        targets: Labels by original row, `(examples,)` or one for each patch: class indices, or
+            numbers standardised by the head's mean and deviation. Only `Supervised` may look at
+            them.
     """
 
     adapter: Adapter
     batches: Sequence[Batch]
     head: Head | None = None
     kind: str | None = None
-    targets: Float[Tensor, " examples"] | None = None
+    targets: Float[Tensor, "examples *patches"] | None = None
 
     @property
     def name(self) -> str:
         """The task's name."""
         return self.adapter.name
+
+    @property
+    def dense(self) -> bool:
+        """Whether the head reads each patch of an image."""
+        return (self.kind or "").startswith("dense_")
 
     def batch_number(self, seed: int, step: int) -> int:
         """Return which batch a step uses: a fresh shuffle each epoch, keyed by seed and task."""
@@ -61,6 +67,13 @@ class Seen:
         assert self.hidden is not None, "the objective did not ask for the hidden state"
         weights = mask.to(self.hidden.device, self.hidden.dtype)[..., None]
         return (self.hidden * weights).sum(1) / weights.sum(1)
+
+    def read(self, batch: Batch, dense: bool) -> Float[Tensor, "rows d_model"]:
+        """Return what a head reads: pooled states, or those of all patches, image by image."""
+        if not dense:
+            return self.pooled(batch.mask)
+        assert self.hidden is not None, "the objective did not ask for the hidden state"
+        return self.hidden[:, batch.prefix :].flatten(0, 1)
 
     def split(self, batches: Sequence[Batch]) -> list["Seen"]:
         """Return each batch's share of a pass over several batches that were joined."""

@@ -205,7 +205,8 @@ class TaskVectorMatch:
     classes, logits up to a common shift, which no probability depends on.
 
     Attributes:
-        pooling: Compare the mean over an example's tokens, or each token's state.
+        pooling: Compare the mean over an example's tokens, or each token's state. Where a head
+            reads each patch of an image, "mean" compares these, since a mean says nothing of them.
         heads: Look through the heads too, for tasks that have one.
     """
 
@@ -216,20 +217,20 @@ class TaskVectorMatch:
     def of(self, inputs: TaskInputs) -> "_TaskVector":
         """Return the task's objective."""
         reads = inputs.head.weight if self.heads and inputs.head else None
-        if reads is not None and inputs.kind == "classification":
+        if reads is not None and inputs.kind in ("classification", "dense_classification"):
             reads = reads - reads.mean(0)
-        return _TaskVector(self.pooling, reads)
+        return _TaskVector(self.pooling, inputs.dense, reads)
 
 
 class _TaskVector:
     hidden, compares, modules = True, True, ()
 
-    def __init__(self, pooling: str, reads: Tensor | None) -> None:
-        self.pooling, self.reads = pooling, reads
+    def __init__(self, pooling: str, dense: bool, reads: Tensor | None) -> None:
+        self.pooling, self.dense, self.reads = pooling, dense, reads
 
     def _states(self, batch: Batch, seen: Seen) -> tuple[Tensor, Tensor]:
         if self.pooling == "mean":
-            states = seen.pooled(batch.mask).float()
+            states = seen.read(batch, self.dense).float()
             return states, states.new_ones(len(states))
         assert seen.hidden is not None
         states = seen.hidden.flatten(0, 1).float()

@@ -1,4 +1,4 @@
-"""Task suites: real labelled text, the base models that read it, and a user's own data.
+"""Task suites: real labelled text and images, the base models for them, and a user's own data.
 
 `SUITES` is the whole table; importing it loads neither torch nor transformers nor ray.
 """
@@ -9,8 +9,9 @@ from icm_ray.suites.bases import BASES, PackagedBase, default_cache, prepare_bas
 from icm_ray.suites.folder import load_folder
 from icm_ray.suites.tasks import SPLITS, Examples, Suite, Task
 from icm_ray.suites.text import TEXT
+from icm_ray.suites.vision import VISION
 
-SUITES: Mapping[str, Suite] = {"text": TEXT}
+SUITES: Mapping[str, Suite] = {"text": TEXT, "vision": VISION}
 """Every suite that comes with the package, by name."""
 
 __all__ = [

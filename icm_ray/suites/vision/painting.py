@@ -1,0 +1,21 @@
+"""What every builder of images gives: a picture, its target, and what it was made from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Painted:
+    """One example before it is encoded.
+
+    Args:
+        image: Grey or RGB.
+        target: Class index or number, or one of either for each patch, in reading order.
+        document: What it was made from: a typeface, a photograph, a scene.
+    """
+
+    image: Image.Image
+    target: float | np.ndarray
+    document: str

@@ -1,0 +1,201 @@
+"""Images through everything a merge needs: experts, evidence, Grams, objectives, scores.
+
+Two tasks ask for one answer an image and two for one a patch, at two sizes, on a tiny DINOv2.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from icm_ray.config import ExpertSet, LoRARecipe, Training
+from icm_ray.evaluation.answers import head_features
+from icm_ray.evaluation.heads import Head
+from icm_ray.evaluation.probe import fit_probe
+from icm_ray.evaluation.scoring import TaskData, evaluate
+from icm_ray.evidence.base import Base, find_module, load_base
+from icm_ray.evidence.batches import batches_of
+from icm_ray.evidence.gather import gather
+from icm_ray.evidence.grams import gather_grams
+from icm_ray.evidence.low_rank import applied
+from icm_ray.finetuning.expert import ExpertJob, train_expert
+from icm_ray.learning.gradients import TaskGradients
+from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised
+from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.objectives import RowSpaceMatch, TaskVectorMatch
+from icm_ray.learning.parameters import Coefficients
+from icm_ray.learning.terms import own_terms
+from icm_ray.suites.tasks import Examples, Task
+
+COUNT = 16
+QUERY = "encoder.layer.1.attention.q_proj"
+PATHS = {f"encoder.layer.{i}.attention.{p}_proj": (16, 16) for i in (0, 1) for p in "qvo"}
+
+
+def task_of(kind: str) -> Task:
+    metric = {"dense_classification": "miou", "classification": "accuracy"}.get(kind, "r2")
+    classes = ("dark", "light") if "classification" in kind else ()
+    return Task(kind, kind, metric, classes, 0, "nowhere", "none")
+
+
+TASKS = {
+    kind: task_of(kind)
+    for kind in ("classification", "regression", "dense_classification", "dense_regression")
+}
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer DINOv2 of width 16."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("tiny-dino")
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(dino: Path) -> Base:
+    return load_base(dino)
+
+
+def examples_of(task: Task) -> Examples:
+    """Images of random grey patches; targets say how light the patches, or the image, are."""
+    across = 3 if task.kind.startswith("dense") else 2
+    draw = np.random.default_rng(across)
+    light = draw.uniform(0, 1, (COUNT, across, across))
+    images = np.rint(255 * np.kron(light, np.ones((14, 14)))).astype(np.uint8)
+    targets = light.reshape(COUNT, -1) if across == 3 else light.mean((1, 2))
+    if task.classes:
+        targets = (targets > 0.5).astype(np.float64)
+    names = tuple(map(str, range(COUNT)))
+    return Examples((), targets, names, images=np.repeat(images[..., None], 3, -1))
+
+
+def probe_of(base: Base, task: Task) -> Head:
+    examples = examples_of(task)
+    read = (head_features(base, examples, task, 5), examples.targets.flatten())
+    return fit_probe(task, read, read)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_an_expert_learns_and_is_scored(base: Base, task: Task, tmp_path: Path) -> None:
+    examples = examples_of(task)
+    lora = LoRARecipe(rank=2, alpha=4, targets=["q_proj", "v_proj"])
+    training = Training(steps=30, batch=8, lora_lr=0.02, head_lr=0.02, checkpoints=2)
+    start = Head(torch.zeros(task.outputs, 16), torch.zeros(task.outputs), 0.5, 0.3)
+    start = start if not task.classes else Head(start.weight, start.bias)
+    fresh = Base(copy.deepcopy(base.model), base.reader, base.path, base.whole)
+    fresh = Base(fresh.model, base.reader, base.path, fresh.model)
+    job = ExpertJob(task, lora, training, ExpertSet())
+    expert = train_expert(fresh, job, examples, start, tmp_path)
+    assert np.mean(expert.losses[-5:]) < 0.9 * np.mean(expert.losses[:3])
+    assert expert.head is not None
+    scored = evaluate(fresh, None, {"it": TaskData(task, examples, expert.head)}, batch=5)["it"]
+    assert scored.predictions.shape == examples.targets.shape
+    assert scored.score.low <= scored.score.value <= scored.score.high
+    assert ("rmse" in scored.score.details) == (task.kind == "dense_regression")
+
+
+@pytest.mark.parametrize("kind", ["dense_classification", "dense_regression"])
+def test_dense_heads_read_each_patch_where_it_is(base: Base, kind: str) -> None:
+    examples = examples_of(TASKS[kind])
+    features = head_features(base, examples, TASKS[kind], 5)
+    assert features.shape == (COUNT * 9, 16)
+    pixels = base.reader.batch(base.reader.read(examples.inputs, 0), [3]).data
+    with torch.no_grad():
+        states = base.model(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(features[27:36], states[0, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_evidence_and_grams_are_over_every_token_of_every_image(base: Base, make_adapter) -> None:
+    adapter = make_adapter("letters", shapes=PATHS, spread=0.2)
+    batches = batches_of(base.reader, examples_of(TASKS["dense_regression"]).inputs, 0, 5)
+    evidence = gather(base.model, adapter, batches)
+    assert evidence.inputs == COUNT
+    assert evidence.task_vector.norm() > 0
+    assert set(evidence.expert_ratios) == set(PATHS)
+    rows: list[torch.Tensor] = []
+    hook = find_module(base.model, QUERY).register_forward_pre_hook(
+        lambda _module, given: rows.append(given[0].flatten(0, 1))
+    )
+    with torch.no_grad(), applied(base.model, adapter):
+        for batch in batches:
+            base.model(pixel_values=batch.data)
+    hook.remove()
+    x = torch.cat(rows).double()
+    assert len(x) == COUNT * 10
+    gram = gather_grams(base.model, adapter, [QUERY], batches)
+    found = next(iter(gram.grams.values()))
+    torch.testing.assert_close(found.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def tasks(base: Base, make_adapter) -> list[TaskInputs]:
+    made = []
+    for kind, task in TASKS.items():
+        examples, head = examples_of(task), probe_of(base, task)
+        targets = torch.tensor((examples.targets - head.mean) / head.std).float()
+        batches = batches_of(base.reader, examples.inputs, 0, 4)
+        adapter = make_adapter(kind, shapes=PATHS, spread=0.3)
+        made.append(TaskInputs(adapter, batches, head, kind, targets))
+    return made
+
+
+OBJECTIVES = {
+    "row space": RowSpaceMatch(),
+    "task vector": TaskVectorMatch(),
+    "heads": TaskVectorMatch(heads=True),
+    "entropy": HeadEntropy(),
+    "distillation": Distillation(),
+    "labels": Supervised(),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_images_of_two_sizes_share_a_step(base: Base, tasks, name: str) -> None:
+    adapters = [task.adapter for task in tasks]
+    parameters = Coefficients(own_terms(adapters), 0.4)
+    weights = {task.name: 1.0 for task in tasks}
+    side = TaskGradients(base.model, parameters, OBJECTIVES[name], tasks, weights=weights)
+    for task in side.tasks:
+        side.start(task)
+    classes = {"classification", "dense_classification"}
+    assert set(side.tasks) == (classes if name == "entropy" else set(TASKS))
+    together = side.gradient(tuple(side.tasks), 0)
+    alone = [side.gradient((task,), 0) for task in side.tasks]
+    for path, gradient in together.gradients.items():
+        parts = [part.gradients[path] for part in alone if path in part.gradients]
+        torch.testing.assert_close(gradient, sum(parts), rtol=1e-3, atol=1e-5)
+    for part in alone:
+        for task, loss in part.losses.items():
+            assert together.losses[task] == pytest.approx(loss, rel=1e-4)
+
+
+def test_dense_labels_are_judged_patch_by_patch(base: Base, tasks) -> None:
+    task = next(task for task in tasks if task.name == "dense_classification")
+    objective = Supervised().of(task)
+    assert objective is not None
+    side = TaskGradients(
+        base.model,
+        Coefficients(own_terms([task.adapter]), 1.0),
+        Supervised(),
+        [task],
+        weights={task.name: 1.0},
+    )
+    side.scales[task.name] = torch.ones(1)
+    side.memories[task.name] = [{} for _ in task.batches]
+    found = side.components(task.name)[0]
+    with torch.no_grad(), applied(base.model, task.adapter):
+        states = head_features(base, examples_of(TASKS[task.name]), TASKS[task.name], 4)
+    assert task.head is not None
+    assert task.targets is not None
+    logits = states @ task.head.weight.T + task.head.bias
+    expected = torch.nn.functional.cross_entropy(logits, task.targets.flatten().long())
+    assert found == pytest.approx(float(expected), rel=1e-4)
