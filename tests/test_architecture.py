@@ -28,6 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "finetuning": BASICS | {"config", "evaluation", "evidence", "suites"},
     "report": BASICS,
     "learning": BASICS | {"adapters", "config", "evaluation", "evidence", "linalg", "methods"},
+    "search": BASICS
+    | {"adapters", "config", "evaluation", "evidence", "learning", "linalg", "methods", "suites"},
     "output": BASICS | {"adapters", "methods", "report"},
     "reproduction": BASICS | {"adapters", "linalg", "methods", "output", "report"},
     "importing": BASICS | {"config", "methods", "recipe_files"},
@@ -38,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merging": BASICS | {"adapters", "config", "methods", "output", "planning", "suites"},
     "distributed": BASICS
     | {"adapters", "config", "evaluation", "evidence", "finetuning", "learning", "linalg"}
-    | {"methods", "merging", "output", "planning", "report", "suites"},
+    | {"methods", "merging", "output", "planning", "report", "search", "suites"},
     "cli": BASICS
     | {"adapters", "command", "config", "importing", "merging", "methods", "planning"}
     | {"recipe_files", "report", "reproduction", "suites"},
