@@ -148,11 +148,13 @@ def _trial_function() -> Callable[..., None]:
         import ray
         from ray import tune
 
+        seconds = 0.0
         for look in config["looks"]:
             sizes = {name: look.get(name) for name in ("examples", "steps")}
             actor = actors[config["slot"]]
             call = actor.measure.remote(config["setting"], config["objectives"], **sizes)
             told = ray.get(call, timeout=timeout)
+            seconds = told["seconds"] = told["seconds"] + seconds
             tune.report({"rung": look["rung"], **told, **told.get("metrics", {})})
             if "error" in told:
                 return
@@ -198,9 +200,9 @@ class _Asker(Searcher):
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if trial_id in self.flying and "metrics" in result:
+        if trial_id in self.flying and "error" not in result:
             number, _ = self.flying[trial_id]
-            self.study.report(number, int(result[RUNG]), result["metrics"])
+            self.study.report(number, int(result[RUNG]), _part(result, "metrics"))
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -214,9 +216,9 @@ class _Asker(Searcher):
             return
         last = int(result[RUNG]) >= self.looks.rungs[-1]
         state = "failed" if "error" in result else "complete" if last else "stopped"
-        told = {key: result[key] for key in ("metrics", "scores", "node", "error") if key in result}
-        seconds = float(result.get("time_total_s", 0.0))
-        self.finished(self.study.tell(number, state=state, seconds=seconds, **told))
+        told = {key: result[key] for key in ("node", "seconds", "error") if key in result}
+        told |= {key: _part(result, key) for key in ("metrics", "scores")}
+        self.finished(self.study.tell(number, state=state, **told))
 
     def save(self, checkpoint_path: str) -> None:
         pass
@@ -226,6 +228,11 @@ class _Asker(Searcher):
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         pass
+
+
+def _part(result: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Return one of a result's tables; Tune hands them over flattened, as `<name>/<key>`."""
+    return {k.removeprefix(f"{name}/"): v for k, v in result.items() if k.startswith(f"{name}/")}
 
 
 def plain_setting(study: Study, trial: Trial) -> dict[str, Any]:

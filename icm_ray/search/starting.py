@@ -1,4 +1,4 @@
-"""The points a search begins with: defaults, uniform weights, an earlier search, a learned merge."""
+"""Where a search begins: defaults, uniform weights, earlier searches, learned merges."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase

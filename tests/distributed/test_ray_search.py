@@ -1,4 +1,4 @@
-"""Searches on Ray Tune and Optuna with the tiny base: what is kept, what resumes, what is refused."""
+"""Searches on Ray Tune and Optuna with the tiny base: what is kept, resumed and refused."""
 
 import pyarrow.parquet as pq
 import pytest
