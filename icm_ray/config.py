@@ -430,7 +430,7 @@ class SearchRow(Part):
 class Halving(Part):
     """Successive halving (ASHA): most trials are stopped early, on part of the evidence."""
 
-    on: Literal["examples", "steps"] = Field(
+    by: Literal["examples", "steps"] = Field(
         default="examples", description="Examples a task, or steps of a learner."
     )
     first: Positive = Field(default=32, description="Looked at before any trial is stopped.")

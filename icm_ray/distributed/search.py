@@ -126,8 +126,8 @@ def looks_of(recipe: SearchRecipe, search: Search) -> Looks:
     if halving is None or search.seed is None:
         return Looks("all", (1,))
     last = recipe.validation
-    if halving.on == "steps":
+    if halving.by == "steps":
         last = max(spec_of(m, search.row.learn).optimisation.steps for m in search.space.methods)
     elif not set(recipe.objectives) & set(SCORED) and recipe.data is not None:
         last = recipe.data.inputs_per_task
-    return Looks(halving.on, tuple(rungs(halving.first, halving.factor, last)), halving.factor)
+    return Looks(halving.by, tuple(rungs(halving.first, halving.factor, last)), halving.factor)

@@ -134,10 +134,10 @@ def _problems(plan: Plan, tasks: Sequence[str]) -> list[str]:
         found.append("data: missing but an objective or method looks at unlabelled inputs.")
     if recipe.halving and len(recipe.objectives) > 1:
         found.append("halving: stops trials by one objective, but several are named.")
-    if recipe.halving and recipe.halving.on == "steps":
+    if recipe.halving and recipe.halving.by == "steps":
         methods = {m for _, space in plan.rows for m in space.methods}
         if strange := sorted(methods - set(LEARNERS)):
-            found.append(f"halving.on: steps, but {', '.join(strange)} learns nothing.")
+            found.append(f"halving.by: steps, but {', '.join(strange)} learns nothing.")
     return found
 
 

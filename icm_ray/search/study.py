@@ -175,15 +175,15 @@ class Study:
         seed = seed_for("search", self.seed, number) % 2**32
         if self.sampler == "random" or (number < self.startup and self.sampler == "gp"):
             return samplers.RandomSampler(seed=seed)
-        if self.sampler == "gp":
-            return samplers.GPSampler(
-                seed=seed,
-                n_startup_trials=self.startup,
-                deterministic_objective=True,
-                warn_independent_sampling=False,
-            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # options Optuna calls experimental
+            if self.sampler == "gp":
+                return samplers.GPSampler(
+                    seed=seed,
+                    n_startup_trials=self.startup,
+                    deterministic_objective=True,
+                    warn_independent_sampling=False,
+                )
             return samplers.TPESampler(
                 seed=seed,
                 n_startup_trials=self.startup,
