@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from icm_ray.adapters import check_base
 from icm_ray.config import SearchRecipe
-from icm_ray.distributed.cluster import connected, worker_count
+from icm_ray.distributed.actors import adapter_actors
+from icm_ray.distributed.cluster import connected
 from icm_ray.distributed.merge_jobs import base_folder
-from icm_ray.distributed.search_actor import share_material, start_search_actors
 from icm_ray.distributed.search_best import finish, note_best
-from icm_ray.distributed.search_engine import Looks, check_loggers, run_trials, wait_for_actors
+from icm_ray.distributed.search_engine import Looks, run_trials, wait_for_actors
+from icm_ray.distributed.search_loggers import check_loggers
 from icm_ray.distributed.search_material import gather_material
 from icm_ray.distributed.search_plan import (
     Plan,
@@ -31,6 +30,7 @@ from icm_ray.distributed.search_plan import (
     study_of,
     trials_of,
 )
+from icm_ray.distributed.search_trials import share_material
 from icm_ray.distributed.shared_base import SharedBase, share_base
 from icm_ray.errors import InputError
 from icm_ray.learning.recipes import spec_of
@@ -75,19 +75,22 @@ def _run_all(
     ]
     if not missing:
         return
-    material = gather_material(plan, shared, target)
-    count = worker_count(recipe.resources, max(trials for *_, trials in missing))
-    actors = start_search_actors(shared, share_material(material), recipe.resources, count)
-    try:
+    items = max(len(plan.files), *(trials for *_, trials in missing))
+    with adapter_actors(shared, recipe.resources, items) as actors:
         wait_for_actors(actors, min(WAIT_FOR_ACTORS, recipe.resources.timeout_seconds))
+        material = share_material(gather_material(plan, shared, actors, target))
         for search, study, trials in missing:
-            _run(plan, search, study, actors, trials)
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+            _run(plan, search, study, actors, material, trials)
 
 
-def _run(plan: Plan, search: Search, study: Study, actors: Sequence[Any], trials: int) -> None:
+def _run(
+    plan: Plan,
+    search: Search,
+    study: Study,
+    actors: Sequence[Any],
+    material: Sequence[Any],
+    trials: int,
+) -> None:
     from ray.experimental import tqdm_ray
 
     recipe = plan.recipe
@@ -103,6 +106,7 @@ def _run(plan: Plan, search: Search, study: Study, actors: Sequence[Any], trials
         run_trials(
             study,
             actors,
+            material,
             looks_of(recipe, search),
             trials,
             timeout=recipe.resources.timeout_seconds,

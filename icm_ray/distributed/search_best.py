@@ -1,5 +1,6 @@
 """The best of a search: always on disk as a recipe, in the end merged, verified and scored."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 from icm_ray.adapters import open_adapter
 from icm_ray.config import SearchRecipe
 from icm_ray.distributed.actors import AdapterSource, adapter_actors
-from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
+from icm_ray.distributed.evaluate import ScoreItem, is_scored, score_on_ray
 from icm_ray.distributed.merge_jobs import learn_and_write, merge_and_write
 from icm_ray.distributed.rows import task_data
 from icm_ray.distributed.search_plan import Plan, Search
@@ -130,22 +131,21 @@ def _scored(
         source = AdapterSource(MERGED, str(folder), open_adapter(folder).fingerprint())
         items.append(ScoreItem(search.output, source, tasks))
     found: dict[str, dict[str, Standing]] = {search.output: {} for search in searches}
-    with adapter_actors(shared, recipe.resources, len(items)) as actors:
-        for split, size in sizes.items():
-            scores = score_on_ray(
-                actors,
-                items,
-                task_data(plan.suite, plan.experts, split, size),
-                target / "scores" if split == "validation" else target / "scores" / split,
-                base=shared.fingerprint,
-                batch=BATCH,
-                timeout=recipe.resources.timeout_seconds,
-            )
+    data = {s: task_data(plan.suite, plan.experts, s, size) for s, size in sizes.items()}
+    places = {"validation": target / "scores", "test": target / "scores" / "test"}
+    how: Any = {"base": shared.fingerprint, "batch": BATCH}
+    with contextlib.ExitStack() as stack:
+        actors: list[Any] = []
+        if not all(is_scored(items, data[split], places[split], **how) for split in sizes):
+            pool = adapter_actors(shared, recipe.resources, len(items))
+            actors = stack.enter_context(pool)
+        for split in sizes:
+            how["timeout"] = recipe.resources.timeout_seconds
+            scores = score_on_ray(actors, items, data[split], places[split], **how)
             expert = {t: scores[f"expert {t}"][t].score.value for t in tasks}
-            base = values(scores["base"])
             for search in searches:
                 mine = values(scores[search.output])
-                found[search.output][split] = standing(mine, expert, base)
+                found[search.output][split] = standing(mine, expert, values(scores["base"]))
     return found
 
 

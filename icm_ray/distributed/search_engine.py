@@ -25,7 +25,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 
 from icm_ray.distributed.cluster import fetch
-from icm_ray.errors import ClusterError, RecipeError
+from icm_ray.distributed.search_loggers import logger
+from icm_ray.errors import ClusterError
 from icm_ray.search.ledger import Trial
 from icm_ray.search.objectives import AIMS
 from icm_ray.search.study import Study
@@ -57,6 +58,7 @@ class Looks:
 def run_trials(
     study: Study,
     actors: Sequence[Any],
+    material: Sequence[Any],
     looks: Looks,
     trials: int,
     *,
@@ -69,7 +71,8 @@ def run_trials(
 
     Args:
         study: Asks and is told.
-        actors: With `measure(setting, objectives, examples, steps)`, as `SearchActor`.
+        actors: With `measure(material, order)`, as `AdapterActor` has it.
+        material: Handed on to them; see `search_trials.share_material`.
         looks: The rungs.
         trials: Number of trials, those of earlier runs included.
         timeout: Longest wait for one measurement, seconds.
@@ -85,7 +88,9 @@ def run_trials(
         return
     check_placement(len(actors))
     run = tune.with_resources(
-        tune.with_parameters(_trial_function(), actors=list(actors), timeout=timeout),
+        tune.with_parameters(
+            _trial_function(), actors=list(actors), material=list(material), timeout=timeout
+        ),
         tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY}]),
     )
     with _private_folder(logs) as folder, _quiet_tune():
@@ -103,7 +108,7 @@ def run_trials(
                 name="search",
                 storage_path=str(folder),
                 verbose=0,
-                callbacks=[_callback(name) for name in loggers],
+                callbacks=[logger(name) for name in loggers],
             ),
         )
         tuner.fit()
@@ -114,12 +119,12 @@ def run_trials(
 
 
 def wait_for_actors(actors: Sequence[Any], timeout: float) -> None:
-    """Wait until every actor holds its material; say at once if the cluster has no room.
+    """Wait until every actor holds the base; say so if the cluster has no room.
 
     Raises:
         ClusterError: some were not placed in time.
     """
-    calls = [actor.ready.remote() for actor in actors]
+    calls = [actor.__ray_ready__.remote() for actor in actors]
     done, waiting = ray.wait(calls, num_returns=len(calls), timeout=timeout)
     if waiting:
         free = ", ".join(f"{k} {v:g}" for k, v in sorted(ray.available_resources().items()))
@@ -144,16 +149,18 @@ def check_placement(count: int) -> None:
 
 def _trial_function() -> Callable[..., None]:
     # Nested, so that it travels by value: a trial's process need not import torch to wait.
-    def trial(config: dict[str, Any], actors: list[Any], timeout: float) -> None:
+    def trial(
+        config: dict[str, Any], actors: list[Any], material: list[Any], timeout: float
+    ) -> None:
         import ray
         from ray import tune
 
         seconds = 0.0
         for look in config["looks"]:
-            sizes = {name: look.get(name) for name in ("examples", "steps")}
-            actor = actors[config["slot"]]
-            call = actor.measure.remote(config["setting"], config["objectives"], **sizes)
-            told = ray.get(call, timeout=timeout)
+            order = {name: look.get(name) for name in ("examples", "steps")}
+            order |= {name: config[name] for name in ("setting", "objectives")}
+            call = actors[config["slot"]].measure.remote(material, order)
+            told: dict[str, Any] = ray.get(call, timeout=timeout)  # type: ignore[assignment]
             seconds = told["seconds"] = told["seconds"] + seconds
             tune.report({"rung": look["rung"], **told, **told.get("metrics", {})})
             if "error" in told:
@@ -265,38 +272,6 @@ def _scheduler(study: Study, looks: Looks) -> TrialScheduler:
         for rung, value in sorted(trial.rungs.items(), key=lambda item: int(item[0])):
             scheduler.on_trial_result(controller, known, {RUNG: int(rung), name: value})
     return scheduler
-
-
-def _callback(name: str) -> Any:
-    """Return one of Tune's loggers.
-
-    Raises:
-        RecipeError: its package is not installed.
-    """
-    packages = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
-    try:
-        __import__(packages[name])
-    except ImportError:
-        raise RecipeError(
-            f"loggers: {name} needs the package {packages[name]}. Install it, or leave it out."
-        ) from None
-    if name == "tensorboard":
-        from ray.tune.logger import TBXLoggerCallback
-
-        return TBXLoggerCallback()
-    if name == "wandb":
-        from ray.air.integrations.wandb import WandbLoggerCallback
-
-        return WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "icm_ray"))
-    from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-    return MLflowLoggerCallback(experiment_name="icm_ray")
-
-
-def check_loggers(names: Sequence[str]) -> None:
-    """Raise RecipeError if a logger's package is missing."""
-    for name in names:
-        _callback(name)
 
 
 @contextlib.contextmanager

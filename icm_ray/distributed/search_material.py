@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from icm_ray.distributed.actors import AdapterSource, adapter_actors
+from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
 from icm_ray.distributed.evidence import EVIDENCE_BATCH, grams_on_ray, load_inputs
 from icm_ray.distributed.rows import task_data
@@ -16,10 +16,12 @@ from icm_ray.methods.given import TENSORS
 from icm_ray.search.measuring import BATCH, Material
 
 
-def gather_material(plan: Plan, shared: SharedBase, target: Path) -> Material:
+def gather_material(
+    plan: Plan, shared: SharedBase, actors: Sequence[Any], target: Path
+) -> Material:
     """Gather what all trials share: evidence, inputs, heads, and the references' predictions."""
     recipe, tasks = plan.recipe, [file.name for file in plan.files]
-    inputs, heads, labels = {}, {}, {}
+    inputs, heads, labels, grams, scored, references = {}, {}, {}, {}, {}, {}
     if plan.needs("inputs"):
         assert recipe.data is not None
         inputs = load_inputs(recipe.data, tasks)
@@ -29,14 +31,11 @@ def gather_material(plan: Plan, shared: SharedBase, target: Path) -> Material:
         assert recipe.data is not None
         split, limit = recipe.data.split, recipe.data.inputs_per_task
         labels = {t: plan.suite.load(t, split, limit).targets.tolist() for t in tasks}
-    grams, scored, references = {}, {}, {}
-    if plan.needs("grams") or plan.needs("validation"):
-        with adapter_actors(shared, recipe.resources, len(tasks)) as actors:
-            if plan.needs("grams"):
-                grams = load_file(_grams(plan, inputs, shared, actors, target) / TENSORS)
-            if plan.needs("validation"):
-                scored = task_data(plan.suite, plan.experts, "validation", recipe.validation)
-                references = references_of(plan, scored, shared, actors, target / "scores")
+    if plan.needs("grams"):
+        grams = load_file(_grams(plan, inputs, shared, actors, target) / TENSORS)
+    if plan.needs("validation"):
+        scored = task_data(plan.suite, plan.experts, "validation", recipe.validation)
+        references = _references(plan, scored, shared, actors, target / "scores")
     return Material(
         [file.load() for file in plan.files],
         inputs,
@@ -67,7 +66,7 @@ def _grams(
     )
 
 
-def references_of(
+def _references(
     plan: Plan, data: Any, shared: SharedBase, actors: Sequence[Any], folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Return predictions of the base, and of each expert on its own task."""

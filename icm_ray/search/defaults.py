@@ -18,6 +18,7 @@ USUAL_SCALE = "loguniform(0.1, 2)"
 RANGES: Mapping[tuple[str, str], str] = {
     ("fr_merging", "ratio"): "uniform(0.1, 0.95)",
     ("breadcrumbs", "gamma"): "uniform(0, 0.1)",
+    ("della", "density"): "uniform(0.2, 1)",  # epsilon has to be less than twice the density
     ("della", "epsilon"): "uniform(0, 0.3)",
     ("dare", "density"): "uniform(0.1, 1)",  # the fewer are kept, the louder the noise
     ("dare_ties", "density"): "uniform(0.1, 1)",

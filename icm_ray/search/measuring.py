@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icm_ray.adapters.saving import as_stored
 from icm_ray.config import ObjectiveSpec
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import score
@@ -26,7 +27,7 @@ from icm_ray.search.coefficients import coefficients_of
 from icm_ray.search.objectives import LABEL_FREE, SCORED
 from icm_ray.search.spaces import Setting
 from icm_ray.suites.tasks import Examples, Task
-from icm_ray.types import Adapter, MergeResult
+from icm_ray.types import Adapter
 
 BATCH = 64
 LEARN_BATCH = 32
@@ -97,7 +98,7 @@ class Measurer:
     def __init__(self, base: Base, material: Material) -> None:
         self.base, self.material = base, material
         self.known: dict[tuple[str, int | None], FixedLosses] = {}
-        self.last: tuple[str, MergeResult] | None = None
+        self.last: tuple[str, Adapter] | None = None
 
     def measure(self, wanted: Wanted) -> Measured:
         """Merge and measure; the same order gives the same numbers on any worker.
@@ -105,8 +106,7 @@ class Measurer:
         Raises:
             ICMRayError: the setting cannot be merged or learned.
         """
-        result = self.merged(wanted.setting, wanted.steps)
-        adapter = result.adapter
+        adapter = self.merged(wanted.setting, wanted.steps)
         metrics: dict[str, float] = {
             "output_rank": float(adapter.max_rank),
             "output_bytes": float(_bytes(adapter)),
@@ -121,14 +121,14 @@ class Measurer:
                 metrics[name] = sum(losses.values()) / len(losses)
         return Measured(metrics, scores)
 
-    def merged(self, setting: Setting, steps: int | None = None) -> MergeResult:
-        """Return the merge of a setting; that of the last one is still at hand."""
+    def merged(self, setting: Setting, steps: int | None = None) -> Adapter:
+        """Return the merge of a setting, rounded as it would be stored; the last one is kept."""
         key = sha256_of([repr(setting), steps])
         if self.last is None or self.last[0] != key:
             self.last = (key, self._merge(setting, steps))
         return self.last[1]
 
-    def _merge(self, setting: Setting, steps: int | None) -> MergeResult:
+    def _merge(self, setting: Setting, steps: int | None) -> Adapter:
         evidence: object | None = None
         material = self.material
         if setting.layers:
@@ -139,7 +139,7 @@ class Measurer:
             evidence = self._learned(setting, steps)
         elif find_method(setting.method).needs == GRAMS:
             evidence = dict(material.grams)
-        return merge(
+        result = merge(
             material.adapters,
             setting.method,
             params=setting.params,
@@ -147,6 +147,7 @@ class Measurer:
             output_rank=setting.rank,
             seed=material.seed,
         )
+        return as_stored(result.adapter)
 
     def _learned(self, setting: Setting, steps: int | None) -> dict[str, Tensor]:
         """Learn as jobs.learn does, or as far as `steps`; a paused run goes on where it was."""
