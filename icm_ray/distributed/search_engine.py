@@ -189,6 +189,7 @@ class _Asker(Searcher):
         self.broken = ""
 
     def suggest(self, trial_id: str) -> Any:
+        """Return the next trial's order; None while every actor is busy."""
         if self.broken or self.rest <= 0:
             return Searcher.FINISHED
         if not self.free:
@@ -207,6 +208,7 @@ class _Asker(Searcher):
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Note what a rung measured."""
         if trial_id in self.flying and "error" not in result:
             number, _ = self.flying[trial_id]
             self.study.report(number, int(result[RUNG]), _part(result, "metrics"))
@@ -214,6 +216,7 @@ class _Asker(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
+        """Close a trial; its actor is free again."""
         if trial_id not in self.flying:
             return
         number, slot = self.flying.pop(trial_id)
@@ -228,13 +231,14 @@ class _Asker(Searcher):
         self.finished(self.study.tell(number, state=state, **told))
 
     def save(self, checkpoint_path: str) -> None:
-        pass
+        """Save nothing: the ledger is the memory."""
 
     def restore(self, checkpoint_path: str) -> None:
+        """Refuse: nothing was saved here."""
         raise NotImplementedError("the ledger is the memory")
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        pass
+        """Save nothing: the ledger is the memory."""
 
 
 def _part(result: Mapping[str, Any], name: str) -> dict[str, float]:
