@@ -169,7 +169,8 @@ def key_of(plan: Plan, search: Search) -> str:
     """
     recipe = plan.recipe
     names = ("suite", "layer_groups", "objectives", "validation", "sampler", "startup", "seed")
-    heads = {task: sha256_of(e.head().weight.tolist()) for task, e in plan.experts.items()}
+    read = {task: expert.head() for task, expert in plan.experts.items()}
+    heads = {task: sha256_of(h.weight.tolist()) if h else None for task, h in read.items()}
     return sha256_of(
         {
             "version": VERSION,

@@ -16,7 +16,8 @@ from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import score
 from icm_ray.evaluation.scoring import TaskData, evaluate, standing, values
 from icm_ray.evidence.base import Base
-from icm_ray.evidence.batches import make_batches, tokenize
+from icm_ray.evidence.batches import batches_of
+from icm_ray.evidence.readers import Inputs
 from icm_ray.files import sha256_of
 from icm_ray.learning.fixed import FixedLosses
 from icm_ray.learning.inputs import TaskInputs
@@ -40,8 +41,9 @@ class Material:
 
     Attributes:
         adapters: What is merged.
-        inputs: By task: unlabelled texts and the tokens to keep of each.
-        heads: By task: what is predicted, and the frozen head, where objectives may read it.
+        inputs: By task: unlabelled texts or images, and the tokens to keep of each.
+        heads: By task: what is predicted, and the frozen head if it has one, where objectives
+            may read it.
         labels: By task: targets of the inputs, for supervised learners.
         grams: Gram statistics, `<module>.gram.<task>`, if a method or a start needs them.
         scored: Validation examples by task.
@@ -52,8 +54,8 @@ class Material:
     """
 
     adapters: Sequence[Adapter]
-    inputs: Mapping[str, tuple[Sequence[str], int]] = field(default_factory=dict)
-    heads: Mapping[str, tuple[Task, Head]] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[Inputs, int]] = field(default_factory=dict)
+    heads: Mapping[str, tuple[Task, Head | None]] = field(default_factory=dict)
     labels: Mapping[str, Sequence[float]] = field(default_factory=dict)
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     scored: Mapping[str, TaskData] = field(default_factory=dict)
@@ -224,15 +226,14 @@ class Measurer:
     def _inputs(self, batch: int, examples: int | None) -> list[TaskInputs]:
         made = []
         for adapter in sorted(self.material.adapters, key=lambda adapter: adapter.name):
-            texts, max_tokens = self.material.inputs[adapter.name]
-            ids = tokenize(self.base.tokenizer, texts[:examples], max_tokens)
-            batches = make_batches(ids, batch, self.base.tokenizer.pad_token_id)
+            inputs, max_tokens = self.material.inputs[adapter.name]
+            batches = batches_of(self.base.reader, inputs[:examples], max_tokens, batch)
             if adapter.name not in self.material.heads:
                 made.append(TaskInputs(adapter, batches))
                 continue
             task, head = self.material.heads[adapter.name]
             labels, targets = self.material.labels.get(adapter.name), None
-            if labels is not None:
+            if head is not None and labels is not None:
                 numbers = torch.tensor(labels[:examples], dtype=torch.float64)
                 targets = ((numbers - head.mean) / head.std).float()
             made.append(TaskInputs(adapter, batches, head, task.kind, targets))
@@ -243,13 +244,18 @@ def _first(item: TaskData, examples: int | None) -> TaskData:
     whole = item.examples
     if examples is None or examples >= len(whole):
         return item
-    part = Examples(whole.texts[:examples], whole.targets[:examples], whole.documents[:examples])
+    part = Examples(
+        texts=whole.texts[:examples],
+        targets=whole.targets[:examples],
+        documents=whole.documents[:examples],
+        answers=whole.answers[:examples],
+        images=None if whole.images is None else whole.images[:examples],
+    )
     return TaskData(item.task, part, item.head)
 
 
 def _score(item: TaskData, predictions: Any) -> float:
-    targets = item.examples.targets
-    return score(item.task, predictions[: len(targets)], targets).value
+    return score(item.task, predictions[: len(item.examples)], item.examples.targets).value
 
 
 def _bytes(adapter: Adapter) -> int:

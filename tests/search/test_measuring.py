@@ -10,7 +10,7 @@ from icm_ray.errors import RecipeError
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.evidence.base import load_base
-from icm_ray.evidence.batches import make_batches, tokenize
+from icm_ray.evidence.batches import batches_of
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run, learn
 from icm_ray.learning.recipes import plan_of, spec_of
@@ -91,8 +91,8 @@ def _learned(measurer, adapters):
     tasks = []
     for adapter in adapters:
         texts, tokens = measurer.material.inputs[adapter.name]
-        ids = tokenize(measurer.base.tokenizer, texts, tokens)
-        tasks.append(TaskInputs(adapter, make_batches(ids, 4, 0)))
+        batches = batches_of(measurer.base.reader, texts, tokens, 4)
+        tasks.append(TaskInputs(adapter, batches))
     plan = plan_of(spec, adapters)
     model = measurer.base.model
     options = plan.optimisation()
