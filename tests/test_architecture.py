@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "learning": BASICS | {"adapters", "config", "evaluation", "evidence", "linalg", "methods"},
     "fusion": BASICS
     | {"adapters", "config", "evidence", "finetuning", "learning", "linalg", "methods", "vae"},
+    "search": BASICS
+    | {"adapters", "config", "evaluation", "evidence", "learning", "linalg", "methods", "suites"},
     "output": BASICS | {"adapters", "methods", "report"},
     "reproduction": BASICS | {"adapters", "linalg", "methods", "output", "report"},
     "importing": BASICS | {"config", "methods", "recipe_files"},
@@ -41,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merging": BASICS | {"adapters", "config", "methods", "output", "planning", "suites"},
     "distributed": BASICS
     | {"adapters", "config", "evaluation", "evidence", "finetuning", "fusion", "learning"}
-    | {"linalg", "methods", "merging", "output", "planning", "report", "suites", "vae"},
+    | {"linalg", "methods", "merging", "output", "planning", "report", "search", "suites", "vae"},
     "cli": BASICS
     | {"adapters", "command", "config", "importing", "merging", "methods", "planning"}
     | {"recipe_files", "report", "reproduction", "suites"},

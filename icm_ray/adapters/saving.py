@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ def _tensors(
     if problems:
         raise InputError(problems)
     return dict(sorted(tensors.items()))
+
+
+def as_stored(adapter: Adapter) -> Adapter:
+    """Return the adapter as it is when it was written in its own dtype and read again."""
+    stored = {m: rounded(f, adapter.dtype) for m, f in adapter.modules.items()}
+    modules = {m: LoRAFactors(a.float(), b.float()) for m, (a, b) in stored.items()}
+    return replace(adapter, modules=modules)
 
 
 def rounded(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import ray
 import torch
 
 from icm_ray.adapters import AdapterFile, open_adapter
-from icm_ray.adapters.saving import rounded
+from icm_ray.adapters.saving import as_stored
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES, request, worker_count
+from icm_ray.distributed.search_trials import measure, measurer_of
 from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.errors import InputError
 from icm_ray.evaluation.scoring import TaskData, TaskScore, evaluate
@@ -25,7 +26,8 @@ from icm_ray.files import sha256_of
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.methods.given import given
 from icm_ray.methods.merge import merge
-from icm_ray.types import Adapter, LoRAFactors, SavedModulesPolicy
+from icm_ray.search.measuring import Measurer
+from icm_ray.types import Adapter, SavedModulesPolicy
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,7 @@ class MergeSource:
 
     def load(self) -> Adapter:
         """Merge, and round as a written adapter would."""
-        merged = merge(self.files, **self.order).adapter
-        stored = {m: rounded(f, merged.dtype) for m, f in merged.modules.items()}
-        modules = {m: LoRAFactors(a.float(), b.float()) for m, (a, b) in stored.items()}
-        return replace(merged, modules=modules)
+        return as_stored(merge(self.files, **self.order).adapter)
 
 
 @ray.remote(max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES)
@@ -101,6 +100,7 @@ class AdapterActor:
         self.base = rebuild(shared, resources)
         self.threads = resources.threads
         self.held: tuple[AdapterSource | MergeSource, Adapter] | None = None
+        self.measurer: tuple[Any, Measurer] | None = None
 
     def hold(self, source: AdapterSource | MergeSource) -> Adapter:
         """Load the adapter unless it is the one already held."""
@@ -153,6 +153,17 @@ class AdapterActor:
         adapter = self.hold(source) if source else None
         wanted = {name: data[name] for name in only}
         return evaluate(self.base, adapter, wanted, batch=batch, threads=self.threads)
+
+    def measure(self, material: Sequence[Any], order: Mapping[str, Any]) -> dict[str, Any]:
+        """Measure a trial of a search; see `search_trials.measure`.
+
+        Args:
+            material: What `search_trials.share_material` returned.
+            order: Arguments of `search_trials.measure` but for the measurer.
+        """
+        if self.measurer is None or self.measurer[0] != material[0]:
+            self.measurer = (material[0], measurer_of(self.base, ray.get(material[0])))
+        return measure(self.measurer[1], **order)
 
     def base_fingerprint(self) -> str:
         """Return the sha256 of the base as this actor sees it now."""

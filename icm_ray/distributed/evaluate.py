@@ -103,6 +103,19 @@ def score_on_ray(
     return {item.label: load_scores(folder / keys[item.label]) for item in items}
 
 
+def is_scored(
+    items: Sequence[ScoreItem],
+    data: Mapping[str, TaskData],
+    folder: Path,
+    *,
+    base: str,
+    batch: int,
+) -> bool:
+    """Say whether `score_on_ray` would only read, so that no actor has to be started for it."""
+    keys = [item.key(base, data, batch)[:20] for item in items]
+    return all(is_done(folder / key, key) for key in keys)
+
+
 def save_scores(folder: Path, key: str, scores: Mapping[str, TaskScore]) -> None:
     """Write scores as JSON and the predictions behind them as Parquet, whole or not at all."""
     with whole_folder(folder, info={"key": key}) as target:

@@ -1,0 +1,53 @@
+"""What a trial is judged by, and which way is better."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Aim:
+    """One objective of a search.
+
+    Attributes:
+        direction: Which way is better.
+        needs: What has to be there: scored validation data, unlabelled inputs, heads, or nothing.
+        meaning: One line for tables.
+    """
+
+    direction: Literal["maximize", "minimize"]
+    needs: Literal["validation", "inputs", "heads", "nothing"]
+    meaning: str
+
+
+AIMS: Mapping[str, Aim] = {
+    "validation_mean": Aim("maximize", "validation", "mean validation score over the expert's"),
+    "validation_worst": Aim("maximize", "validation", "the same of the worst task"),
+    "null_space_ratio": Aim("minimize", "inputs", "share of inputs that each A maps to nothing"),
+    "row_space_match": Aim("minimize", "inputs", "error of inputs as seen through each A"),
+    "task_vector_match": Aim("minimize", "inputs", "error of the change of the hidden state"),
+    "entropy": Aim("minimize", "heads", "entropy of the heads' class probabilities"),
+    "output_rank": Aim("minimize", "nothing", "largest rank of the merged adapter"),
+    "output_bytes": Aim("minimize", "nothing", "size of the merged adapter"),
+}
+LABEL_FREE = ("null_space_ratio", "row_space_match", "task_vector_match", "entropy")
+SCORED = ("validation_mean", "validation_worst")
+
+
+def better(name: str, one: float, other: float) -> bool:
+    """Say whether `one` is a strictly better value of an objective than `other`."""
+    return one > other if AIMS[name].direction == "maximize" else one < other
+
+
+def rungs(first: int, factor: int, last: int) -> list[int]:
+    """Return how much is looked at before each decision, and all of it at the end."""
+    found = []
+    while first < last:
+        found.append(first)
+        first *= factor
+    return [*found, last]
+
+
+def directions(names: Sequence[str]) -> list[str]:
+    """Return the direction of each objective, as Optuna takes them."""
+    return [AIMS[name].direction for name in names]

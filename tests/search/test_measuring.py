@@ -1,0 +1,163 @@
+"""What a trial is worth: the same merges and losses as everywhere else, on a base held once."""
+
+import numpy as np
+import pytest
+import torch
+
+from icm_ray.adapters import fingerprint_of
+from icm_ray.config import SearchRow
+from icm_ray.errors import RecipeError
+from icm_ray.evaluation.heads import Head
+from icm_ray.evaluation.scoring import TaskData, evaluate
+from icm_ray.evidence.base import load_base
+from icm_ray.evidence.batches import batches_of
+from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.learner import Run, learn
+from icm_ray.learning.recipes import plan_of, spec_of
+from icm_ray.methods.merge import merge
+from icm_ray.search.coefficients import coefficients_of, groups_of
+from icm_ray.search.measuring import Material, Measurer, Wanted
+from icm_ray.search.spaces import Setting, space_of
+from icm_ray.search.starting import starts_of
+from icm_ray.suites.tasks import Examples, Task
+
+PARTS = ("query", "value")
+MODULES = {f"encoder.layer.{i}.attention.self.{part}": (16, 16) for i in (0, 1) for part in PARTS}
+TASKS = ("code", "law")
+LEARN = {"optimisation": {"steps": 6, "lr": 0.05, "batch": 4}, "start": {"value": 0.4}}
+
+
+@pytest.fixture(scope="module")
+def adapters(make_adapter):
+    return [make_adapter(name, shapes=MODULES, rank=2, spread=0.4) for name in TASKS]
+
+
+@pytest.fixture(scope="module")
+def measurer(tiny_bert, adapters, texts):
+    base = load_base(tiny_bert)
+    inputs = {name: (texts[8 * i : 8 * i + 8], 16) for i, name in enumerate(TASKS)}
+    scored, heads = {}, {}
+    for number, name in enumerate(TASKS):
+        task = Task(name, "classification", "accuracy", ("x", "y", "z"), 16, "", "")
+        draw = torch.Generator().manual_seed(number)
+        heads[name] = (task, Head(torch.randn(3, 16, generator=draw), torch.zeros(3)))
+        targets = np.arange(12.0) % 3
+        scored[name] = TaskData(task, Examples(texts[:12], targets, texts[:12]), heads[name][1])
+    expert = {
+        a.name: evaluate(base, a, {a.name: scored[a.name]})[a.name].predictions for a in adapters
+    }
+    nobody = {t: s.predictions for t, s in evaluate(base, None, scored).items()}
+    references = {"expert": expert, "base": nobody}
+    material = Material(adapters, inputs, heads, {}, {}, scored, references, groups=2)
+    return Measurer(base, material)
+
+
+AIMS = ("validation_mean", "null_space_ratio", "row_space_match", "task_vector_match", "entropy")
+
+
+def test_measuring_twice_gives_the_same_numbers(measurer, adapters):
+    before = [a.modules[m].a.clone() for a in adapters for m in a.modules]
+    wanted = Wanted(Setting("ties", {"density": 0.5}, 2), AIMS)
+    one = measurer.measure(wanted)
+    measurer.measure(Wanted(Setting("dare_ties", {"scale": 2.0}), AIMS))
+    assert measurer.measure(wanted) == one
+    assert set(one.metrics) == {*AIMS, "validation_worst", "output_rank", "output_bytes"}
+    assert one.metrics["output_rank"] == 2
+    assert one.metrics["output_bytes"] == 4 * 4 * 2 * (16 + 16)
+    after = [a.modules[m].a for a in adapters for m in a.modules]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_scores_are_those_of_the_written_adapter(measurer, adapters):
+    found = measurer.measure(Wanted(Setting("soup"), ("validation_worst",)))
+    scores = evaluate(
+        measurer.base, merge(adapters, "soup").adapter, dict(measurer.material.scored)
+    )
+    assert found.scores == {task: one.score.value for task, one in scores.items()}
+    assert found.metrics["validation_worst"] <= found.metrics["validation_mean"]
+
+
+def test_a_part_is_the_first_examples(measurer):
+    wanted = Wanted(Setting("soup"), ("validation_mean", "row_space_match"))
+    whole = measurer.measure(wanted)
+    same = measurer.measure(Wanted(wanted.setting, wanted.objectives, examples=12))
+    part = measurer.measure(Wanted(wanted.setting, wanted.objectives, examples=5))
+    assert same.metrics["validation_mean"] == whole.metrics["validation_mean"]
+    assert part.metrics["row_space_match"] != whole.metrics["row_space_match"]
+
+
+def _learned(measurer, adapters):
+    spec = spec_of("nsc", LEARN)
+    tasks = []
+    for adapter in adapters:
+        texts, tokens = measurer.material.inputs[adapter.name]
+        batches = batches_of(measurer.base.reader, texts, tokens, 4)
+        tasks.append(TaskInputs(adapter, batches))
+    plan = plan_of(spec, adapters)
+    model = measurer.base.model
+    options = plan.optimisation()
+    return learn(model, tasks, plan.parameters(), plan.objective(measurer.base), options, Run())
+
+
+def test_a_learned_trial_is_what_jobs_learn_learns(measurer, adapters):
+    expected = _learned(measurer, adapters).factors(adapters)
+    found = measurer.merged(Setting("nsc", learn=LEARN))
+    for module, factors in expected.items():
+        assert torch.equal(found.modules[module].delta(), factors.delta())
+
+
+def test_a_paused_learner_goes_on_where_it_was(measurer):
+    setting = Setting("nsc", learn=LEARN)
+    whole = measurer.merged(setting)
+    start = measurer.merged(setting, 2)
+    assert fingerprint_of(start.modules) != fingerprint_of(whole.modules)
+    for steps in (4, 6):
+        last = measurer.merged(setting, steps)
+    assert fingerprint_of(last.modules) == fingerprint_of(whole.modules)
+
+
+def test_equal_coefficients_are_task_arithmetic(measurer, adapters):
+    layers = {f"g{i}.{task}": 0.3 for i in range(2) for task in TASKS}
+    found = measurer.merged(Setting("nsc", layers=layers))
+    expected = merge(adapters, "task_arithmetic", params={"scale": 0.3}).adapter
+    for module in MODULES:
+        torch.testing.assert_close(found.modules[module].delta(), expected.modules[module].delta())
+
+
+def test_a_group_can_be_left_out(measurer):
+    found = measurer.merged(Setting("nsc", layers={"g0": 0.0, "g1": 2.0}))
+    norms = {m: float(f.delta().norm()) for m, f in found.modules.items()}
+    assert all((norm == 0) == (".0." in module) for module, norm in norms.items())
+
+
+def test_groups_are_runs_of_blocks():
+    modules = [f"layer.{i}.q" for i in range(5)] + ["pooler"]
+    assert list(groups_of(modules, 2).values()) == ["g0", "g0", "g0", "g1", "g1", "g0"]
+    with pytest.raises(RecipeError, match="5 blocks"):
+        groups_of(modules, 6)
+    with pytest.raises(RecipeError, match=r"layers\.g9"):
+        coefficients_of(Setting("nsc", layers={"g9": 1.0}), modules, {"a": "", "b": ""}, 2)
+
+
+def test_start_points(measurer, adapters, tmp_path):
+    from icm_ray.learning.store import save_learned
+
+    row = SearchRow(method="nsc", search={"layers.*.*": "uniform(0, 1)"})
+    space = space_of(row, TASKS, 2)
+    save_learned(_learned(measurer, adapters), tmp_path / "learned")
+    uniform, learned = starts_of(["uniform", str(tmp_path / "learned")], space, sorted(MODULES), 2)
+    assert uniform == ("uniform", dict.fromkeys(space.dimensions, 0.5))
+    assert set(learned[1]) == set(space.dimensions)
+    assert all(value == pytest.approx(0.4, abs=0.31) for value in learned[1].values())
+    assert len(set(learned[1].values())) > 1
+
+    ties = space_of(
+        SearchRow(method="ties", search={"params.density": "uniform(0.1, 1)"}), TASKS, 1
+    )
+    assert starts_of(["default", {"params.*": 1}], ties, [], 1) == [
+        ("default", {"params.density": 0.2}),
+        ("recipe", {"params.density": 1.0}),
+    ]
+    for wrong in ({"params.density": 3.0}, {"params.scale": 1.0}):
+        with pytest.raises(RecipeError, match="start"):
+            starts_of([wrong], ties, [], 1)
