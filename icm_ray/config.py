@@ -303,6 +303,42 @@ class MergeRecipe(Recipe):
     output: Output
 
 
+class EngineSpec(Part):
+    """How DeepSpeed trains the Fusion-VAE; `resources` says where."""
+
+    zero_stage: Literal[0, 1, 2] = Field(
+        default=1, description="0: every worker keeps the whole optimiser; 1, 2: its share of it."
+    )
+    accumulation: Positive = Field(
+        default=1, description="Parts of a worker's tasks whose gradients are added up in a step."
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16 is autocast; weights stay float32."
+    )
+    checkpoint_every: Positive = Field(default=50, description="Steps between checkpoints.")
+    max_failures: int = Field(default=3, ge=0, description="Lost workers until the job gives up.")
+
+
+class TrainFusionRecipe(Recipe):
+    """Recipe of `jobs.train_fusion`: a Fusion-VAE of K adapters and their trajectories."""
+
+    base: str
+    revision: str | None = None
+    adapters: list[AdapterRef] = Field(min_length=2)
+    trajectories: str | None = Field(
+        default=None, description="Folder of jobs.finetune with <task>/; None: the adapters alone."
+    )
+    data: DataSpec
+    heads: str | None = Field(
+        default=None, description="Folder of experts, for inner losses that read heads."
+    )
+    fusion: FusionSpec = FusionSpec()
+    input_batch: Positive = Field(default=16, description="Inputs of one inner step.")
+    engine: EngineSpec = EngineSpec()
+    modules_to_save: SavedModulesPolicy = "refuse"
+    output: str = Field(min_length=1)
+
+
 class PrepareRecipe(Recipe):
     """Recipe of `jobs.prepare`: fetch a suite's base and data once."""
 

@@ -76,7 +76,7 @@ def learned_on_ray(
     key = _key(spec, files, inputs, readable, shared.fingerprint, seed, resources.threads, told)
     if is_done(folder, key):
         return folder
-    tasks = _tasks(spec, files, inputs, readable, base)
+    tasks = task_inputs(files, inputs, readable, base, spec.optimisation.batch)
     modules = sorted({module for file in files for module in file.shapes})
     names = [file.name for file in files]
     plan = plan_of(
@@ -106,17 +106,26 @@ def learned_on_ray(
     return folder
 
 
-def _tasks(
-    spec: LearnSpec,
+def task_inputs(
     files: Sequence[AdapterFile],
     inputs: Inputs,
     readable: Mapping[str, Readable],
     base: Path,
+    batch: int,
 ) -> list[TaskInputs]:
+    """Return every task's adapter with its inputs in batches, in the order of names.
+
+    Args:
+        files: The adapters.
+        inputs: Unlabelled inputs by task.
+        readable: Heads and labels by task, where there are any.
+        base: Folder of the base, for its tokenizer.
+        batch: Inputs a batch.
+    """
     reader = load_reader(base)
     made = []
     for file in sorted(files, key=lambda file: file.name):
-        batches = batches_of(reader, *inputs[file.name], spec.optimisation.batch)
+        batches = batches_of(reader, *inputs[file.name], batch)
         known = readable.get(file.name)
         if known is None:
             made.append(TaskInputs(file.load(), batches))

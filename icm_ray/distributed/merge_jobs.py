@@ -62,7 +62,7 @@ def merge_and_write(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
             folder = target.with_name(f"{target.name}.evidence")
             if find_method(recipe.method).needs == LEARNED:
                 spec = spec_of(recipe.method, recipe.learn)
-                readable = _readable(None, recipe.data, spec, files)
+                readable = readable_of(None, recipe.data, spec, files)
                 session.enter_context(connected(recipe.resources))
                 return _learned(spec, files, inputs, readable, base, folder, recipe)
             session.enter_context(connected(recipe.resources))
@@ -77,7 +77,7 @@ def learn_and_write(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     spec = spec_of(recipe.method, recipe.learn)
     refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     files = open_all(refs, recipe.modules_to_save)
-    readable = _readable(recipe.heads, recipe.data, spec, files)
+    readable = readable_of(recipe.heads, recipe.data, spec, files)
     inputs = load_inputs(recipe.data, [file.name for file in files])
     warn(warnings_of(files))
     base = base_folder(recipe, recipe.base, recipe.revision)
@@ -106,10 +106,16 @@ def _learned_page(method: str, target: Path, files: list[AdapterFile]) -> Path:
     return target.with_name(f"{target.name}.report") / "index.html"
 
 
-def _readable(
+def readable_of(
     heads: str | None, data: DataSpec, spec: LearnSpec, files: list[AdapterFile]
 ) -> dict[str, Readable]:
     """Return the heads and labels an objective may read.
+
+    Args:
+        heads: Folder of experts.
+        data: Which inputs; their labels are read for supervised objectives alone.
+        spec: Names the objective.
+        files: The adapters.
 
     Raises:
         RecipeError: it reads heads and none are named, or the tasks' kinds are not known.

@@ -1,15 +1,21 @@
 """One static page that needs nothing but itself: no scripts, no fonts, no links to load."""
 
 import html
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icm_ray.report.data import BASE, EXPERT, REFERENCES, LearnedRow, ReportData, ScoreRow, Split
 from icm_ray.report.findings import ExpertCheck, check_experts, headline
 from icm_ray.report.summary import Summary, init_of, summarise
 from icm_ray.report.text import is_number, number, percent, plain
 
+if TYPE_CHECKING:
+    import jinja2
+
+FOLDER = Path(__file__).parent
 METHODS_SHOWN = 16
 """Rows of one picture; more are hard to tell apart."""
 WHOLE = 1 - 1e-6
@@ -30,25 +36,15 @@ class Picture:
 
 def page(data: ReportData) -> str:
     """Return the whole report as HTML."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        # Markup is our own output; every other text may hold a stranger's name.
-        finalize=lambda v: plain(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
-    )
-    environment.filters.update(number=number, percent=percent, shade=_shade)
+    templates = environment()
+    templates.filters.update(shade=_shade)
     test, validation = summarise(data.scores, "test"), summarise(data.scores, "validation")
     # Validation stands in front only as long as nothing was tested.
     main: Split = "test" if test.sets or not validation.sets else "validation"
     summary = test if main == "test" else validation
-    return environment.get_template("template.html").render(
+    return templates.get_template("template.html").render(
         data=data,
         main=main,
         summary=summary,
@@ -58,6 +54,34 @@ def page(data: ReportData) -> str:
         partial=[row for row in summary.across if row.mean_unseen],
         pictures=[(p, Markup(p.svg)) for p in _pictures(data, summary)],
     )
+
+
+def environment() -> "jinja2.Environment":
+    """Return the templates of this folder, with every text but our own markup made safe."""
+    import jinja2
+    from markupsafe import Markup
+
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # Markup is our own output; every other text may hold a stranger's name.
+        finalize=lambda v: plain(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
+    )
+    found.filters.update(number=number, percent=percent)
+    return found
+
+
+def style() -> str:
+    """Return the style of the results page, so that all pages look alike."""
+    found = re.search(
+        r"<style>.*?</style>", (FOLDER / "template.html").read_text("utf-8"), re.DOTALL
+    )
+    assert found
+    return found[0]
 
 
 def _shade(row: ScoreRow) -> int:

@@ -1,12 +1,10 @@
 """One static page of a search: what won, the history, what mattered, the front, every trial."""
 
-import re
 from pathlib import Path
 
+from icm_ray.report.html import environment, style
 from icm_ray.report.search_data import SearchData, write_trials
-from icm_ray.report.text import is_number, markdown, number, percent, plain
-
-FOLDER = Path(__file__).parent
+from icm_ray.report.text import is_number, markdown, number
 
 
 def write_search(data: SearchData, folder: Path) -> None:
@@ -20,23 +18,14 @@ def write_search(data: SearchData, folder: Path) -> None:
 
 def search_page(data: SearchData) -> str:
     """Return the page as HTML."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda v: plain(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
-    )
-    environment.filters.update(number=number, percent=percent, short=short)
+    templates = environment()
+    templates.filters.update(short=short)
     pictures = [(head, text, Markup(svg)) for head, text, svg in _pictures(data).values()]
-    return environment.get_template("search.html").render(
+    return templates.get_template("search.html").render(
         data=data,
-        style=Markup(_style()),
+        style=Markup(style()),
         best=data.trial(data.best),
         names=sorted({name for trial in data.trials for name in trial.point}),
         pictures=pictures,
@@ -94,10 +83,3 @@ def _pictures(data: SearchData) -> dict[str, tuple[str, str, str]]:
             search_pictures.front_picture(data),
         )
     return found
-
-
-def _style() -> str:
-    """Return the style of the results page, so that both look alike."""
-    text = (FOLDER / "template.html").read_text(encoding="utf-8")
-    found = re.search(r"<style>.*?</style>", text, re.DOTALL)
-    return found[0] if found else ""

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from icm_ray.report.pictures import _svg
+from icm_ray.report.pictures import svg
 from icm_ray.report.search_data import Objective, SearchData, TrialRow
 from icm_ray.report.text import clip
 
@@ -47,7 +47,7 @@ def history_picture(data: SearchData) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper center", ncols=4, frameon=False)
 
-    return _svg("history", 3.6, draw)
+    return svg("history", 3.6, draw)
 
 
 def importance_picture(importance: Mapping[str, float]) -> str:
@@ -63,7 +63,7 @@ def importance_picture(importance: Mapping[str, float]) -> str:
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("share of the variance of the first objective")
 
-    return _svg("importance", 0.7 + 0.28 * len(names), draw)
+    return svg("importance", 0.7 + 0.28 * len(names), draw)
 
 
 def front_picture(data: SearchData) -> str:
@@ -91,7 +91,7 @@ def front_picture(data: SearchData) -> str:
         axes.set_ylabel(f"{clip(one.name)} ({one.better})")
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
-    return _svg("front", 4.2, draw)
+    return svg("front", 4.2, draw)
 
 
 def _dots(axes: Axes, trials: Sequence[TrialRow], name: str, colour: str, label: str) -> None:
