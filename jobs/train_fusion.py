@@ -1,6 +1,6 @@
 """Meta-train a Fusion-VAE (ICM-Fusion) with Ray Train and DeepSpeed.
 
-python -m jobs.train_fusion -c configs/fusion/text.yaml
+python -m jobs.train_fusion -c configs/train_fusion/text.yaml
 """
 
 import sys

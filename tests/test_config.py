@@ -52,7 +52,7 @@ def test_there_are_recipes_to_check() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_recipe_loads(path: Path) -> None:
-    kind = getattr(config, f"{path.parent.name.title()}Recipe")
+    kind = getattr(config, f"{path.parent.name.title().replace('_', '')}Recipe")
     recipe = load_recipe(kind, path)
     assert recipe.output_path.startswith("runs/")
     assert (ROOT / "jobs" / f"{path.parent.name}.py").is_file()
