@@ -135,15 +135,12 @@ def _train(
     bar = tqdm_ray.tqdm(total=steps, desc="train fusion") if rank == 0 else None
     if bar:
         bar.update(len(history))
-    while len(history) < steps:
+    while len(history) < steps and not is_lost(history):  # on every worker; the driver says so
         history.append(_step(engine, meta, len(history)))
         if bar:
             bar.update(1)
-        lost = not math.isfinite(history[-1]["loss"])
-        if lost or len(history) % every == 0 or len(history) == steps:
+        if is_lost(history) or len(history) % every == 0 or len(history) == steps:
             _report(engine, meta, history, rank)
-        if lost:  # the same on every worker; the driver says so
-            break
     if bar:
         bar.close()
 
@@ -159,7 +156,9 @@ def _step(engine: Any, meta: MetaTraining, step: int) -> dict[str, float]:
     sums = torch.zeros(len(COLUMNS), dtype=torch.float64, device=meta.device)
     for part in range(parts):
         mine = names[rank::world][part::parts]
-        found = engine(step, mine)
+        # ZeRO 2 pairs gradients of workers in the order in which they come, so a worker without a
+        # task runs one too, for nothing.
+        found = engine(step, mine or names[:1])
         # The engine averages over workers and parts; this makes it the mean over tasks.
         engine.backward(found["loss"] * (len(mine) * world * parts / len(names)))
         engine.step()
@@ -178,7 +177,11 @@ def _report(engine: Any, meta: MetaTraining, history: History, rank: int) -> Non
         engine.save_checkpoint(name, tag=TAG)
         if rank == 0:
             save_file({n: t.cpu().contiguous() for n, t in _state(meta).items()}, folder / VAE)
-        told = {"history": history, "optimizer_bytes": optimizer_bytes(engine)}
+        known = [  # JSON has no NaN
+            {name: value if math.isfinite(value) else None for name, value in step.items()}
+            for step in history
+        ]
+        told = {"history": known, "optimizer_bytes": optimizer_bytes(engine)}
         write_json(folder / f"progress-{rank}.json", told)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files}
@@ -196,6 +199,12 @@ def _resumed(engine: Any, checkpoint: Any, rank: int) -> History:
         check_hashes(folder)
         engine.load_checkpoint(name, tag=TAG)
         return read_json(folder / f"progress-{rank}.json")["history"]
+
+
+def is_lost(history: History) -> bool:
+    """Say whether the last loss is no number."""
+    last = history[-1]["loss"] if history else 0.0
+    return last is None or not math.isfinite(last)
 
 
 def check_hashes(folder: Path) -> None:

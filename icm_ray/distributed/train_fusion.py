@@ -1,6 +1,5 @@
 """From adapters and trajectories to a trained Fusion-VAE: the driver of `jobs.train_fusion`."""
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,14 @@ from icm_ray.distributed.evidence import (
     inputs_key,
     load_inputs,
 )
-from icm_ray.distributed.fusion_engine import TABLE, VAE, FusionOrder, check_hashes, train_worker
+from icm_ray.distributed.fusion_engine import (
+    TABLE,
+    VAE,
+    FusionOrder,
+    check_hashes,
+    is_lost,
+    train_worker,
+)
 from icm_ray.distributed.learn import task_inputs
 from icm_ray.distributed.merge_jobs import base_folder, readable_of
 from icm_ray.distributed.shared_base import SharedBase, share_base
@@ -194,7 +200,7 @@ def _trained(order: FusionOrder, table: FusionTable, checkpoint: Any) -> Trained
         vae = build_vae(order.spec.vae, order.layout.sizes, table.v.shape[1])
         vae.load_state_dict(load_file(folder / VAE))
     history = told[0]["history"]
-    if not math.isfinite(history[-1]["loss"]):
+    if is_lost(history):
         raise RecipeError(
             f"fusion: the loss is no number at step {len(history)}. Lower fusion.lr and "
             "fusion.meta_lr, or fusion.inner.lr."
