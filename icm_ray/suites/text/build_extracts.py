@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,18 +32,8 @@ PER_DOCUMENT = {"keyword": sources.LINES_PER_FILE, "year": sources.PASSAGES_PER_
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build every data file, or check them; return the exit code."""
     options = _parse(arguments)
-    differing = []
-    for task, candidates in _all_candidates(options):
-        table = to_table(task, divide(task.name, candidates))
-        path = options.out / f"{task.name}.parquet"
-        if options.check:
-            same = path.is_file() and _read(path).equals(table)
-            differing += [] if same else [task.name]
-            print(f"{task.name}: {'same' if same else 'DIFFERENT'}")
-        else:
-            _write(table, path)
-            print(f"{task.name}: {table.num_rows} rows, {path.stat().st_size} bytes")
-    return 1 if differing else 0
+    tables = ((task, divide(task.name, rows)) for task, rows in _all_candidates(options))
+    return build(tables, options.out, options.check)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -81,7 +71,9 @@ def fold(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def divide(task: str, candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
+def divide(
+    task: str, candidates: Iterable[Candidate], sizes: Mapping[str, int] = SIZES
+) -> dict[str, list[Candidate]]:
     """Return the examples of each split, in a fixed shuffled order.
 
     Texts that occur more than once are left out. Each stratum's documents are dealt to the splits
@@ -93,9 +85,9 @@ def divide(task: str, candidates: Iterable[Candidate]) -> dict[str, list[Candida
     # A keyed hash is a shuffle that no version of a random generator can change.
     ordered = sorted(candidates, key=lambda row: _key(task, row.document, row.text))
     pool = _capped(_unique(ordered), PER_DOCUMENT.get(task))
-    place = _deal(task, pool)
+    place = _deal(task, pool, sizes)
     splits = {}
-    for split, size in SIZES.items():
+    for split, size in sizes.items():
         strata: dict[str, list[Candidate]] = defaultdict(list)
         for row in pool:
             if place[row.document] == split:
@@ -128,15 +120,15 @@ def _capped(rows: Sequence[Candidate], limit: int | None) -> list[Candidate]:
     return kept
 
 
-def _deal(task: str, rows: Sequence[Candidate]) -> dict[str, str]:
+def _deal(task: str, rows: Sequence[Candidate], sizes: Mapping[str, int]) -> dict[str, str]:
     """Return the split of each document: the one furthest below its share of the stratum."""
     weight = Counter(row.document for row in rows)
     stratum = {row.document: row.stratum for row in rows}
-    filled = {name: dict.fromkeys(SIZES, 0) for name in stratum.values()}
+    filled = {name: dict.fromkeys(sizes, 0) for name in stratum.values()}
     place = {}
     for document in sorted(weight, key=lambda name: _key(task, "document", name)):
         held = filled[stratum[document]]
-        split = min(SIZES, key=lambda name: held[name] / SIZES[name])
+        split = min(sizes, key=lambda name: held[name] / sizes[name])
         held[split] += weight[document]
         place[document] = split
     return place
@@ -164,14 +156,32 @@ def to_table(task: Task, splits: dict[str, list[Candidate]]) -> "pa.Table":
         "source": task.source,
         "licence": task.licence,
     }
-    return pa.table(
-        {
-            "split": pa.array([split for split, _ in rows], pa.string()),
-            "text": pa.array([row.text for _, row in rows], pa.string()),
-            "target": pa.array([row.target for _, row in rows], pa.float64()),
-            "document": pa.array([row.document for _, row in rows], pa.string()),
-        }
-    ).replace_schema_metadata(metadata)
+    columns = {
+        "split": pa.array([split for split, _ in rows], pa.string()),
+        "text": pa.array([row.text for _, row in rows], pa.string()),
+    }
+    if task.headed:
+        columns["target"] = pa.array([row.target for _, row in rows], pa.float64())
+    if task.kind == "generation":
+        columns["answer"] = pa.array([row.answer for _, row in rows], pa.string())
+    columns["document"] = pa.array([row.document for _, row in rows], pa.string())
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def build(tables: Iterable[tuple[Task, dict[str, list[Candidate]]]], out: Path, check: bool) -> int:
+    """Write every task's file, or compare it with what is there; return the exit code."""
+    differing = []
+    for task, splits in tables:
+        table = to_table(task, splits)
+        path = out / f"{task.name}.parquet"
+        if check:
+            same = path.is_file() and _read(path).equals(table)
+            differing += [] if same else [task.name]
+            print(f"{task.name}: {'same' if same else 'DIFFERENT'}")
+        else:
+            _write(table, path)
+            print(f"{task.name}: {table.num_rows} rows, {path.stat().st_size} bytes")
+    return 1 if differing else 0
 
 
 def _write(table: "pa.Table", path: Path) -> None:

@@ -21,12 +21,14 @@ class Candidate:
         target: Class index or number.
         document: What it was cut from; a document stays in one split.
         stratum: Documents are dealt to the splits, and examples drawn, evenly over strata.
+        answer: What a generation should say.
     """
 
     text: str
     target: float
     document: str
     stratum: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True)
