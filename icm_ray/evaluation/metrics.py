@@ -182,6 +182,10 @@ def _of_text(p: np.ndarray, t: np.ndarray) -> dict[str, float]:
     }
 
 
+def _of_answers(p: np.ndarray, t: np.ndarray) -> dict[str, float]:
+    return {"exact_match": float((p == 1).mean())}
+
+
 def _of_map(p: np.ndarray, t: np.ndarray) -> dict[str, float]:
     return {"rmse": float(np.sqrt(np.square(p - t).mean()))}
 
@@ -200,6 +204,7 @@ MEASURES: Mapping[Metric, Callable[..., np.ndarray]] = {
 
 DETAILS: Mapping[str, Callable[..., dict[str, float]]] = {
     "language_modelling": _of_text,
+    "generation": _of_answers,
     "dense_regression": _of_map,
 }
 """By kind: what is shown beside the score."""

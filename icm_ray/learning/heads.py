@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.heads import Head
 from icm_ray.evidence.batches import Batch
+from icm_ray.evidence.decoding import Readout
 from icm_ray.learning.inputs import Seen, TaskInputs
-from icm_ray.learning.objectives import Measured, Memory, Scaling
+from icm_ray.learning.likelihood import NextTokens
+from icm_ray.learning.objectives import Measured, Memory, Scaling, TaskObjective
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,18 @@ class Distillation:
 class Supervised:
     """Cross-entropy, or the squared error of standardised targets, on a few labelled examples.
 
+    A language model's texts are their own labels; `readout` gives its logits.
+
     Divided by its value at the start, so that neither kind of task drowns the other.
     """
 
+    readout: Readout | None = None
     scaling: Scaling = "start"
 
-    def of(self, inputs: TaskInputs) -> "_Logits | None":
-        """Return the task's objective; None without a head or labels."""
+    def of(self, inputs: TaskInputs) -> TaskObjective | None:
+        """Return the task's objective; None without a head and labels, or texts."""
+        if inputs.kind == "language_modelling":
+            return NextTokens(self.readout)
         known = {"classification": _cross_entropy, "regression": _squared}
         asks = _asks(inputs)
         if asks not in known or inputs.targets is None:

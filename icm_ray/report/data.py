@@ -41,6 +41,7 @@ class ScoreRow:
         spearman: Rank correlation, for regressions.
         perplexity: Of a language model, beside `score`.
         bits_per_character: Of a language model; does not depend on its tokenizer.
+        exact_match: Share of answers that are exactly what was wanted, for generations.
         rmse: Root of the mean squared error over all patches, for dense regressions.
         normalised: score / expert's score. None (or NaN) where that is undefined.
         gain_kept: (score - base) / (expert - base). None (or NaN) where expert equals base.
@@ -62,6 +63,7 @@ class ScoreRow:
     spearman: float | None = None
     perplexity: float | None = None
     bits_per_character: float | None = None
+    exact_match: float | None = None
     rmse: float | None = None
     normalised: float | None
     gain_kept: float | None

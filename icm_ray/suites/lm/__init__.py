@@ -1,6 +1,6 @@
 """The language-modelling suite: six kinds of text on one small decoder.
 
-Each example is a window of 800 characters, read as its first 128 tokens: source code, a novel,
+Each example is a window of 900 characters, read as its first 128 tokens: source code, a novel,
 speeches, mail, a dictionary, and German. An adapter of one domain makes most others worse, so
 merges have something to reconcile. Sources and licences: `data/README.md`.
 """
