@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -298,6 +299,7 @@ def _quiet_tune() -> Iterator[None]:
     wanted: Mapping[str, str] = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial reports an error instead
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",
@@ -309,7 +311,10 @@ def _quiet_tune() -> Iterator[None]:
     level = analysis.level
     analysis.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # ASHA's first trial at a rung is compared with nobody.
+            warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+            yield
     finally:
         analysis.setLevel(level)
         for name, value in before.items():

@@ -1,5 +1,6 @@
 """Searches on Ray Tune and Optuna with the tiny base: what is kept, resumed and refused."""
 
+import copy
 import json
 import shutil
 import signal
@@ -246,7 +247,7 @@ def test_whatever_it_needs_the_best_recipe_is_its_trial(recipe, ray_session, tmp
 def test_rows_and_seeds_make_a_table(recipe, ray_session, tmp_path):
     row = {"method": "task_arithmetic", "grid": {"params.scale": [0.2, 0.5]}}
     row["search"] = {"params.scale": "uniform(0.1, 0.9)"}
-    rows = [row, {**row, "method": "tsv"}]
+    rows = [row, {**copy.deepcopy(row), "method": "tsv"}]  # a recipe has no aliases
     out = search(recipe, tmp_path, search={}, rows=rows, seeds=[0, 1], trials=2, test=24)
     table = (out / "table.md").read_text()
     assert table.count("| task\\_arithmetic |") == table.count("| tsv |") == 1
