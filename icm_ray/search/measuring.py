@@ -207,8 +207,10 @@ class Measurer:
         found = values(
             evaluate(self.base, adapter, data, batch=BATCH, threads=self.material.threads)
         )
+        # On everything, at each rung: an expert's score on a few examples may be zero, and nothing
+        # can be compared with that.
         references = {
-            who: {t: _score(data[t], predictions) for t, predictions in by_task.items()}
+            who: {t: _score(self.material.scored[t], told) for t, told in by_task.items()}
             for who, by_task in self.material.references.items()
         }
         where = standing(found, references["expert"], references["base"])
