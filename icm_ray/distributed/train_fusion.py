@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +99,8 @@ def _train(
         raise
     meta = MetaTraining(trained.vae, recipe.fusion, layout, table, None, recipe.seed)
     model = finished(meta, trained.history, adapters)
-    report = {**model.report, "optimizer_bytes": trained.optimizer_bytes}
-    save_fusion(replace(model, report=report), target, {"key": key})
+    model.report["optimizer_bytes"] = trained.optimizer_bytes
+    save_fusion(model, target, {"key": key})
     shutil.rmtree(scratch)
 
 
