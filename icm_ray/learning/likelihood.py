@@ -1,7 +1,5 @@
 """The supervised objective of a language model: the text itself says what comes next."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -19,7 +17,7 @@ class NextTokens:
     """Mean negative log-likelihood of a text's tokens after the first, in nats."""
 
     hidden, compares = True, False
-    modules: Sequence[str] = ()
+    modules: tuple[str, ...] = ()
 
     def __init__(self, readout: Readout | None) -> None:
         self.readout = readout

@@ -218,14 +218,14 @@ def objective_of(spec: ObjectiveSpec, base: Base | None) -> Objective:
         "entropy": HeadEntropy,
         "token_entropy": lambda: _token_entropy(spec, base),
         "distillation": Distillation,
-        "supervised": lambda: Supervised(readout_of(base) if reads_tokens(base) else None),
+        "supervised": lambda: Supervised(readout_of(base) if base and reads_tokens(base) else None),
     }
     return made[spec.kind]()
 
 
-def reads_tokens(base: Base | None) -> bool:
+def reads_tokens(base: Base) -> bool:
     """Say whether a base is a language model with its head."""
-    return base is not None and base.whole is not base.model
+    return base.whole is not base.model
 
 
 def _token_entropy(spec: ObjectiveSpec, base: Base | None) -> TokenEntropy:

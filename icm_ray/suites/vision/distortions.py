@@ -19,7 +19,7 @@ def distorted(split: str, photographs: Photographs, count: int) -> Iterator[Pain
     for number in range(count):
         rng = np.random.default_rng(seed_for("distortion", split, number))
         target = number % len(DISTORTIONS)
-        name = photographs.names[rng.integers(len(photographs.names))]
+        name = photographs.names[int(rng.integers(len(photographs.names)))]
         crop = photographs.crop(rng, SIDE, name)
         # Flat patches of sky or table show no distortion at all.
         while np.asarray(crop.convert("L")).std() < 12:

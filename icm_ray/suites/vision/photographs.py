@@ -64,7 +64,7 @@ class Photographs:
             name: The photograph; a random one when None.
             zoom: A crop is 1 to `zoom` times as wide as the result.
         """
-        image = self.images[name or self.names[rng.integers(len(self.names))]]
+        image = self.images[name or self.names[int(rng.integers(len(self.names)))]]
         side = min(round(size * rng.uniform(1, zoom)), *image.size)
         left, top = (int(rng.integers(length - side + 1)) for length in image.size)
         # "reducing_gap" is left out: it makes the pixels depend on the decoder.
