@@ -1,4 +1,4 @@
-"""The supervised objective of a language model: the text itself says what comes next."""
+"""The supervised objective of a language model: the text or the answer says what comes next."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from icm_ray.errors import RecipeError
 from icm_ray.evidence.decoding import Readout
-from icm_ray.evidence.readers import Batch
+from icm_ray.evidence.readers import Answered, Batch
 from icm_ray.learning.inputs import Seen
 from icm_ray.learning.objectives import Measured, Memory
 
@@ -16,7 +16,7 @@ ROWS_AT_ONCE = 4
 
 
 class NextTokens:
-    """Mean negative log-likelihood of a text's tokens after the first, in nats."""
+    """Mean negative log-likelihood of a text's tokens after the first, or its answer's, in nats."""
 
     hidden, compares = True, False
     modules: Sequence[str] = ()
@@ -33,7 +33,8 @@ class NextTokens:
         if self.readout is None:
             raise RecipeError("objective: supervised needs the base, to read its tokens.")
         assert seen.hidden is not None
-        shown = batch.mask[:, 1:].to(seen.hidden.device)
+        shown = batch.answers[:, :-1] if isinstance(batch, Answered) else batch.mask[:, 1:]
+        shown = shown.to(seen.hidden.device)
         wanted = batch.ids[:, 1:].to(seen.hidden.device)
         parts = []
         for start in range(0, len(wanted), ROWS_AT_ONCE):
