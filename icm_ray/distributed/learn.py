@@ -12,9 +12,11 @@ from icm_ray.config import LearnSpec, Resources
 from icm_ray.distributed.evidence import Inputs, inputs_key
 from icm_ray.distributed.learning import LearnOrder, learn_on_ray
 from icm_ray.distributed.shared_base import SharedBase
+from icm_ray.evaluation.answers import with_answers
 from icm_ray.evaluation.heads import Head
 from icm_ray.evidence.base import load_reader
 from icm_ray.evidence.batches import batches_of
+from icm_ray.evidence.readers import by_length
 from icm_ray.files import RUN_FILE, is_done, sha256_of, write_json
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run
@@ -35,12 +37,18 @@ class Readable:
     Attributes:
         task: Says what the head predicts.
         head: The frozen head; None if the base answers by itself.
-        targets: Labels of the task's inputs, for supervised objectives; else None.
+        targets: Labels of the task's inputs, answers in words for a generation, for supervised
+            objectives; else None.
     """
 
     task: Task
     head: Head | None
-    targets: Sequence[float] | None = None
+    targets: Sequence[Any] | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Say whether the labels are answers that follow the inputs."""
+        return self.task.kind == "generation" and self.targets is not None
 
 
 def learned_on_ray(
@@ -125,8 +133,13 @@ def task_inputs(
     reader = load_reader(base)
     made = []
     for file in sorted(files, key=lambda file: file.name):
-        batches = batches_of(reader, *inputs[file.name], batch)
         known = readable.get(file.name)
+        if known is not None and known.answered:
+            read = reader.read(*inputs[file.name])
+            make = with_answers(reader, read, known.targets or (), known.task)
+            batches = [make(rows) for rows in by_length(read, batch)]
+        else:
+            batches = batches_of(reader, *inputs[file.name], batch)
         if known is None:
             made.append(TaskInputs(file.load(), batches))
             continue
@@ -163,6 +176,8 @@ def _key(
     heads = {
         task: [known.head.weight.tolist(), known.head.bias.tolist(), known.targets is not None]
         if known.head is not None
+        else [known.task.kind, known.targets]
+        if known.answered
         else known.task.kind
         for task, known in readable.items()
     }

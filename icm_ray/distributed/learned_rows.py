@@ -62,7 +62,7 @@ def _learn(
     for task in [file.name for file in files] if reads_heads(spec) else ():
         labels = None
         if spec.objective.kind in LABELLED:
-            labels = suite.load(task, "calibration", limit).targets.tolist()
+            labels = suite.load(task, "calibration", limit).labels
         readable[task] = Readable(suite.tasks[task], one.experts[task].head(), labels)
 
     def grams() -> Path:

@@ -137,7 +137,7 @@ def readable_of(
         labels = None
         if kind in LABELLED:
             examples = suite.load(file.name, data.split, data.inputs_per_task)
-            labels = examples.targets.tolist()
+            labels = examples.labels
         found[file.name] = Readable(suite.tasks[file.name], experts[file.name].head(), labels)
     return found
 

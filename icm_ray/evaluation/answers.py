@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,7 +16,15 @@ from icm_ray.evaluation.heads import Head, loss
 from icm_ray.evidence.base import Base
 from icm_ray.evidence.batches import hidden_states, in_order, pooled
 from icm_ray.evidence.decoding import greedy, readout_of
-from icm_ray.evidence.readers import Answered, Batch, by_length, pad_batch
+from icm_ray.evidence.readers import (
+    Answered,
+    Batch,
+    Read,
+    Reader,
+    TextReader,
+    by_length,
+    pad_batch,
+)
 from icm_ray.suites.tasks import Examples, Kind, Task
 
 MakeBatch = Callable[[Sequence[int]], Batch]
@@ -124,22 +132,7 @@ class _Decoded:
     def batches(self, base: Base, examples: Examples, task: Task) -> MakeBatch:
         """Return what makes the batches an expert is trained on."""
         prompts = base.reader.read(examples.inputs, task.max_tokens)
-        answers = self._answers(base, examples, task)
-
-        def make(rows: Sequence[int]) -> Answered:
-            whole = pad_batch([prompts[row] + answers[row] for row in rows], rows, 0)
-            place = torch.arange(whole.ids.shape[1])[None]
-            first = torch.tensor([len(prompts[row]) for row in rows])[:, None] - 1
-            last = whole.mask.sum(1, keepdim=True) - 1
-            said = (place >= first) & (place < last)
-            return Answered(whole.ids, whole.mask, whole.rows, said)
-
-        return make
-
-    def _answers(self, base: Base, examples: Examples, task: Task) -> list[list[int]]:
-        end = _end(base)
-        told = base.tokenizer(list(examples.answers), add_special_tokens=False)["input_ids"]
-        return [[*ids[: task.max_new_tokens - 1], end] for ids in told]
+        return with_answers(base.reader, prompts, examples.answers, task)
 
     def loss(
         self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
@@ -155,7 +148,7 @@ class _Decoded:
     ) -> np.ndarray:
         """Return each answer's score by the task's metric."""
         prompts = base.reader.read(examples.inputs, task.max_tokens)
-        end, readout, scores = _end(base), readout_of(base), np.zeros(len(prompts))
+        end, readout, scores = _end(base.tokenizer), readout_of(base), np.zeros(len(prompts))
         for rows in by_length(prompts, size):
             asked = [prompts[row] for row in rows]
             said = greedy(base.model, readout, asked, task.max_new_tokens, end)
@@ -165,8 +158,26 @@ class _Decoded:
         return scores
 
 
-def _end(base: Base) -> int:
-    end = base.tokenizer.eos_token_id
+def with_answers(reader: Reader, prompts: Read, answers: Sequence[str], task: Task) -> MakeBatch:
+    """Return what makes batches of prompts that were read, each followed by its answer."""
+    assert isinstance(reader, TextReader)
+    end = _end(reader.tokenizer)
+    told = reader.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    told = [[*ids[: task.max_new_tokens - 1], end] for ids in told]
+
+    def make(rows: Sequence[int]) -> Answered:
+        whole = pad_batch([prompts[row] + told[row] for row in rows], rows, 0)
+        place = torch.arange(whole.ids.shape[1])[None]
+        first = torch.tensor([len(prompts[row]) for row in rows])[:, None] - 1
+        last = whole.mask.sum(1, keepdim=True) - 1
+        said = (place >= first) & (place < last)
+        return Answered(whole.ids, whole.mask, whole.rows, said)
+
+    return make
+
+
+def _end(tokenizer: Any) -> int:
+    end = tokenizer.eos_token_id
     if end is None:
         raise RecipeError("base: its tokenizer has no token that ends a text, but answers need it.")
     return int(end)

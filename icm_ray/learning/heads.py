@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.heads import Head
-from icm_ray.evidence.batches import Batch
 from icm_ray.evidence.decoding import Readout
+from icm_ray.evidence.readers import Answered, Batch
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.likelihood import NextTokens
 from icm_ray.learning.objectives import Measured, Memory, Scaling, TaskObjective
@@ -51,7 +51,7 @@ class Distillation:
 class Supervised:
     """Cross-entropy, or the squared error of standardised targets, on a few labelled examples.
 
-    A language model's texts are their own labels; `readout` gives its logits.
+    A language model's texts are their own labels, answers those of prompts; `readout` gives logits.
 
     Divided by its value at the start, so that neither kind of task drowns the other.
     """
@@ -60,8 +60,9 @@ class Supervised:
     scaling: Scaling = "start"
 
     def of(self, inputs: TaskInputs) -> TaskObjective | None:
-        """Return the task's objective; None without a head and labels, or texts."""
-        if inputs.kind == "language_modelling":
+        """Return the task's objective; None without a head and labels, texts or answers."""
+        answered = any(isinstance(batch, Answered) for batch in inputs.batches)
+        if inputs.kind == "language_modelling" or answered:
             return NextTokens(self.readout)
         known = {"classification": _cross_entropy, "regression": _squared}
         asks = _asks(inputs)

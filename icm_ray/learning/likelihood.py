@@ -1,11 +1,11 @@
-"""The supervised objective of a language model: the text itself says what comes next."""
+"""The supervised objective of a language model: the text or the answer says what comes next."""
 
 import torch
 from torch import nn
 
 from icm_ray.errors import RecipeError
 from icm_ray.evidence.decoding import Readout
-from icm_ray.evidence.readers import Batch
+from icm_ray.evidence.readers import Answered, Batch
 from icm_ray.learning.inputs import Seen
 from icm_ray.learning.objectives import Measured, Memory
 
@@ -14,7 +14,7 @@ ROWS_AT_ONCE = 4
 
 
 class NextTokens:
-    """Mean negative log-likelihood of a text's tokens after the first, in nats."""
+    """Mean negative log-likelihood of a text's tokens after the first, or its answer's, in nats."""
 
     hidden, compares = True, False
     modules: tuple[str, ...] = ()
@@ -31,7 +31,8 @@ class NextTokens:
         if self.readout is None:
             raise RecipeError("objective: supervised needs the base, to read its tokens.")
         assert seen.hidden is not None
-        shown = batch.mask[:, 1:].to(seen.hidden.device)
+        shown = batch.answers[:, :-1] if isinstance(batch, Answered) else batch.mask[:, 1:]
+        shown = shown.to(seen.hidden.device)
         wanted = batch.ids[:, 1:].to(seen.hidden.device)
         parts = []
         for start in range(0, len(wanted), ROWS_AT_ONCE):

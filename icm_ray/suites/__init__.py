@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from icm_ray.suites.bases import BASES, PackagedBase, default_cache, prepare_base
 from icm_ray.suites.folder import load_folder
+from icm_ray.suites.generation import GENERATION
 from icm_ray.suites.lm import LM
 from icm_ray.suites.tasks import SPLITS, Examples, Suite, Task
 from icm_ray.suites.text import TEXT
@@ -15,6 +16,7 @@ from icm_ray.suites.vision import VISION
 SUITES: Mapping[str, Suite] = {
     "text": TEXT,
     "lm": LM,
+    "generation": GENERATION,
     "vision": VISION,
 }
 """Every suite that comes with the package, by name."""

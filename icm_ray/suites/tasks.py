@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from icm_ray.errors import InputError, did_you_mean
 from icm_ray.files import sha256_of_file
@@ -107,6 +107,11 @@ class Examples:
     def inputs(self) -> "tuple[str, ...] | np.ndarray":
         """Return what a model reads, without anything it should answer."""
         return self.texts if self.images is None else self.images
+
+    @property
+    def labels(self) -> list[Any]:
+        """Return what a model should say: answers in words where there are any, else targets."""
+        return list(self.answers) or self.targets.tolist()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,0 +1,124 @@
+"""Generated answers: decoded as without a cache, trained and learned from their tokens alone."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from icm_ray.adapters import open_all, save_adapter
+from icm_ray.distributed.learn import Readable, task_inputs
+from icm_ray.evaluation.answers import answer_of
+from icm_ray.evidence.base import Base, load_base
+from icm_ray.evidence.batches import hidden_states
+from icm_ray.evidence.decoding import greedy, readout_of
+from icm_ray.evidence.readers import Answered
+from icm_ray.learning.heads import Supervised
+from icm_ray.learning.inputs import Seen, TaskInputs
+from icm_ray.suites.tasks import Examples, Task
+
+END = 3
+NEW = 5
+TASK = Task("words", "generation", "exact_match", (), 16, "nowhere", "none", max_new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_bert, tmp_path_factory) -> Base:
+    """A random two-layer Llama with the tiny BERT's words, which ends its answers."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(folder)
+    return load_base(folder)
+
+
+@pytest.fixture
+def examples(texts) -> Examples:
+    return Examples(
+        texts[:10], np.full(10, np.nan), tuple(map(str, range(10))), answers=texts[10:20]
+    )
+
+
+def one_by_one(base: Base, prompt: list[int]) -> list[int]:
+    """Return the greedy answer to one prompt, all of it read again for every token."""
+    said: list[int] = []
+    while len(said) < NEW and said[-1:] != [END]:
+        logits = base.whole(input_ids=torch.tensor([prompt + said])).logits
+        said.append(int(logits[0, -1].argmax()))
+    return said
+
+
+def test_answers_are_those_of_each_prompt_alone(base, texts):
+    prompts = base.reader.read(texts, 16)
+    together = greedy(base.model, readout_of(base), prompts, NEW, END)
+    assert together == [one_by_one(base, prompt) for prompt in prompts]
+    assert len({tuple(answer) for answer in together}) > 5
+
+
+def test_what_the_model_says_itself_is_a_perfect_answer(base, examples):
+    prompts = base.reader.read(examples.texts, 16)
+    said = [one_by_one(base, prompt) for prompt in prompts]
+    own = base.tokenizer.batch_decode(said, skip_special_tokens=True)
+    own[4] = "something else"
+    told = Examples(examples.texts, examples.targets, examples.documents, answers=tuple(own))
+    scores = answer_of(TASK).predict(base, None, told, TASK, size=3)
+    assert scores.tolist() == [1.0] * 4 + [0.0] + [1.0] * 5
+
+
+def nats_of_answers(base: Base, examples: Examples) -> list[torch.Tensor]:
+    """Return each answer's tokens' negative log-likelihoods, one example at a time."""
+    found = []
+    prompts = base.tokenizer(list(examples.texts))["input_ids"]
+    answers = base.tokenizer(list(examples.answers), add_special_tokens=False)["input_ids"]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        told = [*answer[: NEW - 1], END]
+        logits = base.whole(input_ids=torch.tensor([prompt + told])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(told) - 1)
+        found.append(torch.stack([-logits[p, t] for p, t in zip(places, told, strict=True)]))
+    return found
+
+
+def test_training_sees_the_answer_s_tokens_alone(base, examples):
+    answer = answer_of(TASK)
+    rows = [7, 2, 5]
+    batch = answer.batches(base, examples, TASK)(rows)
+    value = answer.loss(base, None, batch, torch.zeros(3), TASK)
+    nats = nats_of_answers(base, examples)
+    torch.testing.assert_close(value, torch.cat([nats[row] for row in rows]).mean())
+
+
+def test_supervised_learning_reads_answers_where_they_are_given(
+    base, examples, make_adapter, tmp_path
+):
+    save_adapter(make_adapter("words"), tmp_path / "words")
+    files = open_all([("words", tmp_path / "words")])
+    given = {"words": (examples.texts, 16)}
+    labelled = {"words": Readable(TASK, None, examples.labels)}
+    (inputs,) = task_inputs(files, given, labelled, base.path, 4)
+    assert sorted(row for batch in inputs.batches for row in batch.rows.tolist()) == list(range(10))
+    objective = Supervised(readout_of(base)).of(inputs)
+    total, count = 0.0, 0.0
+    for batch in inputs.batches:
+        assert isinstance(batch, Answered)
+        with torch.no_grad():
+            sums, tokens = objective.measure(batch, Seen({}, hidden_states(base.model, batch)), {})
+        total, count = total + sums.sum(), count + tokens
+    nats = torch.cat(nats_of_answers(base, examples))
+    assert count == len(nats)
+    torch.testing.assert_close(total / count, nats.mean())
+
+
+def test_supervised_learning_is_silent_without_answers(base, make_adapter):
+    inputs = TaskInputs(make_adapter("words"), [], kind="generation")
+    assert Supervised(readout_of(base)).of(inputs) is None
