@@ -316,6 +316,7 @@ class EngineSpec(Part):
         default="float32", description="bfloat16 is autocast; weights stay float32."
     )
     checkpoint_every: Positive = Field(default=50, description="Steps between checkpoints.")
+    report_every: Positive = Field(default=25, description="Steps between lines of metrics.")
     max_failures: int = Field(default=3, ge=0, description="Lost workers until the job gives up.")
 
 

@@ -129,18 +129,25 @@ def _settings(order: FusionOrder) -> dict[str, Any]:
 def _train(
     engine: Any, meta: MetaTraining, order: FusionOrder, history: History, rank: int
 ) -> None:
+    from ray import train
     from ray.experimental import tqdm_ray
 
-    steps, every = order.spec.steps, order.engine.checkpoint_every
+    steps, options = order.spec.steps, order.engine
     bar = tqdm_ray.tqdm(total=steps, desc="train fusion") if rank == 0 else None
     if bar:
         bar.update(len(history))
     while len(history) < steps and not is_lost(history):  # on every worker; the driver says so
         history.append(_step(engine, meta, len(history)))
+        done = len(history)
         if bar:
             bar.update(1)
-        if is_lost(history) or len(history) % every == 0 or len(history) == steps:
+        if is_lost(history) or done % options.checkpoint_every == 0 or done == steps:
             _report(engine, meta, history, rank)
+        elif done % options.report_every == 0:
+            train.report({"step": done, **history[-1]})
+        if bar and (done % options.report_every == 0 or done == steps):
+            told = ", ".join(f"{name} {history[-1][name]:.4g}" for name in COLUMNS)
+            print(f"step {done}/{steps}: {told}")
     if bar:
         bar.close()
 
@@ -210,10 +217,12 @@ def is_lost(history: History) -> bool:
 def check_hashes(folder: Path) -> None:
     """Raise InputError unless every file of a checkpoint is as its writer noted."""
     noted = [read_json(path) for path in sorted(folder.glob("hashes-*.json"))]
-    wrong = [
+    listed = {name: digest for hashes in noted for name, digest in hashes.items()}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.pt")}
+    wrong = sorted(found - set(listed))  # nothing is unpickled that no worker wrote
+    wrong += [
         name
-        for hashes in noted
-        for name, digest in hashes.items()
+        for name, digest in listed.items()
         if not (folder / name).is_file() or sha256_of_file(folder / name) != digest
     ]
     if wrong or not noted:

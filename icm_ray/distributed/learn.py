@@ -163,6 +163,19 @@ def _grams(
     }
 
 
+def heads_key(readable: Mapping[str, Readable]) -> str:
+    """Return what identifies the heads that objectives read, and whether they read labels."""
+    heads = {
+        task: [known.head.weight.tolist(), known.head.bias.tolist(), known.targets is not None]
+        if known.head is not None
+        else [known.task.kind, known.targets]
+        if known.answered
+        else known.task.kind
+        for task, known in readable.items()
+    }
+    return sha256_of(heads)
+
+
 def _key(
     spec: LearnSpec,
     files: Sequence[AdapterFile],
@@ -173,20 +186,12 @@ def _key(
     threads: int,
     told: Path | None,
 ) -> str:
-    heads = {
-        task: [known.head.weight.tolist(), known.head.bias.tolist(), known.targets is not None]
-        if known.head is not None
-        else [known.task.kind, known.targets]
-        if known.answered
-        else known.task.kind
-        for task, known in readable.items()
-    }
     content: dict[str, Any] = {
         "version": VERSION,
         "spec": spec.model_dump(),
         "adapters": {file.name: file.fingerprint() for file in files},
         "inputs": {task: inputs_key(*told) for task, told in inputs.items()},
-        "heads": sha256_of(heads),
+        "heads": heads_key(readable),
         "base": base,
         "seed": seed,
         "threads": threads,

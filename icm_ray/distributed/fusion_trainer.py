@@ -1,0 +1,219 @@
+"""Ray Train around the workers of `fusion_engine`: storage, time-outs, retries, resuming.
+
+A trial of Ray Tune may call `train_fusion_on_ray` too, with Tune's TuneReportCallback. The trial
+then must hold none of the CPUs its workers wait for: let it ask for a custom resource alone.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import train
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file
+
+from icm_ray.config import Resources
+from icm_ray.distributed.fusion_engine import (
+    TABLE,
+    VAE,
+    FusionOrder,
+    check_hashes,
+    is_lost,
+    train_worker,
+)
+from icm_ray.errors import ClusterError, ICMRayError, InputError, RecipeError
+from icm_ray.files import read_json
+from icm_ray.fusion.data import FusionTable, write_table
+from icm_ray.fusion.train import History
+from icm_ray.vae.network import FusionVAE, build_vae
+
+START_SECONDS = "600"
+"""How long workers may take to start; Ray Train's own minute is short on a busy machine."""
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+"""How workers on a device exchange gradients."""
+
+
+def check_resources(resources: Resources) -> None:
+    """Raise RecipeError, with all problems, if DeepSpeed's workers cannot run on `resources`."""
+    wanted = BACKENDS.get(resources.device)
+    if wanted is None:
+        raise RecipeError(
+            f"resources.device: {resources.device} but one of {', '.join(BACKENDS)} is expected."
+        )
+    problems = []
+    if resources.backend != wanted:
+        problems.append(
+            f"resources.backend: {resources.backend} but {wanted} is expected on device "
+            f"{resources.device}."
+        )
+    gpus = float(resources.device == "cuda")  # DeepSpeed counts a node's devices by its workers
+    if resources.gpus_per_worker != gpus:
+        problems.append(
+            f"resources.gpus_per_worker: {resources.gpus_per_worker:g} but {gpus:g} is expected "
+            f"on device {resources.device}."
+        )
+    if problems:
+        raise RecipeError(problems)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What Ray Train gives back.
+
+    Attributes:
+        vae: The network after the last step.
+        history: "loss" and its parts for every step.
+        optimizer_bytes: Of each worker.
+    """
+
+    vae: FusionVAE
+    history: History
+    optimizer_bytes: list[int]
+
+
+def train_fusion_on_ray(
+    order: FusionOrder,
+    table: FusionTable,
+    scratch: Path,
+    world: int,
+    callbacks: Sequence[Any] = (),
+    worker: Callable[[dict[str, Any]], None] = train_worker,
+) -> Trained:
+    """Train a Fusion-VAE over the cluster; `fusion.train.train` is the loop it equals.
+
+    Args:
+        order: The training.
+        table: Checkpoints of every task.
+        scratch: Storage of the run, on a disk all nodes share; what it holds is resumed.
+        world: Number of workers.
+        callbacks: Ray Train's, such as Tune's TuneReportCallback.
+        worker: What each worker runs.
+
+    Raises:
+        RecipeError: the loss is no longer a number, or DeepSpeed cannot run on the resources.
+        InputError: `scratch` is not this user's alone, or a checkpoint is not as it was written.
+        ClusterError: workers were lost, or did not start, more often than `max_failures`.
+    """
+    check_resources(order.resources)
+    _own(scratch)
+    write_table(table, scratch / f"{TABLE}.parquet")
+    with _environment():
+        data = ray.data.read_parquet(str((scratch / f"{TABLE}.parquet").absolute())).materialize()
+        resources = order.resources
+        trainer = _Trainer(
+            worker,
+            train_loop_config={"order": ray.put(order)},
+            datasets={TABLE: data},
+            dataset_config=train.DataConfig(datasets_to_split=[]),
+            scaling_config=train.ScalingConfig(
+                num_workers=world,
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker=_wants(order),
+            ),
+            torch_config=TorchConfig(
+                backend=resources.backend, timeout_s=resources.timeout_seconds
+            ),
+            run_config=train.RunConfig(
+                name="train",
+                storage_path=str(scratch.absolute()),
+                failure_config=train.FailureConfig(
+                    max_failures=order.engine.max_failures,
+                    controller_failure_limit=order.engine.max_failures,  # of starting workers
+                ),
+                checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+                callbacks=list(callbacks),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except train.TrainingFailedError as error:
+            raise _told(error) from error
+        except BaseException:  # Ctrl-C: workers would train on for a session that stays open
+            trainer.stop()
+            raise
+    return _trained(order, table, result.checkpoint)
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to the caller; Ray's own handler would end the process with code 0."""
+
+    controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+
+    def stop(self) -> None:
+        """End the training and its workers now."""
+        if self.controller is not None:
+            ray.kill(self.controller)
+
+
+def _own(folder: Path) -> None:
+    """Make a folder of this user alone: what DeepSpeed saves there it unpickles when it resumes."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    told = folder.lstat()
+    if not stat.S_ISDIR(told.st_mode) or told.st_uid != os.getuid() or told.st_mode & 0o077:
+        raise InputError(
+            f"{folder}: not a folder that only this user can use, which checkpoints to resume from "
+            "have to be in. Remove it and run the same command again."
+        )
+
+
+def _told(error: train.TrainingFailedError) -> ICMRayError:
+    """Return what ended a training: an error of ours as it was raised, anything else in one line."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, ICMRayError):
+            return cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ClusterError(
+        f"train fusion: {lines[-1] if lines else type(error).__name__}. Checkpoints are "
+        "kept; run the same command again to resume."
+    )
+
+
+def _trained(order: FusionOrder, table: FusionTable, checkpoint: Any) -> Trained:
+    with checkpoint.as_directory() as name:
+        folder = Path(name)
+        check_hashes(folder)
+        told = [read_json(path) for path in sorted(folder.glob("progress-*.json"))]
+        vae = build_vae(order.spec.vae, order.layout.sizes, table.v.shape[1])
+        vae.load_state_dict(load_file(folder / VAE))
+    history = told[0]["history"]
+    if is_lost(history):
+        raise RecipeError(
+            f"fusion: the loss is no number at step {len(history)}. Lower fusion.lr and "
+            "fusion.meta_lr, or fusion.inner.lr."
+        )
+    return Trained(vae, history, [one["optimizer_bytes"] for one in told])
+
+
+def _wants(order: FusionOrder) -> dict[str, float]:
+    resources = order.resources
+    wants = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    if resources.memory_per_worker:
+        wants["memory"] = resources.memory_per_worker
+    return {name: amount for name, amount in {**wants, **resources.custom}.items() if amount}
+
+
+class _environment:
+    """Ray Train's and Ray Data's settings that are read from the environment."""
+
+    WANTED: Mapping[str, str] = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_SECONDS,
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    }
+
+    def __enter__(self) -> None:
+        self.before = {name: os.environ.get(name) for name in self.WANTED}
+        for name, value in self.WANTED.items():
+            os.environ.setdefault(name, value)
+
+    def __exit__(self, *_error: object) -> None:
+        for name, value in self.before.items():
+            if value is None:
+                os.environ.pop(name, None)
