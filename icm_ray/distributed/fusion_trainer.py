@@ -164,7 +164,7 @@ def _own(folder: Path) -> None:
 
 
 def _told(error: train.TrainingFailedError) -> ICMRayError:
-    """Return what ended a training: an error of ours as it was raised, anything else in one line."""
+    """Return what ended a training: an error of ours as it was, anything else in one line."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "_base_exc", failure)
         if isinstance(cause, ICMRayError):

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ def _train(
         raise
     meta = MetaTraining(trained.vae, recipe.fusion, layout, table, None, recipe.seed)
     model = finished(meta, trained.history, adapters)
-    model.report["optimizer_bytes"] = trained.optimizer_bytes
-    save_fusion(model, target, {"key": key})
+    report = {**model.report, "optimizer_bytes": trained.optimizer_bytes}
+    save_fusion(replace(model, report=report), target, {"key": key})
     shutil.rmtree(scratch)
 
 
