@@ -110,6 +110,12 @@ def _misfits(adapter: Adapter | AdapterFile, model: nn.Module) -> list[str]:
     lines = []
     for module, shape in shapes.items():
         weight = getattr(layers.get(module), "weight", None)
+        if weight is None and (fused := _fused_experts(layers, module)):
+            lines.append(
+                f"{module}: {fused} holds all experts in one parameter but a module of its own is "
+                "expected. Leave base out: merging and checking the file need none."
+            )
+            continue
         if weight is None:
             lines.append(f"{module}: not in the base model but expected. Check the base.")
             continue
@@ -124,3 +130,12 @@ def _misfits(adapter: Adapter | AdapterFile, model: nn.Module) -> list[str]:
                 "is expected. Check the base."
             )
     return lines
+
+
+def _fused_experts(layers: dict[str, nn.Module], module: str) -> str | None:
+    """Return the module's nearest parent in the base if that is a mixture's fused experts."""
+    parent = module
+    while parent not in layers:
+        parent = parent.rpartition(".")[0]
+    own = layers[parent].parameters(recurse=False)
+    return parent if any(parameter.ndim == 3 for parameter in own) else None

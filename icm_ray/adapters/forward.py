@@ -1,12 +1,14 @@
 """Proof on the real base model: PEFT's outputs equal the base plus the expected change."""
 
 import contextlib
+import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,7 +40,7 @@ def verify_forward(
     model = load_base(Path(base_path), expected)
     inputs = _random_inputs(model)
     plain = _output(model, inputs)
-    with _added(model, expected):
+    with _added(model, expected) as reached:
         algebra = _output(model, inputs)
     theirs = _output(load_with_peft(model, file.path), inputs)
     error = relative_error(theirs, algebra)
@@ -51,6 +53,11 @@ def verify_forward(
             f"{tolerance:.1e} is expected. Save it again."
         )
     is_zero = not any(f.a.any() and f.b.any() for f in expected.modules.values())
+    if not reached and not is_zero:
+        raise InputError(
+            f"{folder}: {next(iter(expected.modules))}: no inputs of the check reach it or another "
+            "adapted module. Check this adapter without its base."
+        )
     if change == 0 and not is_zero:
         raise InputError(
             f"{folder}: the base's outputs stay as they are but a change is expected. "
@@ -72,8 +79,37 @@ def _random_inputs(model: Any) -> dict[str, Tensor]:
         )
     text_config = config.get_text_config()
     tokens = torch.randint(text_config.vocab_size, (2, 12), generator=generator)
-    is_pair = bool(config.is_encoder_decoder)
-    return {"input_ids": tokens, **({"decoder_input_ids": tokens} if is_pair else {})}
+    inputs = {"input_ids": tokens}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    if "pixel_values" in inspect.signature(model.forward).parameters:
+        inputs |= _with_images(model, tokens, generator)
+    return inputs
+
+
+def _with_images(
+    model: Any, tokens: Int[Tensor, "examples tokens"], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return pixels, and token ids with a place for every image feature if the model mixes them.
+
+    Nothing is added for models whose images come in another form than pixels of one size.
+    """
+    config = model.config
+    vision = getattr(config, "vision_config", None)
+    strides = getattr(vision, "patch_stride", None)  # Florence-2 takes images of any size
+    side = getattr(vision, "image_size", None) or (2 * math.prod(strides) if strides else None)
+    if not isinstance(side, int):
+        return {}
+    channels = getattr(vision, "num_channels", None) or vision.in_channels
+    pixels = torch.randn(len(tokens), channels, side, side, generator=generator)
+    place = getattr(config, "image_token_id", None)
+    if place is None:  # as in CLIP, each kind of input has its own tower
+        return {"pixel_values": pixels}
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=pixels).pooler_output
+    tokens = tokens.masked_fill(tokens == place, 0)
+    places = torch.full((len(tokens), len(features[0])), place)
+    return {"pixel_values": pixels, "input_ids": torch.cat([places, tokens], 1)}
 
 
 def _output(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "..."]:
@@ -82,9 +118,13 @@ def _output(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "..."]:
 
 
 @contextlib.contextmanager
-def _added(model: nn.Module, expected: Adapter) -> Iterator[None]:
-    """Within the context, every module's output has the expected change added to it."""
+def _added(model: nn.Module, expected: Adapter) -> Iterator[set[str]]:
+    """Within the context, every module's output has the expected change added to it.
+
+    Yields the modules that inputs have reached so far.
+    """
     handles = []
+    reached: set[str] = set()
     for name, factors in expected.modules.items():
         layout = expected.layouts.get(name)
 
@@ -94,12 +134,14 @@ def _added(model: nn.Module, expected: Adapter) -> Iterator[None]:
             output: Tensor,
             factors: LoRAFactors = factors,
             layout: str | None = layout,
+            name: str = name,
         ) -> Tensor:
+            reached.add(name)
             return output + _change(layer, inputs[0], factors, layout)
 
         handles.append(model.get_submodule(name).register_forward_hook(add))
     try:
-        yield
+        yield reached
     finally:
         for handle in handles:
             handle.remove()

@@ -43,8 +43,8 @@ class Base:
 
     @property
     def d_model(self) -> int:
-        """Width of the last hidden state."""
-        return int(self.model.config.hidden_size)  # type: ignore[union-attr]
+        """Width of the last hidden state; that of texts where images have a tower of their own."""
+        return int(self.model.config.get_text_config().hidden_size)  # type: ignore[union-attr]
 
     def weights(self) -> dict[str, Tensor]:
         """Return every tensor once, by name."""

@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from icm_ray.evidence.readers import (
@@ -20,11 +21,32 @@ from icm_ray.evidence.readers import (
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "examples tokens d_model"]:
-    """Return the last hidden states; keys of earlier tokens, which serve nobody, are not kept."""
+    """Return the last hidden states; keys of earlier tokens, which serve nobody, are not kept.
+
+    A decoder behind an encoder repeats the text, so its states stand for the same tokens. Where
+    texts and images have a tower each (CLIP), the states are those of the batch's kind, or of
+    the texts if it has both.
+    """
     inputs: dict = to_device(batch.inputs, model)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if hasattr(model, "text_model") and hasattr(model, "vision_model"):
+        if "input_ids" in inputs and "pixel_values" in inputs:
+            return model(**inputs).text_model_output.last_hidden_state
+        tower = model.text_model if "input_ids" in inputs else model.vision_model
+        return tower(**inputs).last_hidden_state
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted:
         inputs["use_cache"] = False
+    if "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = _delayed(inputs["input_ids"], model.config)
     return model(**inputs).last_hidden_state
+
+
+def _delayed(ids: Int[Tensor, "examples tokens"], config: Any) -> Int[Tensor, "examples tokens"]:
+    """Return what a decoder reads to say `ids`: its start token, and then all but the last."""
+    text = config.get_text_config()
+    start = getattr(text, "decoder_start_token_id", None)
+    start = text.pad_token_id if start is None else start
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
 def pooled(model: nn.Module, batch: Batch) -> Float[Tensor, "examples d_model"]:

@@ -98,10 +98,12 @@ class _Sums:
             if self.last is not None and self.last[0] is x:
                 self.shared[path] = self.last[1]
                 return
-            self.last = (x, path)
-            self.shared[path] = path
             mask = self.mask.to(x.device)
             rows = (x[mask] if x.shape[:2] == mask.shape else x).reshape(-1, x.shape[-1]).float()
+            if not len(rows):  # an expert that the router sent no token
+                return
+            self.last = (x, path)
+            self.shared[path] = path
             gram = (rows.T @ rows).cpu().double()
             self.totals[path] = self.totals[path] + gram if path in self.totals else gram
             self.rows[path] = self.rows.get(path, 0) + rows.shape[0]

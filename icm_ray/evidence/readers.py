@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from icm_ray.errors import InputError
@@ -32,12 +32,17 @@ class Batch:
         mask: `(examples, tokens)` bool over the model's tokens, False on padding.
         rows: Position of each example in the original order.
         prefix: Tokens before those of an image's patches.
+        pixels: `(examples, channels, height, width)` float, images read together with token ids;
+            the ids hold the model's image token wherever it puts an image feature.
     """
 
     data: Shaped[Tensor, "examples ..."]
     mask: Bool[Tensor, "examples tokens"]
     rows: Int[Tensor, " examples"]
     prefix: int = field(default=0, kw_only=True)
+    pixels: Float[Tensor, "examples channels height width"] | None = field(
+        default=None, kw_only=True
+    )
 
     @property
     def ids(self) -> Int[Tensor, "examples tokens"]:
@@ -49,7 +54,8 @@ class Batch:
         """What the model is called with."""
         if self.data.is_floating_point():
             return {"pixel_values": self.data}
-        return {"input_ids": self.data, "attention_mask": self.mask.long()}
+        inputs = {"input_ids": self.data, "attention_mask": self.mask.long()}
+        return inputs if self.pixels is None else {**inputs, "pixel_values": self.pixels}
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,13 @@ class TextReader:
     tokenizer: Any
 
     def read(self, inputs: Inputs, max_tokens: int) -> list[list[int]]:
-        """Return each text's token ids."""
+        """Return each text's token ids.
+
+        Raises:
+            InputError: they are no texts.
+        """
+        if isinstance(inputs, np.ndarray) and inputs.ndim > 1:
+            raise InputError("data: images but the base reads texts. Choose a suite of texts.")
         return tokenize(self.tokenizer, [str(text) for text in inputs], max_tokens)
 
     def batch(self, read: Read, rows: Sequence[int]) -> Batch:
@@ -176,7 +188,15 @@ def join(batches: Sequence[Batch]) -> Batch:
     width = max(batch.mask.shape[1] for batch in batches)
     mask = torch.cat([_widened(batch.mask, width) for batch in batches])
     data = [b.data if b.data.ndim > 2 else _widened(b.data, width) for b in batches]
-    return Batch(torch.cat(data), mask, torch.cat([batch.rows for batch in batches]))
+    pixels = [batch.pixels for batch in batches if batch.pixels is not None]
+    if pixels and len(pixels) < len(batches):
+        raise InputError("batches: some have images beside their texts but all or none must.")
+    return Batch(
+        torch.cat(data),
+        mask,
+        torch.cat([batch.rows for batch in batches]),
+        pixels=torch.cat(pixels) if pixels else None,
+    )
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:
