@@ -169,7 +169,8 @@ def learned_figures(data: ReportData, summary: Summary) -> Iterator[Picture]:
             "adapter reads more of what reaches it.",
             learned_pictures.change_picture(data.state_ratios[BASE], shown),
         )
-    lines = {m: data.quartiles[m] for m in (*REFERENCES, *best) if m in data.quartiles}
+    # A suite without classifications has rows without a line.
+    lines = {m: data.quartiles[m] for m in (*REFERENCES, *best) if data.quartiles.get(m)}
     if lines:
         yield Picture(
             "Accuracy by null-space ratio",

@@ -60,6 +60,12 @@ def test_the_report_shows_all_that_was_learned(learned, make_data):
     assert text.count("<svg") == 9
 
 
+def test_tasks_without_classes_have_no_accuracy_by_ratio(learned, make_data):
+    text = page(make_data(learned=[learned], quartiles={"expert": {}, "soup": {}}))
+    assert "What soup learned" in text
+    assert "Accuracy by null-space ratio" not in text
+
+
 def test_rows_that_merged_some_experts_have_a_table(make_data, make_row, make_scores):
     half = [make_row("half", "topic", 0.72), make_row("half", "year", 0.4, seen=False)]
     text = page(make_data(scores=[*make_scores(), *half]))
