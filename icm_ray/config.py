@@ -270,6 +270,12 @@ Overrides = Annotated[
 ]
 
 
+FusionChanges = Annotated[
+    dict[str, Any],
+    Field(description="Changes to the Fusion-VAE's default recipe, as `fusion` of its own job."),
+]
+
+
 class LearnRecipe(Recipe):
     """Recipe of `jobs.learn`: what a learned method makes of K adapters and unlabelled inputs."""
 
@@ -552,6 +558,8 @@ SearchObjective = Literal[
     "entropy",
     "output_rank",
     "output_bytes",
+    "reconstruction_error",
+    "kl_total",
 ]
 
 
@@ -563,6 +571,7 @@ class SearchRow(Part):
     params: dict[str, Any] = {}
     rank: int | str | None = None
     learn: Overrides = {}
+    fusion: FusionChanges = {}
     search: Searched = {}
     space: Literal["default"] | None = Field(
         default=None, description="default: the method's ready-made space beneath `search`."
@@ -605,6 +614,10 @@ class SearchRecipe(Recipe):
     params: dict[str, Any] = {}
     rank: int | str | None = None
     learn: Overrides = {}
+    fusion: FusionChanges = {}
+    trajectories: str | None = Field(
+        default=None, description="icm_fusion: folder of jobs.finetune with <task>/."
+    )
     search: Searched = {}
     space: Literal["default"] | None = None
     layer_groups: Positive = Field(default=3, description="Runs of blocks that share a number.")
@@ -631,5 +644,5 @@ class SearchRecipe(Recipe):
 
     def row(self) -> SearchRow:
         """Return the recipe's own search as a row."""
-        names = ("method", "params", "rank", "learn", "search", "space")
+        names = ("method", "params", "rank", "learn", "fusion", "search", "space")
         return SearchRow(**{name: getattr(self, name) for name in names})

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fusion": BASICS
     | {"adapters", "config", "evidence", "finetuning", "learning", "linalg", "methods", "vae"},
     "search": BASICS
-    | {"adapters", "config", "evaluation", "evidence", "learning", "linalg", "methods", "suites"},
+    | {"adapters", "config", "evaluation", "evidence", "fusion", "learning", "linalg", "methods"}
+    | {"suites", "vae"},
     "output": BASICS | {"adapters", "methods", "report"},
     "reproduction": BASICS | {"adapters", "linalg", "methods", "output", "report"},
     "importing": BASICS | {"config", "methods", "recipe_files"},

@@ -16,6 +16,7 @@ from icm_ray.distributed.rows import task_data
 from icm_ray.distributed.search_plan import Plan, Search
 from icm_ray.distributed.search_report import publish, publish_table
 from icm_ray.distributed.shared_base import SharedBase
+from icm_ray.distributed.train_fusion import train_fusion_and_write
 from icm_ray.evaluation.scoring import Standing, standing, values
 from icm_ray.files import sha256_of
 from icm_ray.learning.recipes import needs_grams, spec_of
@@ -25,9 +26,11 @@ from icm_ray.search.ledger import Trial
 from icm_ray.search.measuring import BATCH
 from icm_ray.search.recipes import (
     BEST,
+    BEST_FUSION,
     BEST_LEARN,
     EVIDENCE,
     MERGED,
+    fusion_recipe,
     is_learned_apart,
     learn_recipe,
     merge_recipe,
@@ -60,6 +63,10 @@ def _write_recipes(plan: Plan, search: Search, trial: Trial, path: Path) -> None
     if is_learned_apart(setting):
         apart = learn_recipe(setting, recipe, plan.refs)
         write_recipe(path.with_name(BEST_LEARN), apart, "Run this one first, with jobs.learn.")
+    if setting.fuses:
+        apart = fusion_recipe(setting, recipe, plan.refs)
+        place = path.with_name(BEST_FUSION.replace("best", path.stem))
+        write_recipe(place, apart, "Run this one first, with jobs.train_fusion.")
     write_recipe(path, merge_recipe(setting, recipe, plan.refs), note)
 
 
@@ -110,6 +117,8 @@ def _merge_best(plan: Plan, search: Search, study: Study, target: Path) -> None:
             shutil.copytree(grams, place, copy_function=os.link)
     if is_learned_apart(setting):
         learn_and_write(learn_recipe(setting, recipe, plan.refs), search.folder / EVIDENCE)
+    if setting.fuses:
+        train_fusion_and_write(fusion_recipe(setting, recipe, plan.refs), search.folder / EVIDENCE)
     merge = merge_recipe(setting, recipe, plan.refs)
     if merge.evidence is not None:  # as the output is: where this run has it
         merge = merge.model_copy(update={"evidence": str(search.folder / EVIDENCE)})

@@ -10,13 +10,14 @@ from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import AdapterRef, SearchRecipe, SearchRow
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import Expert, find_experts
-from icm_ray.files import sha256_of
+from icm_ray.files import sha256_of, sha256_of_file
+from icm_ray.fusion.serial import HEAD_LOSSES, fusion_spec_of
 from icm_ray.learning.recipes import LABELLED, LEARNERS, needs_grams, reads_heads, spec_of
 from icm_ray.methods.merge import find_method
 from icm_ray.search.ledger import Ledger
 from icm_ray.search.measuring import GRAMS
 from icm_ray.search.objectives import AIMS
-from icm_ray.search.spaces import Space, space_of
+from icm_ray.search.spaces import FUSES, Space, space_of
 from icm_ray.search.starting import starts_of
 from icm_ray.search.study import Study
 from icm_ray.suites import SUITES, Suite
@@ -53,7 +54,7 @@ class Plan:
         return self.recipe.suite is not None and bool(self.experts)
 
     def needs(self, what: str) -> bool:
-        """Say whether something asks for "grams", "inputs", "heads", "labels", "validation"."""
+        """Say whether something asks for grams, inputs, heads, labels, validation or fusion."""
         methods = {m for _, space in self.rows for m in space.methods}
         learners = [
             spec_of(m, row.learn)
@@ -63,14 +64,22 @@ class Plan:
         ]
         grams = any(find_method(m).needs == GRAMS for m in methods)
         grams |= any(map(needs_grams, learners))
+        fused = [row for row, space in self.rows if FUSES in map(needs_of, space.methods)]
+        inner = {fusion_spec_of(row.fusion).inner.loss for row in fused} & set(HEAD_LOSSES)
         aims = {AIMS[name].needs for name in self.recipe.objectives}
         return {
             "grams": grams,
-            "inputs": grams or bool(learners) or bool(aims & {"inputs", "heads"}),
-            "heads": "heads" in aims or any(map(reads_heads, learners)),
-            "labels": any(spec.objective.kind in LABELLED for spec in learners),
+            "inputs": grams or bool(learners or fused) or bool(aims & {"inputs", "heads"}),
+            "heads": "heads" in aims or any(map(reads_heads, learners)) or bool(inner),
+            "labels": any(spec.objective.kind in LABELLED for spec in learners) or "task" in inner,
             "validation": "validation" in aims,
+            "fusion": bool(fused),
         }[what]
+
+
+def needs_of(method: str) -> str | None:
+    """Return the evidence a method needs."""
+    return find_method(method).needs
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,12 @@ def _problems(plan: Plan, tasks: Sequence[str]) -> list[str]:
         )
     if plan.needs("inputs") and recipe.data is None:
         found.append("data: missing but an objective or method looks at unlabelled inputs.")
+    only = {needs_of(m) for _, space in plan.rows for m in space.methods} == {FUSES}
+    if not only and (aims := [o for o in recipe.objectives if AIMS[o].needs == "fusion"]):
+        found.append(f"objectives: {', '.join(aims)}: only method icm_fusion has a Fusion-VAE.")
+    folder = Path(recipe.trajectories) if recipe.trajectories else None
+    if missing := [task for task in tasks if folder and not (folder / task).is_dir()]:
+        found.append(f"trajectories: {folder} has no folder for {', '.join(missing)}.")
     if recipe.halving and len(recipe.objectives) > 1:
         found.append("halving: stops trials by one objective, but several are named.")
     if recipe.halving and recipe.halving.by == "steps":
@@ -171,9 +186,11 @@ def key_of(plan: Plan, search: Search) -> str:
     names = ("suite", "layer_groups", "objectives", "validation", "sampler", "startup", "seed")
     read = {task: expert.head() for task, expert in plan.experts.items()}
     heads = {task: sha256_of(h.weight.tolist()) if h else None for task, h in read.items()}
+    paths = sorted(Path(recipe.trajectories).rglob("*.parquet")) if recipe.trajectories else []
     return sha256_of(
         {
             "version": VERSION,
+            "trajectories": [sha256_of_file(path) for path in paths],
             "row": search.row.model_dump(mode="json", exclude={"label"}),
             "sampler_seed": search.seed,
             "adapters": {file.name: file.fingerprint() for file in plan.files},

@@ -28,6 +28,7 @@ from icm_ray.errors import InputError, RecipeError
 from icm_ray.files import is_done, refuse_foreign, sha256_of, sha256_of_file
 from icm_ray.fusion.data import FusionTable, samples_of
 from icm_ray.fusion.meta import MetaTraining
+from icm_ray.fusion.serial import HEAD_LOSSES, reads_heads, runs_base
 from icm_ray.fusion.store import load_fusion, save_fusion
 from icm_ray.fusion.train import finished
 from icm_ray.planning import warn, warnings_of
@@ -36,8 +37,6 @@ from icm_ray.types import Adapter
 from icm_ray.vae.layout import Layout
 
 VERSION = 1
-READS = {"task": "supervised", "entropy": "entropy"}
-"""Inner losses that read heads, by the learner's name of them."""
 
 
 def train_fusion_and_write(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
@@ -82,13 +81,13 @@ def _train(
 ) -> None:
     adapters = [file.load() for file in files]
     layout, table = _table(recipe, files, adapters, inputs, shared)
-    runs_base = _runs_base(recipe)
+    through_base = runs_base(recipe.fusion)
     order = FusionOrder(
         recipe.fusion,
         recipe.engine,
         layout,
-        task_inputs(files, inputs, readable, base, recipe.input_batch) if runs_base else (),
-        shared if runs_base else None,
+        task_inputs(files, inputs, readable, base, recipe.input_batch) if through_base else (),
+        shared if through_base else None,
         recipe.resources,
         recipe.seed,
     )
@@ -105,15 +104,11 @@ def _train(
     shutil.rmtree(scratch)
 
 
-def _runs_base(recipe: TrainFusionRecipe) -> bool:
-    return recipe.fusion.meta_steps > 0 and recipe.fusion.inner.loss != "reconstruction"
-
-
 def _readable(recipe: TrainFusionRecipe, files: Sequence[AdapterFile]) -> dict[str, Readable]:
     """Return heads and labels, if the inner loss reads them."""
-    if not _runs_base(recipe) or recipe.fusion.inner.loss not in READS:
+    if not reads_heads(recipe.fusion):
         return {}
-    kind: Any = READS[recipe.fusion.inner.loss]
+    kind: Any = HEAD_LOSSES[recipe.fusion.inner.loss]
     spec = LearnSpec(objective=ObjectiveSpec(kind=kind))
     return readable_of(recipe.heads, recipe.data, spec, list(files))
 

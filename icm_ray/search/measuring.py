@@ -1,5 +1,6 @@
 """A setting in, metrics out: merge in factor space, and measure on a base that is already there."""
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from icm_ray.evidence.base import Base
 from icm_ray.evidence.batches import batches_of
 from icm_ray.evidence.readers import Inputs
 from icm_ray.files import sha256_of
+from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, train_fusion
+from icm_ray.fusion.store import save_fusion
 from icm_ray.learning.fixed import FixedLosses
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run, learn
@@ -29,6 +32,7 @@ from icm_ray.search.objectives import LABEL_FREE, SCORED
 from icm_ray.search.spaces import Setting
 from icm_ray.suites.tasks import Examples, Task
 from icm_ray.types import Adapter
+from icm_ray.vae.model import FusionModel
 
 BATCH = 64
 LEARN_BATCH = 32
@@ -51,6 +55,8 @@ class Material:
         seed: Seed of merges and learners.
         threads: Kernel threads.
         groups: Number of layer groups.
+        checkpoints: What a Fusion-VAE is trained on, if one is.
+        input_batch: Inputs of one inner step of its training.
     """
 
     adapters: Sequence[Adapter]
@@ -63,6 +69,8 @@ class Material:
     seed: int = 0
     threads: int = 1
     groups: int = 1
+    checkpoints: Checkpoints | None = None
+    input_batch: int = 16
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class Measurer:
         self.base, self.material = base, material
         self.known: dict[tuple[str, int | None], FixedLosses] = {}
         self.last: tuple[str, Adapter] | None = None
+        self.fused: tuple[str, FusionModel] | None = None
 
     def measure(self, wanted: Wanted) -> Measured:
         """Merge and measure; the same order gives the same numbers on any worker.
@@ -113,6 +122,11 @@ class Measurer:
             "output_rank": float(adapter.max_rank),
             "output_bytes": float(_bytes(adapter)),
         }
+        if wanted.setting.fuses and self.fused is not None:
+            report = self.fused[1].report
+            errors = report["reconstruction_error"].values()
+            metrics["reconstruction_error"] = sum(errors) / len(errors)
+            metrics["kl_total"] = report["kl_total"]
         scores: dict[str, float] = {}
         if set(SCORED) & set(wanted.objectives):
             scores, found = self._scores(adapter, wanted.examples)
@@ -139,6 +153,8 @@ class Measurer:
             evidence = dict(coefficients_of(setting, modules, prints, material.groups).tensors)
         elif setting.learns:
             evidence = self._learned(setting, steps)
+        elif setting.fuses:
+            evidence = self._fusion(setting)
         elif find_method(setting.method).needs == GRAMS:
             evidence = dict(material.grams)
         result = merge(
@@ -188,9 +204,30 @@ class Measurer:
             return dict(parameters.learned())
         return dict(learned.tensors)
 
+    def _fusion(self, setting: Setting) -> Path:
+        """Return the folder of a trained Fusion-VAE; settings that differ in its use share it."""
+        key = sha256_of(repr(setting.fusion))
+        folder = self.scratch / "fusion"
+        if self.fused is None or self.fused[0] != key:
+            material = self.material
+            assert material.checkpoints is not None, "gathered for every search that fuses"
+            model = train_fusion(
+                fusion_spec_of(setting.fusion),
+                material.adapters,
+                material.checkpoints,
+                base=self.base.model,
+                tasks=self._inputs(material.input_batch, None),
+                seed=material.seed,
+                threads=material.threads,
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            save_fusion(model, folder)
+            self.fused = key, model
+        return folder
+
     @cached_property
     def scratch(self) -> Path:
-        """Folder of the one paused learner."""
+        """Folder of the one paused learner, and of the last Fusion-VAE."""
         return Path(tempfile.mkdtemp(prefix="icm_ray-search-"))
 
     def _grams_by_task(self) -> dict[str, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ class Aim:
     """
 
     direction: Literal["maximize", "minimize"]
-    needs: Literal["validation", "inputs", "heads", "nothing"]
+    needs: Literal["validation", "inputs", "heads", "fusion", "nothing"]
     meaning: str
 
 
@@ -29,6 +29,8 @@ AIMS: Mapping[str, Aim] = {
     "entropy": Aim("minimize", "heads", "entropy of the heads' class probabilities"),
     "output_rank": Aim("minimize", "nothing", "largest rank of the merged adapter"),
     "output_bytes": Aim("minimize", "nothing", "size of the merged adapter"),
+    "reconstruction_error": Aim("minimize", "fusion", "relative error of the decoded adapters"),
+    "kl_total": Aim("minimize", "fusion", "nats that the Fusion-VAE's latents hold"),
 }
 LABEL_FREE = ("null_space_ratio", "row_space_match", "task_vector_match", "entropy")
 SCORED = ("validation_mean", "validation_worst")

@@ -5,12 +5,19 @@ from typing import Any
 
 import yaml
 
-from icm_ray.config import AdapterRef, LearnRecipe, MergeRecipe, Recipe, SearchRecipe
+from icm_ray.config import (
+    AdapterRef,
+    LearnRecipe,
+    MergeRecipe,
+    Recipe,
+    SearchRecipe,
+    TrainFusionRecipe,
+)
 from icm_ray.learning.recipes import reads_heads, spec_of
 from icm_ray.methods.merge import find_method
 from icm_ray.search.spaces import Setting
 
-BEST, BEST_LEARN = "best.yaml", "best.learn.yaml"
+BEST, BEST_LEARN, BEST_FUSION = "best.yaml", "best.learn.yaml", "best.train_fusion.yaml"
 MERGED, EVIDENCE = "adapter", "adapter.evidence"
 
 
@@ -25,7 +32,7 @@ def merge_recipe(setting: Setting, recipe: SearchRecipe, adapters: list[AdapterR
     Its output is `adapter` in the search's own folder, where the search puts the same bytes.
     """
     needs = find_method(setting.method).needs
-    ready = bool(setting.layers) or is_learned_apart(setting)
+    ready = bool(setting.layers) or is_learned_apart(setting) or setting.fuses
     fields: dict[str, Any] = {
         **_shared(recipe),
         "base": recipe.base,
@@ -55,6 +62,23 @@ def learn_recipe(setting: Setting, recipe: SearchRecipe, adapters: list[AdapterR
         "output": f"{recipe.output}/{EVIDENCE}",
     }
     return LearnRecipe.model_validate(_plain(fields))
+
+
+def fusion_recipe(
+    setting: Setting, recipe: SearchRecipe, adapters: list[AdapterRef]
+) -> TrainFusionRecipe:
+    """Return the recipe of jobs.train_fusion that makes the Fusion-VAE of `merge_recipe`."""
+    fields = {
+        **_shared(recipe),
+        "base": recipe.base,
+        "adapters": adapters,
+        "trajectories": recipe.trajectories,
+        "fusion": dict(setting.fusion),
+        "data": recipe.data,
+        "heads": recipe.experts,
+        "output": f"{recipe.output}/{EVIDENCE}",
+    }
+    return TrainFusionRecipe.model_validate(_plain(fields))
 
 
 def write_recipe(path: Path, recipe: Recipe, note: str) -> None:

@@ -7,6 +7,7 @@ layers.<group>, layers.*   one number a group of blocks, g0 next to the input
 layers.*.*                 one number a group and task
 rank                       the output rank
 learn.<part>.<key>         any setting of a learner
+fusion.<key>, fusion.<part>.<key>   any setting of the Fusion-VAE of icm_fusion
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 from icm_ray.config import SearchRow
 from icm_ray.errors import RecipeError
+from icm_ray.fusion.serial import fusion_spec_of
 from icm_ray.learning.recipes import LEARNERS, spec_of
 from icm_ray.methods import METHODS
 from icm_ray.methods.cut import RankRule
@@ -23,7 +25,9 @@ from icm_ray.methods.merge import find_method
 from icm_ray.search.defaults import default_space
 from icm_ray.search.distributions import Dimension, Value, parse
 
-PARTS = ("params", "weights", "layers", "rank", "learn")
+PARTS = ("params", "weights", "layers", "rank", "learn", "fusion")
+FUSES = "FusionModel"
+"""What methods need that merge with a Fusion-VAE."""
 Point = Mapping[str, Value]
 """Values by searched name."""
 
@@ -39,6 +43,7 @@ class Setting:
         learn: Changes to the learner's recipe.
         layers: Coefficients by layer group, or by `<group>.<task>`; empty for most merges.
         weights: One number a task for methods without such a parameter; goes with `layers`.
+        fusion: Changes to the Fusion-VAE's recipe.
     """
 
     method: str
@@ -47,6 +52,12 @@ class Setting:
     learn: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    fusion: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a Fusion-VAE is trained first."""
+        return METHODS[self.method].needs == FUSES
 
     @property
     def learns(self) -> bool:
@@ -88,6 +99,7 @@ class Space:
         method = str(point.get("method", self.methods[0]))
         params = {k: v for k, v in self.row.params.items() if k in METHODS[method].parameters()}
         learn = {part: dict(values) for part, values in self.row.learn.items()}
+        fusion: dict[str, Any] = {k: _copied(v) for k, v in self.row.fusion.items()}
         layers: dict[str, float] = {}
         weights: dict[str, float] = {}
         rank: Any = self.row.rank
@@ -104,10 +116,19 @@ class Space:
             elif part == "learn":
                 section, _, key = rest.partition(".")
                 learn.setdefault(section, {})[key] = value
+            elif part == "fusion":
+                *sections, key = rest.split(".")
+                place = fusion
+                for section in sections:
+                    place = place.setdefault(section, {})
+                place[key] = value
         if weights and not layers:
             params["weights"], weights = weights, {}
         learns = method in LEARNERS and not layers
-        return Setting(method, params, rank, learn if learns else {}, layers, weights)
+        fuses = METHODS[method].needs == FUSES
+        return Setting(
+            method, params, rank, learn if learns else {}, layers, weights, fusion if fuses else {}
+        )
 
 
 def space_of(row: SearchRow, tasks: Sequence[str], groups: int) -> Space:
@@ -179,6 +200,10 @@ def _expanded(name: str, tasks: Sequence[str], groups: int) -> list[str]:
     return [f"{owner}{part}.{k}" for k in fits] or [name]
 
 
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
 def _bare(name: str) -> str:
     """Return a name without the method it begins with."""
     first, _, rest = name.partition(".")
@@ -197,6 +222,7 @@ def _applies(name: str, method: str) -> bool:
         "layers": METHODS[method].needs == "LearnedMerge",
         "rank": True,
         "learn": method in LEARNERS,
+        "fusion": METHODS[method].needs == FUSES,
     }.get(part, False)
 
 
@@ -226,7 +252,7 @@ def _unknown(name: str, space: Space) -> str:
     return (
         f"search.{name}: nothing of {methods} is called so. Known: "
         f"{', '.join(f'params.{p}' for p in takes)}, weights.<task>, rank; layers.<group> and "
-        "learn.<part>.<key> for learned methods."
+        "learn.<part>.<key> for learned methods; fusion.<part>.<key> for icm_fusion."
     )
 
 
@@ -241,6 +267,8 @@ def _refusals(setting: Setting, tasks: Sequence[str]) -> list[str]:
         row.bind(setting.params, tasks)
         if setting.learns:
             spec_of(setting.method, setting.learn)
+        if setting.fuses:
+            fusion_spec_of(setting.fusion)
         RankRule.parse(setting.rank, row.default_rank, 1)
     except RecipeError as error:
         found += [f"search: {line}" for line in error.problems]

@@ -15,7 +15,7 @@ import yaml
 from ray_samples import ROOT, environment, finetune_recipe, hashes, stamps, write_yaml
 
 from icm_ray.command import run_job
-from icm_ray.config import MergeRecipe, SearchRecipe
+from icm_ray.config import MergeRecipe, SearchRecipe, TrainFusionRecipe
 from icm_ray.files import read_json
 from icm_ray.recipe_files import load_recipe
 from icm_ray.search.ledger import Ledger
@@ -241,6 +241,36 @@ def test_whatever_it_needs_the_best_recipe_is_its_trial(recipe, ray_session, tmp
     path = write_yaml(tmp_path / "again.yaml", again)
     assert run_job(MergeRecipe, merge_work, "", ["-c", str(path)]) == 0
     assert hashes(tmp_path / "again") == hashes(out / "adapter")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's own
+def test_a_fusion_vae_is_searched_and_the_best_is_trained_with_deepspeed(
+    recipe, classifiers, ray_session, tmp_path
+):
+    changes = {
+        "method": "icm_fusion",
+        "params": {"residual": False},
+        "fusion": {"vae": {"hidden": 8}, "vae_steps": 8, "meta_steps": 2, "batch": 4},
+        "trajectories": str(classifiers.parents[1] / "trajectories" / "shared-seed0"),
+        "search": {"fusion.kl_weight": "loguniform(1e-5, 1)", "fusion.inner.steps": "int(1, 2)"},
+        "objectives": ["validation_mean", "kl_total"],
+        "data": {"suite": "text", "inputs_per_task": 8},
+    }
+    out = search(recipe, tmp_path, **changes, trials=4)
+    rows = pq.read_table(out / "report" / "trials.parquet").to_pylist()
+    assert [row["state"] for row in rows] == ["complete"] * 4
+    assert len({row["metrics.kl_total"] for row in rows}) == 4
+    assert all(row["metrics.reconstruction_error"] > 0 for row in rows)
+    load_recipe(TrainFusionRecipe, out / "best.train_fusion.yaml")
+    report = read_json(out / "adapter" / "merge_report.json")
+    assert report["method"] == "icm_fusion"
+    assert (out / "report" / "index.html").read_text().count("<svg") >= 2
+    # The trial's own loop and DeepSpeed's add in another order, so the last digits differ.
+    scores = told(out)
+    assert scores["validation"]["mean"] == pytest.approx(
+        scores["metrics"]["validation_mean"], abs=0.1
+    )
 
 
 @pytest.mark.slow

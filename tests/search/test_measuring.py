@@ -11,6 +11,9 @@ from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.evidence.base import load_base
 from icm_ray.evidence.batches import batches_of
+from icm_ray.evidence.gather import gather
+from icm_ray.fusion.data import samples_of
+from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, train_fusion
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run, learn
 from icm_ray.learning.recipes import plan_of, spec_of
@@ -48,7 +51,23 @@ def measurer(tiny_bert, adapters, texts):
     }
     nobody = {t: s.predictions for t, s in evaluate(base, None, scored).items()}
     references = {"expert": expert, "base": nobody}
-    material = Material(adapters, inputs, heads, {}, {}, scored, references, groups=2)
+    vectors = {
+        a.name: gather(base.model, a, batches_of(base.reader, *inputs[a.name], 4)).task_vector
+        for a in adapters
+    }
+    samples = [sample for adapter in adapters for sample in samples_of(adapter, None)]
+    material = Material(
+        adapters,
+        inputs,
+        heads,
+        {},
+        {},
+        scored,
+        references,
+        groups=2,
+        checkpoints=Checkpoints(samples, vectors),
+        input_batch=4,
+    )
     return Measurer(base, material)
 
 
@@ -161,3 +180,46 @@ def test_start_points(measurer, adapters, tmp_path):
     for wrong in ({"params.density": 3.0}, {"params.scale": 1.0}):
         with pytest.raises(RecipeError, match="start"):
             starts_of([wrong], ties, [], 1)
+
+
+FUSION = {"vae": {"hidden": 8, "latent": 2}, "vae_steps": 6, "meta_steps": 2, "batch": 4}
+
+
+def test_a_fusion_vae_is_trained_once_for_settings_that_only_use_it_otherwise(measurer, adapters):
+    metrics = {}
+    for rule in ("mean", "arithmetic"):
+        setting = Setting("icm_fusion", {"rule": rule, "residual": False}, fusion=FUSION)
+        metrics[rule] = measurer.measure(Wanted(setting, ("task_vector_match",))).metrics
+        kept = measurer.fused
+        assert kept is not None
+        metrics[rule, "model"] = kept[1]
+    assert metrics["mean", "model"] is metrics["arithmetic", "model"]
+    assert metrics["mean"]["task_vector_match"] != metrics["arithmetic"]["task_vector_match"]
+    other = Setting("icm_fusion", fusion={**FUSION, "kl_weight": 1.0})
+    found = measurer.measure(Wanted(other, ("kl_total",))).metrics
+    assert found["kl_total"] < metrics["mean"]["kl_total"]
+    material = measurer.material
+    model = train_fusion(
+        fusion_spec_of({**FUSION, "kl_weight": 1.0}),
+        adapters,
+        material.checkpoints,
+        base=measurer.base.model,
+        tasks=measurer._inputs(4, None),
+    )
+    assert model.report["kl_total"] == found["kl_total"]
+    errors = model.report["reconstruction_error"].values()
+    assert found["reconstruction_error"] == pytest.approx(sum(errors) / len(errors))
+
+
+def test_what_a_fusion_vae_does_not_have_is_refused():
+    row = SearchRow(method="icm_fusion", search={"fusion.vae.latents": "int(4, 8)"})
+    with pytest.raises(RecipeError, match=r"fusion\.vae\.latents"):
+        space_of(row, TASKS, 1)
+    with pytest.raises(RecipeError, match=r"fusion\.kl_weight"):
+        space_of(SearchRow(method="ties", search={"fusion.kl_weight": "uniform(0, 1)"}), TASKS, 1)
+    searched = {"fusion.kl_weight": "loguniform(0.001, 1)", "fusion.inner.steps": "int(1, 3)"}
+    fixed = {"inner": {"lr": 0.1}}
+    space = space_of(SearchRow(method="icm_fusion", search=searched, fusion=fixed), TASKS, 1)
+    setting = space.setting({"fusion.kl_weight": 0.5, "fusion.inner.steps": 2})
+    assert setting.fusion == {"inner": {"lr": 0.1, "steps": 2}, "kl_weight": 0.5}
+    assert fixed == {"inner": {"lr": 0.1}}
