@@ -127,6 +127,7 @@ def test_a_linear_merge_in_peft_is_the_base_and_the_sum_of_deltas(
     assert (expected - plain).norm() > 1e-2 * plain.norm()
 
 
+@pytest.mark.slow
 def test_ties_and_a_cut_pass_both_proofs(trained, tmp_path) -> None:
     ties = icm_ray.merge(trained.files, "ties", params={"density": 0.5}, output_rank=4)
     written(ties, trained, tmp_path / "ties")
