@@ -71,10 +71,11 @@ def test_methods_and_parameters_of_shipped_recipes_exist(path: Path) -> None:
         RankRule.parse(recipe.output.rank, "exact", 8)
     else:
         for row in load_recipe(PipelineRecipe, path).methods:
+            names = row.tasks or ["a", "b"]
             for key, values in row.grid.items():
                 for value in values:
-                    find_method(row.method).bind({**row.params, key: value}, ["a", "b"])
-            find_method(row.method).bind(row.params, ["a", "b"])
+                    find_method(row.method).bind({**row.params, key: value}, names)
+            find_method(row.method).bind(row.params, names)
             RankRule.parse(row.rank, "exact", 8)
 
 
