@@ -464,6 +464,11 @@ class MethodRow(Part):
         description="Experts to merge, for scores on unseen tasks too; None: all.",
     )
     learn: Overrides = {}
+    fusion: FusionChanges = {}
+    in_context: Literal["latent", "direct"] | None = Field(
+        default=None,
+        description="icm_fusion: adapt the fused latent on inputs; direct: then the LoRA too.",
+    )
     inputs: Positive | None = Field(
         default=None, description="Inputs a task to learn from; None: sizes.calibration."
     )

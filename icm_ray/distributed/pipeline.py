@@ -26,6 +26,7 @@ from icm_ray.distributed.evidence import (
     load_inputs,
 )
 from icm_ray.distributed.finetune import finetune
+from icm_ray.distributed.fusion_rows import FUSES, context_specs, fuse_rows, fusion_rows
 from icm_ray.distributed.learn import LEARNED
 from icm_ray.distributed.learned_rows import learn_rows, rows_need_grams
 from icm_ray.distributed.probes import fit_probes, read_probe
@@ -45,6 +46,7 @@ from icm_ray.evaluation.metrics import score
 from icm_ray.evaluation.scoring import TaskScore
 from icm_ray.evidence.store import load_evidence, save_evidence
 from icm_ray.files import is_done
+from icm_ray.fusion.serial import fusion_spec_of
 from icm_ray.learning.recipes import spec_of
 from icm_ray.methods.cut import RankRule
 from icm_ray.methods.merge import find_method
@@ -89,6 +91,7 @@ def run_pipeline(
     sets = [SetResults(label, found) for label, found in experts.items()]
     sets = _grams(recipe, sets, shared, root)
     sets = learn_rows(recipe, suite, sets, base_path, shared, root)
+    sets = _fused(recipe, suite, sets, base_path, shared, root)
     merge_rows(recipe, sets, "default", root)
     with adapter_actors(shared, recipe.resources, len(suite.tasks)) as actors:
         evidence = {s.label: _evidence(recipe, s, shared, actors, root) for s in sets}
@@ -108,6 +111,23 @@ def run_pipeline(
     return PipelineResults(
         recipe, suite, shared, base_path, sets, probes, evidence, ratios, trained
     )
+
+
+def _fused(
+    recipe: PipelineRecipe,
+    suite: Suite,
+    sets: Sequence[SetResults],
+    base: Path,
+    shared: SharedBase,
+    root: Path,
+) -> list[SetResults]:
+    """Return the sets with what fusion rows merge with; their task vectors are gathered first."""
+    if not fusion_rows(recipe):
+        return list(sets)
+    with adapter_actors(shared, recipe.resources, len(sets[0].experts)) as actors:
+        folders = {one.label: _evidence(recipe, one, shared, actors, root) for one in sets}
+    vectors = {label: load_evidence(folder)[0].vectors for label, folder in folders.items()}
+    return fuse_rows(recipe, suite, sets, vectors, base, shared, root)
 
 
 def _experts(
@@ -152,7 +172,12 @@ def check_rows(recipe: PipelineRecipe) -> None:
         ]
         try:
             method = find_method(row.method)
-            if row.learn or method.needs == LEARNED:
+            if method.needs == FUSES:
+                fusion_spec_of(row.fusion)
+                context_specs(row)
+            elif row.fusion or row.in_context:
+                raise RecipeError("fusion, in_context: only method icm_fusion has a Fusion-VAE.")
+            elif row.learn or method.needs == LEARNED:
                 spec_of(row.method, row.learn)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
             for variant in variants(row):

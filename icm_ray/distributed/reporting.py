@@ -144,7 +144,7 @@ def _score_rows(
 
 def _seconds(one: SetResults, name: str, merged: MergedFolder | None) -> float:
     """Return what a merge took, learning included."""
-    told = one.learned.get(name)
+    told = one.learned.get(name) or one.fused.get(name)
     run = read_json(told / RUN_FILE) if told and (told / RUN_FILE).is_file() else {}
     return sum((run.get("cpu_seconds", 0.0), merged.run.get("seconds", 0.0) if merged else 0.0))
 

@@ -57,6 +57,7 @@ class SetResults:
         experts: Experts by task.
         grams: Folder of Gram statistics, if a row needs them.
         learned: By learned row: the folder of what it learned.
+        fused: By fusion row: the folder of its Fusion-VAE, or of what was adapted from it.
         merged: Merged folders by (row, variant): default settings and chosen ones.
         chosen: By row that has a grid: the variant that was best on validation data.
         scores: By (row or reference, variant, split): scores by task.
@@ -66,6 +67,7 @@ class SetResults:
     experts: Mapping[str, Expert]
     grams: Path | None = None
     learned: Mapping[str, Path] = field(default_factory=dict)
+    fused: Mapping[str, Path] = field(default_factory=dict)
     merged: dict[tuple[str, str], MergedFolder] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], dict[str, TaskScore]] = field(default_factory=dict)
@@ -78,8 +80,8 @@ class SetResults:
 
     def evidence(self, row: MethodRow) -> Path | None:
         """Return the evidence a row's method needs."""
-        if row.name in self.learned:
-            return self.learned[row.name]
+        if row.name in self.learned or row.name in self.fused:
+            return self.learned.get(row.name) or self.fused[row.name]
         return self.grams if find_method(row.method).needs else None
 
 

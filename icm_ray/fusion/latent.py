@@ -278,6 +278,12 @@ def fuse_in_context(
     return replace(last, report={**last.report, "latent": found.report})
 
 
+def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    """Return each module's change of what was stored as evidence."""
+    paths = sorted({name.removesuffix(".core") for name in tensors if name.endswith(".core")})
+    return {p: Part(*(tensors[f"{p}.{end}"] for end in ("left", "core", "right"))) for p in paths}
+
+
 def _free(part: Part) -> Part:
     """Return the same change as plain values around a full core."""
     core = part.core.detach()

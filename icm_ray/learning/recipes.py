@@ -91,7 +91,16 @@ def spec_of(method: str, changes: Mapping[str, Mapping[str, Any]]) -> LearnSpec:
         raise RecipeError(
             f"method: {method!r} learns nothing but one of {', '.join(LEARNERS)} is expected."
         )
-    plain = LEARNERS[method].model_dump()
+    return changed_spec(LEARNERS[method], changes)
+
+
+def changed_spec(spec: LearnSpec, changes: Mapping[str, Mapping[str, Any]]) -> LearnSpec:
+    """Return a learning recipe with changes.
+
+    Raises:
+        RecipeError: changes name what does not exist.
+    """
+    plain = spec.model_dump()
     for part, values in changes.items():
         plain[part] = {**plain.get(part, {}), **values}
     try:

@@ -1,7 +1,10 @@
 """The whole pipeline on MiniLM: two tasks, a few steps, two methods, and nothing done twice."""
 
+import json
+
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ray_samples import ROOT, hashes, stamps, write_yaml
 from typer.testing import CliRunner
 
@@ -9,6 +12,8 @@ from icm_ray.adapters import load_adapter
 from icm_ray.cli import app
 from icm_ray.command import run_job
 from icm_ray.config import PipelineRecipe
+from icm_ray.distributed.pipeline import check_rows
+from icm_ray.errors import RecipeError
 from icm_ray.files import RUN_FILE, read_json, read_manifest
 from icm_ray.recipe_files import load_recipe
 from jobs.pipeline import work
@@ -37,6 +42,28 @@ LEARNED = {
         "optimisation": {"steps": 2, "batch": 4},
     },
 }
+
+
+FUSION = {"vae": {"hidden": 8, "latent": 2}, "vae_steps": 4, "meta_steps": 1, "batch": 2}
+SHORT = {"optimisation": {"steps": 2, "batch": 4}}
+FUSED = [
+    {"label": "fused", "method": "icm_fusion", "fusion": FUSION},
+    {"label": "summed", "method": "icm_fusion", "fusion": FUSION, "params": {"rule": "arithmetic"}},
+    {
+        "label": "adapted",
+        "method": "icm_fusion",
+        "fusion": FUSION,
+        "in_context": "direct",
+        "inputs": 8,
+        "learn": SHORT,
+    },
+    {
+        "label": "one",
+        "method": "icm_fusion",
+        "fusion": {**FUSION, "meta_steps": 0},
+        "tasks": ["keyword"],
+    },
+]
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +178,16 @@ def test_a_row_of_some_experts_is_scored_on_every_task(out):
     assert "Seen and unseen tasks" in (out / "report" / "index.html").read_text()
 
 
+def test_a_fusion_row_s_mistakes_are_named():
+    rows = [
+        {"method": "soup", "in_context": "latent"},
+        {"method": "icm_fusion", "fusion": {"vae": {"width": 3}}},
+    ]
+    recipe = PipelineRecipe.model_validate({**RECIPE, "output": "x", "methods": rows})
+    with pytest.raises(RecipeError, match=r"(?s)soup: .*icm_fusion: fusion\.vae\.width"):
+        check_rows(recipe)
+
+
 def test_the_adapter_is_proven(out, minilm):
     cli = CliRunner()
     done = cli.invoke(app, ["verify", str(out / "adapter"), "--base", str(minilm)])
@@ -185,16 +222,38 @@ def test_every_stage_left_whole_folders_and_nothing_else(out):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pipeline").glob("*.yaml")), ids=str)
 def test_shipped_tables_are_sound(path):
-    from icm_ray.distributed.pipeline import check_rows
-
     check_rows(load_recipe(PipelineRecipe, path))
 
 
 def test_a_row_names_experts_that_exist():
-    from icm_ray.distributed.pipeline import check_rows
-    from icm_ray.errors import RecipeError
-
     rows = [{"method": "soup", "tasks": ["keyword", "keywrd"]}]
     recipe = PipelineRecipe.model_validate({**RECIPE, "output": "unused", "methods": rows})
     with pytest.raises(RecipeError, match=r"methods.soup.tasks: 'keywrd' has no expert.*keyword"):
         check_rows(recipe)
+
+
+@pytest.mark.slow
+def test_fusion_rows_share_what_has_one_recipe(out, recipe):
+    before = stamps(out / "experts")
+    rows = json.loads(json.dumps([*RECIPE["methods"], *FUSED]))  # YAML would write aliases
+    changed = write_yaml(
+        recipe.with_name("fused.yaml"), {**RECIPE, "output": str(out), "methods": rows}
+    )
+    assert run_job(PipelineRecipe, work, "", ["-c", str(changed)]) == 0
+    assert stamps(out / "experts") == before
+    models = list((out / "fusion" / SET).iterdir())
+    assert len(models) == 2
+    assert all(read_json(folder / RUN_FILE)["cpu_seconds"] > 0 for folder in models)
+    merged = {
+        row: load_adapter(out / "merged" / SET / row / "default")
+        for row in (row["label"] for row in FUSED)
+    }
+    deltas = {row: {m: f.delta() for m, f in one.modules.items()} for row, one in merged.items()}
+    expert = load_adapter(out / "experts" / SET / "keyword" / "adapter")
+    for module, delta in deltas["one"].items():  # residual: a single adapter comes back
+        torch.testing.assert_close(delta, expert.modules[module].delta(), rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(deltas["fused"][m], d) for m, d in deltas["adapted"].items())
+    assert any(not torch.equal(deltas["fused"][m], d) for m, d in deltas["summed"].items())
+    kept = stamps(out / "fusion"), stamps(out / "learned")
+    assert run_job(PipelineRecipe, work, "", ["-c", str(changed)]) == 0
+    assert (stamps(out / "fusion"), stamps(out / "learned")) == kept
