@@ -14,6 +14,9 @@ from typing import Any
 import ray
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import PlacementGroupCleanerCallback
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 from safetensors.torch import load_file
 
 from icm_ray.config import Resources
@@ -33,6 +36,8 @@ from icm_ray.vae.network import FusionVAE, build_vae
 
 START_SECONDS = "600"
 """How long workers may take to start; Ray Train's own minute is short on a busy machine."""
+STATE_SECONDS = 10
+"""How long the cluster's State API may take to answer."""
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """How workers on a device exchange gradients."""
 
@@ -125,6 +130,8 @@ def train_fusion_on_ray(
                     controller_failure_limit=order.engine.max_failures,  # of starting workers
                 ),
                 checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+                # Or it says every report a second time, and each checkpoint once a worker.
+                logging_config=train.LoggingConfig(log_level="WARNING"),
                 callbacks=list(callbacks),
             ),
         )
@@ -143,6 +150,14 @@ class _Trainer(TorchTrainer):
 
     controller: Any = None
 
+    def _create_default_callbacks(self) -> list[Any]:
+        # Ray's cleaner of placement groups asks the State API whether the controller lives. Without
+        # that API, as in a local cluster, which ends with us, it can only complain, each second.
+        found = super()._create_default_callbacks()
+        if _has_state_api():
+            return found
+        return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
+
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller
 
@@ -150,6 +165,14 @@ class _Trainer(TorchTrainer):
         """End the training and its workers now."""
         if self.controller is not None:
             ray.kill(self.controller)
+
+
+def _has_state_api() -> bool:
+    try:
+        list_nodes(limit=1, timeout=STATE_SECONDS, raise_on_missing_output=False)
+    except RayStateApiException:
+        return False
+    return True
 
 
 def _own(folder: Path) -> None:
@@ -206,6 +229,7 @@ class _environment:
     WANTED: Mapping[str, str] = {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_SECONDS,
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it logs what is printed, and prints it as well
     }
 
     def __enter__(self) -> None:

@@ -4,10 +4,12 @@ Import this module lazily: it needs matplotlib. Colours (Okabe and Ito's, cividi
 apart by colour-blind readers too.
 """
 
+import contextlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -24,6 +26,7 @@ from icm_ray.report.data import BASE, EXPERT, PROBE, REFERENCES, ScoreRow, Table
 from icm_ray.report.text import clip, is_number, short_modules
 
 WIDTH = 10.0
+PNG_DPI = 110
 INK = "#1a2b3c"
 """Stands for the page's own text colour and is replaced by it in the finished picture."""
 MAX_COLUMN_LABELS = 50
@@ -223,21 +226,35 @@ STYLE: dict[Any, object] = {
 
 def svg(name: str, height: float, draw: Draw) -> str:
     """Draw on a fresh figure and return it as SVG text that may stand inside a page."""
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # A glyph our font lacks is drawn by the reader's browser in its own font.
-        warnings.filterwarnings("ignore", message="Glyph")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**STYLE, "svg.hashsalt": name})
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with _style({"svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, height))
         figure.patch.set_visible(False)
         draw(figure)
         for axes in figure.axes:
             axes.patch.set_visible(False)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # the XML head may not stand inside HTML
     # Counted ids ("patch_1") repeat from picture to picture and nothing refers to them.
     text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
     return re.sub(INK, "currentColor", text, flags=re.IGNORECASE)
+
+
+def png(path: Path, height: float, draw: Draw) -> None:
+    """Draw on a fresh white figure and write it as a PNG."""
+    with _style({}):
+        figure = Figure(figsize=(WIDTH, height))
+        draw(figure)
+        figure.savefig(path, format="png", dpi=PNG_DPI, metadata={"Software": None})
+
+
+@contextlib.contextmanager
+def _style(more: Mapping[str, Any]) -> Iterator[None]:
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A glyph our font lacks is drawn by the reader's browser in its own font.
+        warnings.filterwarnings("ignore", message="Glyph")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**STYLE, **more})
+        yield

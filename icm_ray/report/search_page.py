@@ -8,12 +8,16 @@ from icm_ray.report.text import is_number, markdown, number
 
 
 def write_search(data: SearchData, folder: Path) -> None:
-    """Write index.html, table.md, search.json, trials.parquet and the pictures into `folder`."""
+    """Write index.html, table.md, search.json, trials.parquet and pictures into `folder`."""
     (folder / "index.html").write_text(search_page(data), encoding="utf-8")
     (folder / "table.md").write_text(trials_table(data), encoding="utf-8")
     write_trials(data, folder)
     for name, (_, _, svg) in _pictures(data).items():
         (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    if len(data.objectives) > 1:
+        from icm_ray.report.search_pictures import write_front
+
+        write_front(data, folder / "front.png")
 
 
 def search_page(data: SearchData) -> str:

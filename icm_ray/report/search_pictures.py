@@ -4,17 +4,19 @@ Import this module lazily: it needs matplotlib.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from icm_ray.report.pictures import svg
+from icm_ray.report.pictures import png, svg
 from icm_ray.report.search_data import Objective, SearchData, TrialRow
 from icm_ray.report.text import clip
 
 COMPLETE, STOPPED, BEST, FAILED = "#2089CC", "#888888", "#D55E00", "#CC79A7"
 AREA = "#009E73"
+FRONT_HEIGHT = 4.2
 
 
 def history_picture(data: SearchData) -> str:
@@ -68,30 +70,32 @@ def importance_picture(importance: Mapping[str, float]) -> str:
 
 def front_picture(data: SearchData) -> str:
     """Return all complete trials by their first two objectives, those on the front marked."""
+    return svg("front", FRONT_HEIGHT, lambda figure: _draw_front(figure, data))
+
+
+def write_front(data: SearchData, path: Path) -> None:
+    """Write `front_picture` as a PNG, for slides and documents that show no SVG."""
+    png(path, FRONT_HEIGHT, lambda figure: _draw_front(figure, data))
+
+
+def _draw_front(figure: Figure, data: SearchData) -> None:
     one, two = data.objectives[:2]
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        done = [t for t in data.trials if t.state == "complete"]
-        for trials, colour, label in (
-            (
-                [t for t in done if t.number not in data.front],
-                COMPLETE,
-                "beaten in every objective",
-            ),
-            ([t for t in done if t.number in data.front], BEST, "front"),
-        ):
-            x, y = ([t.metrics[o.name] for t in trials] for o in (two, one))
-            axes.plot(x, y, "o", color=colour, markersize=4.5, label=label)
-            for trial, a, b in zip(trials, x, y, strict=True) if label == "front" else ():
-                axes.annotate(
-                    str(trial.number), (a, b), (4, 4), textcoords="offset points", fontsize=8
-                )
-        axes.set_xlabel(f"{clip(two.name)} ({two.better})")
-        axes.set_ylabel(f"{clip(one.name)} ({one.better})")
-        figure.legend(loc="outside upper center", ncols=2, frameon=False)
-
-    return svg("front", 4.2, draw)
+    axes = figure.subplots()
+    done = [t for t in data.trials if t.state == "complete"]
+    beaten = [t for t in done if t.number not in data.front]
+    front = [t for t in done if t.number in data.front]
+    for trials, colour, label in (
+        (beaten, COMPLETE, "beaten in every objective"),
+        (front, BEST, "front"),
+    ):
+        x, y = ([t.metrics[o.name] for t in trials] for o in (two, one))
+        axes.plot(x, y, "o", color=colour, markersize=4.5, label=label)
+    for trial in front:
+        place = (trial.metrics[two.name], trial.metrics[one.name])
+        axes.annotate(str(trial.number), place, (4, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(f"{clip(two.name)} ({two.better})")
+    axes.set_ylabel(f"{clip(one.name)} ({one.better})")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
 
 def _dots(axes: Axes, trials: Sequence[TrialRow], name: str, colour: str, label: str) -> None:

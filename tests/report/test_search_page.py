@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from icm_ray.files import read_json
 from icm_ray.report.search_data import Objective, SearchData, TrialRow
@@ -56,6 +58,15 @@ def test_the_page_tells_what_won_what_failed_and_shows_the_front(data, tmp_path)
         "history.svg",
         "importance.svg",
     }
+    with Image.open(tmp_path / "front.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert (pixels == (0xD5, 0x5E, 0x00)).all(1).sum() > 3 * 20  # three dots, and the legend's
+    assert (pixels[0] == 255).all()
+
+
+def test_one_objective_has_no_front_to_show(data, tmp_path):
+    write_search(replace(data, objectives=[HIGHER], front=[]), tmp_path)
+    assert not list(tmp_path.glob("front.*"))
 
 
 def test_the_same_search_gives_the_same_page(data, tmp_path):
