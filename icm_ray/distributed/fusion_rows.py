@@ -30,6 +30,7 @@ from icm_ray.files import RUN_FILE, is_done, read_json, sha256_of, sha256_of_fil
 from icm_ray.fusion.data import samples_of
 from icm_ray.fusion.latent import DIRECT, IN_CONTEXT, direct_plan, latent_plan, parts_of
 from icm_ray.fusion.serial import (
+    FUSES,
     HEAD_LOSSES,
     Checkpoints,
     fusion_spec_of,
@@ -47,8 +48,6 @@ from icm_ray.methods.merge import find_method
 from icm_ray.planning import warn
 from icm_ray.suites import Suite
 
-FUSES = "FusionModel"
-"""What the method needs, as its METHODS row says."""
 VERSION = 1
 INPUT_BATCH = 16
 """Inputs of one inner step, and of one step in context."""

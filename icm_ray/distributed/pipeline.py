@@ -26,7 +26,7 @@ from icm_ray.distributed.evidence import (
     load_inputs,
 )
 from icm_ray.distributed.finetune import finetune
-from icm_ray.distributed.fusion_rows import FUSES, context_specs, fuse_rows, fusion_rows
+from icm_ray.distributed.fusion_rows import context_specs, fuse_rows, fusion_rows
 from icm_ray.distributed.learn import LEARNED
 from icm_ray.distributed.learned_rows import learn_rows, rows_need_grams
 from icm_ray.distributed.probes import fit_probes, read_probe
@@ -46,7 +46,7 @@ from icm_ray.evaluation.metrics import score
 from icm_ray.evaluation.scoring import TaskScore
 from icm_ray.evidence.store import load_evidence, save_evidence
 from icm_ray.files import is_done
-from icm_ray.fusion.serial import fusion_spec_of
+from icm_ray.fusion.serial import FUSES, fusion_spec_of
 from icm_ray.learning.recipes import spec_of
 from icm_ray.methods.cut import RankRule
 from icm_ray.methods.merge import find_method

@@ -11,13 +11,13 @@ from icm_ray.config import AdapterRef, SearchRecipe, SearchRow
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import Expert, find_experts
 from icm_ray.files import sha256_of, sha256_of_file
-from icm_ray.fusion.serial import HEAD_LOSSES, fusion_spec_of
+from icm_ray.fusion.serial import FUSES, HEAD_LOSSES, fusion_spec_of
 from icm_ray.learning.recipes import LABELLED, LEARNERS, needs_grams, reads_heads, spec_of
 from icm_ray.methods.merge import find_method
 from icm_ray.search.ledger import Ledger
 from icm_ray.search.measuring import GRAMS
 from icm_ray.search.objectives import AIMS
-from icm_ray.search.spaces import FUSES, Space, space_of
+from icm_ray.search.spaces import Space, space_of
 from icm_ray.search.starting import starts_of
 from icm_ray.search.study import Study
 from icm_ray.suites import SUITES, Suite

@@ -18,6 +18,8 @@ from icm_ray.types import Adapter
 from icm_ray.vae.layout import Layout
 from icm_ray.vae.model import FusionModel
 
+FUSES = "FusionModel"
+"""What methods need that merge with a Fusion-VAE, as their METHODS rows say."""
 HEAD_LOSSES: Mapping[str, str] = {"task": "supervised", "entropy": "entropy"}
 """Inner losses that read heads, by the learner's name of them."""
 

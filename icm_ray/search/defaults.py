@@ -4,6 +4,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from icm_ray.fusion.serial import FUSES
 from icm_ray.learning.recipes import LEARNERS
 from icm_ray.methods.merge import find_method
 
@@ -22,6 +23,12 @@ RANGES: Mapping[tuple[str, str], str] = {
     ("della", "epsilon"): "uniform(0, 0.3)",
     ("dare", "density"): "uniform(0.1, 1)",  # the fewer are kept, the louder the noise
     ("dare_ties", "density"): "uniform(0.1, 1)",
+}
+FUSION: Mapping[str, str | list[Any]] = {
+    "fusion.kl_weight": "loguniform(1e-7, 1e-2)",  # above, the posterior collapses
+    "fusion.inner.steps": "int(1, 4)",
+    "fusion.inner.lr": "loguniform(0.003, 0.1)",
+    "fusion.vae.latent": [4, 8, 16],
 }
 LEAST = 0.02
 """Smallest share that is tried where a signature allows any above 0."""
@@ -45,6 +52,8 @@ def default_space(method: str) -> dict[str, str | list[Any]]:
             space["params.scale"] = SCALES.get(method, USUAL_SCALE)
         elif schema.get("type") == "number" and low is not None and high is not None:
             space[f"params.{name}"] = f"uniform({max(low, LEAST)}, {high})"
+    if row.needs == FUSES:
+        space |= FUSION
     if method in LEARNERS:
         rate = LEARNERS[method].optimisation.lr
         space["learn.optimisation.lr"] = f"loguniform({rate / 10:.6g}, {rate * 10:.6g})"

@@ -17,7 +17,7 @@ from typing import Any
 
 from icm_ray.config import SearchRow
 from icm_ray.errors import RecipeError
-from icm_ray.fusion.serial import fusion_spec_of
+from icm_ray.fusion.serial import FUSES, fusion_spec_of
 from icm_ray.learning.recipes import LEARNERS, spec_of
 from icm_ray.methods import METHODS
 from icm_ray.methods.cut import RankRule
@@ -26,8 +26,6 @@ from icm_ray.search.defaults import default_space
 from icm_ray.search.distributions import Dimension, Value, parse
 
 PARTS = ("params", "weights", "layers", "rank", "learn", "fusion")
-FUSES = "FusionModel"
-"""What methods need that merge with a Fusion-VAE."""
 Point = Mapping[str, Value]
 """Values by searched name."""
 

@@ -35,7 +35,14 @@ class Trained:
         return sorted({module for file in self.files for module in file.shapes})
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW = ("florence2",)
+"""Kinds that take longest to build and to train, and share LLaVA's way through everything."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS],
+)
 def trained(request, tmp_path_factory):
     kind, folder = KINDS[request.param], tmp_path_factory.mktemp(request.param)
     base = save_base(kind, folder / "base")
