@@ -94,6 +94,8 @@ def run_trials(
         ),
         tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY}]),
     )
+    if logs and loggers:
+        logs.mkdir(parents=True, exist_ok=True)
     with _private_folder(logs) as folder, _quiet_tune():
         tuner = tune.Tuner(
             run,
@@ -109,7 +111,7 @@ def run_trials(
                 name="search",
                 storage_path=str(folder),
                 verbose=0,
-                callbacks=[logger(name) for name in loggers],
+                callbacks=[logger(name, logs or folder) for name in loggers],
             ),
         )
         tuner.fit()

@@ -2,25 +2,26 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from icm_ray.errors import RecipeError
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+PROJECT = "icm_ray"
+"""Project of W&B, unless WANDB_PROJECT names another, and experiment of MLflow."""
 
 
-def logger(name: str) -> Any:
+def logger(name: str, logs: Path) -> Any:
     """Return one of Tune's loggers.
 
-    Raises:
-        RecipeError: its package is not installed.
+    Args:
+        name: A key of PACKAGES.
+        logs: Existing folder of what is not sent to a server: runs of W&B if WANDB_MODE is offline,
+            MLflow's store if MLFLOW_TRACKING_URI names no other. TensorBoard's event files come
+            there by themselves.
     """
-    try:
-        __import__(PACKAGES[name])
-    except ImportError:
-        raise RecipeError(
-            f"loggers: {name} needs the package {PACKAGES[name]}. Install it, or leave it out."
-        ) from None
     if name == "tensorboard":
         from ray.tune.logger import TBXLoggerCallback
 
@@ -28,13 +29,23 @@ def logger(name: str) -> Any:
     if name == "wandb":
         from ray.air.integrations.wandb import WandbLoggerCallback
 
-        return WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "icm_ray"))
+        return WandbLoggerCallback(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            # The process that logs need not have our environment.
+            mode=os.environ.get("WANDB_MODE"),
+            dir=str(logs.absolute()),
+        )
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    return MLflowLoggerCallback(experiment_name="icm_ray")
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{logs.absolute()}/mlflow.db"
+    return MLflowLoggerCallback(tracking_uri=store, experiment_name=PROJECT)
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise RecipeError if a logger's package is missing."""
-    for name in names:
-        logger(name)
+    """Raise RecipeError, with all problems, if packages of loggers are missing."""
+    missing = [name for name in names if find_spec(PACKAGES[name]) is None]
+    if missing:
+        raise RecipeError(
+            f"loggers: {name} needs the package {PACKAGES[name]}. Install it, or leave it out."
+            for name in missing
+        )

@@ -17,6 +17,8 @@ from icm_ray.report.text import clip
 COMPLETE, STOPPED, BEST, FAILED = "#2089CC", "#888888", "#D55E00", "#CC79A7"
 AREA = "#009E73"
 FRONT_HEIGHT = 4.2
+WIDE = 50
+"""From this ratio of largest to smallest value on, an axis counts orders of magnitude."""
 
 
 def history_picture(data: SearchData) -> str:
@@ -93,6 +95,10 @@ def _draw_front(figure: Figure, data: SearchData) -> None:
     for trial in front:
         place = (trial.metrics[two.name], trial.metrics[one.name])
         axes.annotate(str(trial.number), place, (4, 4), textcoords="offset points", fontsize=8)
+    for objective, set_scale in ((two, axes.set_xscale), (one, axes.set_yscale)):
+        values = [t.metrics[objective.name] for t in done]
+        if values and min(values) > 0 and max(values) > WIDE * min(values):
+            set_scale("log")
     axes.set_xlabel(f"{clip(two.name)} ({two.better})")
     axes.set_ylabel(f"{clip(one.name)} ({one.better})")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)

@@ -183,7 +183,26 @@ def test_a_front_over_methods_with_trials_that_fail(recipe, ray_session, tmp_pat
     for path in (out / "front").glob("*.yaml"):
         load_recipe(MergeRecipe, path)
     assert (out / "report" / "index.html").read_text().count("<svg") >= 2
-    assert list(out.with_name("out.logs").rglob("events.out.tfevents*"))
+    events = out.with_name("out.logs").rglob("events.out.tfevents*")
+    assert any(b"ray/tune/validation_worst" in path.read_bytes() for path in events)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the loggers' own
+def test_runs_of_wandb_and_mlflow_are_kept_without_a_server(
+    recipe, ray_session, tmp_path, monkeypatch
+):
+    pytest.importorskip("wandb")
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = search(recipe, tmp_path, trials=2, loggers=["wandb", "mlflow"])
+    logs = out.with_name("out.logs")
+    assert len(list(logs.glob("wandb/offline-run-*/run-*.wandb"))) == 2
+    store = mlflow.MlflowClient(f"sqlite:///{logs}/mlflow.db")
+    experiment = store.get_experiment_by_name("icm_ray")
+    runs = store.search_runs([experiment.experiment_id])
+    found = sorted(run.data.metrics["validation_mean"] for run in runs)
+    assert found == pytest.approx(sorted(t["metrics"]["validation_mean"] for t in trials(out)))
 
 
 @pytest.mark.slow
