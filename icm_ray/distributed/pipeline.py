@@ -175,6 +175,10 @@ def check_rows(recipe: PipelineRecipe) -> None:
             if method.needs == FUSES:
                 fusion_spec_of(row.fusion)
                 context_specs(row)
+                if row.learn and not row.in_context:
+                    raise RecipeError("learn: changes in_context, which is not set.")
+                if row.in_context and set(row.params) - {"scale"}:
+                    raise RecipeError("params: in_context starts from rule mean; only scale acts.")
             elif row.fusion or row.in_context:
                 raise RecipeError("fusion, in_context: only method icm_fusion has a Fusion-VAE.")
             elif row.learn or method.needs == LEARNED:
