@@ -95,7 +95,7 @@ def _with_images(
     Nothing is added for models whose images come in another form than pixels of one size.
     """
     config = model.config
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     strides = getattr(vision, "patch_stride", None)  # Florence-2 takes images of any size
     side = getattr(vision, "image_size", None) or (2 * math.prod(strides) if strides else None)
     if not isinstance(side, int):

@@ -31,7 +31,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "examples tok
     if hasattr(model, "text_model") and hasattr(model, "vision_model"):
         if "input_ids" in inputs and "pixel_values" in inputs:
             return model(**inputs).text_model_output.last_hidden_state
-        tower = model.text_model if "input_ids" in inputs else model.vision_model
+        tower: Any = model.text_model if "input_ids" in inputs else model.vision_model
         return tower(**inputs).last_hidden_state
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:

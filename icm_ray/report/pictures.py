@@ -256,5 +256,6 @@ def _style(more: Mapping[str, Any]) -> Iterator[None]:
         # A glyph our font lacks is drawn by the reader's browser in its own font.
         warnings.filterwarnings("ignore", message="Glyph")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**STYLE, **more})
+        settings: Any = {**STYLE, **more}
+        matplotlib.rcParams.update(settings)
         yield
