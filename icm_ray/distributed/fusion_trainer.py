@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks import PlacementGroupCleanerCallback
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 from safetensors.torch import load_file
@@ -36,6 +35,8 @@ from icm_ray.vae.network import FusionVAE, build_vae
 
 START_SECONDS = "600"
 """How long workers may take to start; Ray Train's own minute is short on a busy machine."""
+CLEANER = "PlacementGroupCleanerCallback"
+"""Ray Train's class of what frees the workers' resources if its controller is killed."""
 STATE_SECONDS = 10
 """How long the cluster's State API may take to answer."""
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -156,7 +157,7 @@ class _Trainer(TorchTrainer):
         found = super()._create_default_callbacks()
         if _has_state_api():
             return found
-        return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
+        return [one for one in found if type(one).__name__ != CLEANER]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.controller = controller
@@ -168,9 +169,11 @@ class _Trainer(TorchTrainer):
 
 
 def _has_state_api() -> bool:
+    # Named, or it would look for clusters of anybody on this machine.
+    address = ray.get_runtime_context().gcs_address
     try:
-        list_nodes(limit=1, timeout=STATE_SECONDS, raise_on_missing_output=False)
-    except RayStateApiException:
+        list_nodes(address, limit=1, timeout=STATE_SECONDS)
+    except (RayStateApiException, ConnectionError):
         return False
     return True
 

@@ -11,6 +11,7 @@ import time
 import pytest
 import ray
 import torch
+from ray import cloudpickle
 from ray_samples import ROOT, environment, write_yaml
 
 from icm_ray.adapters import load_adapter
@@ -33,6 +34,8 @@ pytestmark = [
     # Workers that import DeepSpeed take minutes to start on a machine with other work.
     pytest.mark.timeout(2400),
 ]
+# Workers have no such module to import helpers from.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 PATIENCE = 900
 """Seconds until something that must come has not come."""
 SPEC = FusionSpec.model_validate(
