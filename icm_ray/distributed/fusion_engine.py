@@ -6,6 +6,7 @@ are pickles: they are read from the run's own storage alone, and only if every f
 sha256 its writer noted.
 """
 
+import logging
 import math
 import os
 import tempfile
@@ -67,6 +68,9 @@ def train_worker(config: dict[str, Any]) -> None:
 
     order: FusionOrder = ray.get(config["order"])
     rank = train.get_context().get_world_rank()
+    # Or each report, and each reading of the table, is told once a worker.
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     with kernel_threads(order.resources.threads), warnings.catch_warnings():
         # DeepSpeed calls collectives that torch means to rename; nothing a user can act on.
         warnings.simplefilter("ignore", FutureWarning)

@@ -4,9 +4,11 @@ A trial of Ray Tune may call `train_fusion_on_ray` too, with Tune's TuneReportCa
 then must hold none of the CPUs its workers wait for: let it ask for a custom resource alone.
 """
 
+import contextlib
+import logging
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +109,7 @@ def train_fusion_on_ray(
     check_resources(order.resources)
     _own(scratch)
     write_table(table, scratch / f"{TABLE}.parquet")
-    with _environment():
+    with _settings():
         data = ray.data.read_parquet(str((scratch / f"{TABLE}.parquet").absolute())).materialize()
         resources = order.resources
         trainer = _Trainer(
@@ -226,21 +228,27 @@ def _wants(order: FusionOrder) -> dict[str, float]:
     return {name: amount for name, amount in {**wants, **resources.custom}.items() if amount}
 
 
-class _environment:
-    """Ray Train's and Ray Data's settings that are read from the environment."""
+ENVIRONMENT: Mapping[str, str] = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_SECONDS,
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it logs what is printed, and prints it as well
+}
 
-    WANTED: Mapping[str, str] = {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_SECONDS,
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it logs what is printed, and prints it as well
-    }
 
-    def __enter__(self) -> None:
-        self.before = {name: os.environ.get(name) for name in self.WANTED}
-        for name, value in self.WANTED.items():
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """Set what Ray Train reads from the environment, and keep Ray Data quiet."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    data, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    bars, level = data.enable_progress_bars, log.level
+    try:
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-
-    def __exit__(self, *_error: object) -> None:
-        for name, value in self.before.items():
+        data.enable_progress_bars = False
+        log.setLevel(logging.ERROR)  # it warns that its bars are off
+        yield
+    finally:
+        data.enable_progress_bars = bars
+        log.setLevel(level)
+        for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
