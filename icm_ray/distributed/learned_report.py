@@ -77,11 +77,12 @@ def _gaps(results: PipelineResults) -> Iterator[Gap]:
         inits.setdefault(init_of(one.label), []).append(one)
     for init, sets in inits.items():
         means = _means(sets)
-        for name in sets[0].learned:
+        learned = [*sets[0].learned, *sets[0].fused]
+        for name in learned:
             others = {
                 key: mean
                 for key, mean in means.items()
-                if key[0] not in sets[0].learned and tasks_of[key[0]] == tasks_of[name]
+                if key[0] not in learned and tasks_of[key[0]] == tasks_of[name]
             }
             if others:
                 best = max(others, key=lambda key: others[key])
