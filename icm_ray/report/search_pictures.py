@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from icm_ray.report.pictures import png, svg
 from icm_ray.report.search_data import Objective, SearchData, TrialRow
@@ -95,10 +95,12 @@ def _draw_front(figure: Figure, data: SearchData) -> None:
     for trial in front:
         place = (trial.metrics[two.name], trial.metrics[one.name])
         axes.annotate(str(trial.number), place, (4, 4), textcoords="offset points", fontsize=8)
-    for objective, set_scale in ((two, axes.set_xscale), (one, axes.set_yscale)):
+    scales = ((two, axes.xaxis, axes.set_xscale), (one, axes.yaxis, axes.set_yscale))
+    for objective, axis, set_scale in scales:
         values = [t.metrics[objective.name] for t in done]
         if values and min(values) > 0 and max(values) > WIDE * min(values):
             set_scale("log")
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))  # its own writes TeX
     axes.set_xlabel(f"{clip(two.name)} ({two.better})")
     axes.set_ylabel(f"{clip(one.name)} ({one.better})")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
