@@ -80,7 +80,7 @@ def _pictures(report: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
 def _losses(history: Mapping[str, list[float]]) -> str:
     from matplotlib.figure import Figure
 
-    from icm_ray.report.pictures import svg
+    from icm_ray.report.pictures import logarithmic, svg
 
     shown = {name: values for name, values in history.items() if any(values)}
 
@@ -91,7 +91,7 @@ def _losses(history: Mapping[str, list[float]]) -> str:
             axes.set_title(LABELS.get(name, name), fontsize=9)
             axes.set_xlabel("step")
             if min(values) > 0:
-                axes.set_yscale("log")
+                logarithmic(axes, "y")
 
     return svg("losses", 2.8, draw)
 

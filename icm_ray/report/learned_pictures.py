@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from icm_ray.report.data import LearnedRow, Table
-from icm_ray.report.pictures import LINES, draw_heat, label_height, svg
+from icm_ray.report.pictures import LINES, draw_heat, label_height, logarithmic, svg
 from icm_ray.report.text import clip, short_modules
 
 LINES_SHOWN = 5
@@ -106,7 +106,7 @@ def learned_picture(row: LearnedRow) -> str:
         low = min((min(losses) for losses in learned.values()), default=1.0)
         high = max((max(losses) for losses in learned.values()), default=1.0)
         if 0 < low < high / 20:
-            below.set_yscale("log")
+            logarithmic(below, "y")
         below.grid(axis="y", alpha=0.3)
         if learned:
             _legend(figure, below)

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator, StrMethodFormatter
 from matplotlib.typing import LineStyleType
 from numpy.typing import NDArray
 
@@ -240,6 +240,17 @@ def svg(name: str, height: float, draw: Draw) -> str:
     # Counted ids ("patch_1") repeat from picture to picture and nothing refers to them.
     text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
     return re.sub(INK, "currentColor", text, flags=re.IGNORECASE)
+
+
+def logarithmic(axes: Axes, which: str) -> None:
+    """Let the "x" or "y" axis count orders of magnitude.
+
+    Its numbers are plain ones: Matplotlib writes TeX there, which `svg` shows as it stands.
+    """
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(LogFormatter())
 
 
 def png(path: Path, height: float, draw: Draw) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
-from icm_ray.report.pictures import png, svg
+from icm_ray.report.pictures import logarithmic, png, svg
 from icm_ray.report.search_data import Objective, SearchData, TrialRow
 from icm_ray.report.text import clip
 
@@ -95,12 +95,10 @@ def _draw_front(figure: Figure, data: SearchData) -> None:
     for trial in front:
         place = (trial.metrics[two.name], trial.metrics[one.name])
         axes.annotate(str(trial.number), place, (4, 4), textcoords="offset points", fontsize=8)
-    scales = ((two, axes.xaxis, axes.set_xscale), (one, axes.yaxis, axes.set_yscale))
-    for objective, axis, set_scale in scales:
+    for objective, which in ((two, "x"), (one, "y")):
         values = [t.metrics[objective.name] for t in done]
         if values and min(values) > 0 and max(values) > WIDE * min(values):
-            set_scale("log")
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))  # its own writes TeX
+            logarithmic(axes, which)
     axes.set_xlabel(f"{clip(two.name)} ({two.better})")
     axes.set_ylabel(f"{clip(one.name)} ({one.better})")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)

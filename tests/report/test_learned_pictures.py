@@ -4,6 +4,7 @@ import pytest
 
 from icm_ray.report import Gap, LearnedRow, learned_page
 from icm_ray.report.html import page
+from icm_ray.report.pictures import logarithmic, svg
 
 EVIL = "<script>alert(1)</script>"
 
@@ -71,3 +72,16 @@ def test_rows_that_merged_some_experts_have_a_table(make_data, make_row, make_sc
     text = page(make_data(scores=[*make_scores(), *half]))
     table = text[text.index("Seen and unseen tasks") :]
     assert table.index("90.0 %") < table.index("50.0 %")
+
+
+@pytest.mark.parametrize("values", [(0.003, 0.6), (0.21, 0.68)])
+def test_logarithmic_axes_have_plain_numbers(values):
+    def draw(figure):
+        axes = figure.subplots()
+        axes.plot(range(2), values)
+        logarithmic(axes, "y")
+
+    text = svg("log", 2.0, draw)
+    assert "mathdefault" not in text
+    assert "$" not in text
+    assert "0.1" in text or "2e-01" in text or "0.2" in text
