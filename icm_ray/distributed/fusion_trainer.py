@@ -230,6 +230,8 @@ def _wants(order: FusionOrder) -> dict[str, float]:
 
 ENVIRONMENT: Mapping[str, str] = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_SECONDS,
+    # A worker that reports waits until the controller has looked; its own 2 s are many steps.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it logs what is printed, and prints it as well
 }
 
