@@ -15,7 +15,7 @@ from icm_ray.evaluation.generated import SCORERS
 from icm_ray.evaluation.heads import Head, loss
 from icm_ray.evidence.base import Base
 from icm_ray.evidence.batches import hidden_states, in_order, pooled
-from icm_ray.evidence.decoding import greedy, readout_of
+from icm_ray.evidence.decoding import counted, greedy, next_token_nats, readout_of
 from icm_ray.evidence.readers import (
     Answered,
     Batch,
@@ -29,9 +29,6 @@ from icm_ray.suites.tasks import Examples, Kind, Task
 
 MakeBatch = Callable[[Sequence[int]], Batch]
 """Makes the batch of some examples, by their positions."""
-
-ROWS_PER_READOUT = 8
-"""Examples whose logits over a vocabulary are held at once."""
 
 
 @runtime_checkable
@@ -111,7 +108,7 @@ class _NextToken:
         self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
     ) -> Tensor:
         """Return the mean loss of a batch on the model as it stands."""
-        return next_token_nats(base, batch).sum() / batch.mask[:, 1:].sum()
+        return _mean_nats(base, batch)
 
     @torch.no_grad()
     def predict(
@@ -120,7 +117,7 @@ class _NextToken:
         """Return nats, tokens and characters of each text; its first token is given."""
         read = base.reader.read(examples.inputs, task.max_tokens)
         batches = [base.reader.batch(read, rows) for rows in by_length(read, size)]
-        parts = [next_token_nats(base, batch).double().sum(1) for batch in batches]
+        parts = [_nats(base, batch).double().sum(1) for batch in batches]
         nats = in_order(batches, [part.cpu() for part in parts]).numpy()
         characters = [len(base.tokenizer.decode(ids[1:])) for ids in read]
         return np.stack([nats, [len(ids) - 1.0 for ids in read], characters], 1)
@@ -139,8 +136,7 @@ class _Decoded:
     ) -> Tensor:
         """Return the mean loss of a batch on the model as it stands."""
         assert isinstance(batch, Answered)
-        nats = next_token_nats(base, batch)
-        return nats[batch.answers[:, :-1].to(nats.device)].mean()
+        return _mean_nats(base, batch)
 
     @torch.no_grad()
     def predict(
@@ -183,23 +179,12 @@ def _end(tokenizer: Any) -> int:
     return int(end)
 
 
-def next_token_nats(base: Base, batch: Batch) -> Tensor:
-    """Return the negative log-likelihood of each token after the first, 0 on padding.
+def _nats(base: Base, batch: Batch) -> Tensor:
+    return next_token_nats(hidden_states(base.model, batch), batch, readout_of(base))
 
-    Shape `(examples, tokens - 1)`, in nats. Logits are made for a few examples at a time.
-    """
-    hidden, readout = hidden_states(base.model, batch), readout_of(base)
-    next_ids = batch.ids[:, 1:].to(hidden.device)
-    shown = batch.mask[:, 1:].to(hidden.device)
-    parts = []
-    for start in range(0, len(hidden), ROWS_PER_READOUT):
-        some = slice(start, start + ROWS_PER_READOUT)
-        logits = readout(hidden[some, :-1]).float()
-        nats = nn.functional.cross_entropy(
-            logits.flatten(0, 1), next_ids[some].flatten(), reduction="none"
-        )
-        parts.append(nats.view_as(next_ids[some]) * shown[some])
-    return torch.cat(parts)
+
+def _mean_nats(base: Base, batch: Batch) -> Tensor:
+    return _nats(base, batch).sum() / counted(batch).sum()
 
 
 POOLED, PATCHES = _Headed(dense=False), _Headed(dense=True)

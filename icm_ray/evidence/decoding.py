@@ -4,16 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from icm_ray.errors import RecipeError
 from icm_ray.evidence.base import Base
-from icm_ray.evidence.readers import to_device
+from icm_ray.evidence.readers import Answered, Batch, to_device
 
 Readout = Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows vocabulary"]]
 """Last hidden states to logits over the vocabulary: the language-model head."""
 
+TOKENS_AT_ONCE = 512
+"""Tokens whose logits over a vocabulary are held at once."""
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of models whose logits are more than a linear map of the hidden state."""
 
@@ -37,6 +39,32 @@ def readout_of(base: Base) -> Readout:
         )
     weight = base.model.get_input_embeddings().weight  # type: ignore[operator]
     return lambda hidden: nn.functional.linear(hidden, weight)
+
+
+def counted(batch: Batch) -> Bool[Tensor, "examples places"]:
+    """Return where the next token counts: in the answer, or wherever there is one."""
+    return batch.answers[:, :-1] if isinstance(batch, Answered) else batch.mask[:, 1:]
+
+
+def next_token_nats(
+    hidden: Float[Tensor, "examples tokens d_model"], batch: Batch, readout: Readout
+) -> Float[Tensor, "examples places"]:
+    """Return the negative log-likelihood of each next token in nats, 0 where it does not count.
+
+    Logits are made only where they count, and for a few tokens at a time.
+    """
+    shown = counted(batch).to(hidden.device)
+    wanted = batch.ids[:, 1:].to(hidden.device)[shown]
+    states = hidden[:, :-1][shown]  # in one row after the other, which matrix products want
+    nats = torch.cat(
+        [
+            nn.functional.cross_entropy(readout(some).float(), ids, reduction="none")
+            for some, ids in zip(
+                states.split(TOKENS_AT_ONCE), wanted.split(TOKENS_AT_ONCE), strict=True
+            )
+        ]
+    )
+    return nats.new_zeros(shown.shape).masked_scatter(shown, nats)
 
 
 @torch.no_grad()

@@ -1,16 +1,10 @@
 """The supervised objective of a language model: the text or the answer says what comes next."""
 
-import torch
-from torch import nn
-
 from icm_ray.errors import RecipeError
-from icm_ray.evidence.decoding import Readout
-from icm_ray.evidence.readers import Answered, Batch
+from icm_ray.evidence.decoding import Readout, counted, next_token_nats
+from icm_ray.evidence.readers import Batch
 from icm_ray.learning.inputs import Seen
 from icm_ray.learning.objectives import Measured, Memory
-
-ROWS_AT_ONCE = 4
-"""Texts whose logits are held at once."""
 
 
 class NextTokens:
@@ -31,13 +25,5 @@ class NextTokens:
         if self.readout is None:
             raise RecipeError("objective: supervised needs the base, to read its tokens.")
         assert seen.hidden is not None
-        shown = batch.answers[:, :-1] if isinstance(batch, Answered) else batch.mask[:, 1:]
-        shown = shown.to(seen.hidden.device)
-        wanted = batch.ids[:, 1:].to(seen.hidden.device)
-        parts = []
-        for start in range(0, len(wanted), ROWS_AT_ONCE):
-            some = slice(start, start + ROWS_AT_ONCE)
-            logits = self.readout(seen.hidden[some, :-1][shown[some]]).float()
-            nats = nn.functional.cross_entropy(logits, wanted[some][shown[some]], reduction="sum")
-            parts.append(nats)
-        return torch.stack(parts).sum()[None], float(shown.sum())
+        nats = next_token_nats(seen.hidden, batch, self.readout)
+        return nats.sum()[None], float(counted(batch).sum())

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from icm_ray.adapters import open_all, save_adapter
 from icm_ray.distributed.learn import Readable, task_inputs
 from icm_ray.evaluation.answers import answer_of
+from icm_ray.evidence import decoding
 from icm_ray.evidence.base import Base, load_base
 from icm_ray.evidence.batches import hidden_states
 from icm_ray.evidence.decoding import greedy, readout_of
@@ -122,3 +123,20 @@ def test_supervised_learning_reads_answers_where_they_are_given(
 def test_supervised_learning_is_silent_without_answers(base, make_adapter):
     inputs = TaskInputs(make_adapter("words"), [], kind="generation")
     assert Supervised(readout_of(base)).of(inputs) is None
+
+
+def test_texts_are_scored_as_the_model_scores_them(base, texts, monkeypatch):
+    monkeypatch.setattr(decoding, "TOKENS_AT_ONCE", 7)
+    task = Task("novel", "language_modelling", "token_likelihood", (), 16, "nowhere", "none")
+    told = Examples(texts[:6], np.full(6, np.nan), tuple("abcdef"))
+    found = answer_of(task).predict(base, None, told, task, size=4)
+    for row, ids in zip(found, base.reader.read(told.inputs, 16), strict=True):
+        given = torch.tensor([ids])
+        own = base.whole(input_ids=given, labels=given).loss
+        assert row[:2].tolist() == [
+            pytest.approx(float(own) * (len(ids) - 1), rel=1e-5),
+            len(ids) - 1,
+        ]
+    batch = answer_of(task).batches(base, told, task)([4, 1])
+    value = answer_of(task).loss(base, None, batch, torch.zeros(2), task)
+    assert float(value) == pytest.approx(found[[4, 1], 0].sum() / found[[4, 1], 1].sum(), rel=1e-5)
