@@ -4,10 +4,12 @@
 command runs in.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from icm_ray.errors import RecipeError
 from icm_ray.types import SavedModulesPolicy
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
@@ -18,6 +20,31 @@ class Part(BaseModel):
     """Base of all recipe parts: no unknown keys, no silent conversions, no changes later."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Spec = TypeVar("Spec", bound=Part)
+
+
+def changed(spec: Spec, changes: Mapping[str, Any], where: str) -> Spec:
+    """Return a part of a recipe with changes, parts within parts; `where` names it in errors.
+
+    Raises:
+        RecipeError: changes name what does not exist, or a value is out of range.
+    """
+    try:
+        return type(spec).model_validate(_laid_over(spec.model_dump(), changes))
+    except ValidationError as error:
+        lines = [f"{where}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise RecipeError(lines) from None
+
+
+def _laid_over(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(plain)
+    for name, value in changes.items():
+        inside = found.get(name)
+        both = isinstance(inside, Mapping) and isinstance(value, Mapping)
+        found[name] = _laid_over(inside, value) if both else value  # type: ignore[arg-type]
+    return found
 
 
 class Resources(Part):
@@ -186,6 +213,11 @@ class RepresentationSpec(Part):
         description="Principal directions kept of a module, the finals' span always among them; "
         "None: all numbers as they are.",
     )
+    task_vectors: Literal["own", "shuffled", "none"] = Field(
+        default="own",
+        description="What the network is told of a task; to see what it makes of it, the next "
+        "task's vector, or zeros.",
+    )
 
 
 class VAESpec(Part):
@@ -270,10 +302,15 @@ Overrides = Annotated[
 ]
 
 
+INPUT_BATCH = 16
+"""Inputs of one inner step of a Fusion-VAE's training, unless a recipe says otherwise."""
 FusionChanges = Annotated[
     dict[str, Any],
     Field(description="Changes to the Fusion-VAE's default recipe, as `fusion` of its own job."),
 ]
+
+
+InContext = Literal["latent", "direct"]
 
 
 class LearnRecipe(Recipe):
@@ -284,6 +321,12 @@ class LearnRecipe(Recipe):
     adapters: list[AdapterRef] = Field(min_length=1)
     method: str
     learn: Overrides = {}
+    fusion: str | None = Field(
+        default=None, description="icm_fusion: folder of the Fusion-VAE that is adapted in context."
+    )
+    in_context: InContext = Field(
+        default="direct", description="icm_fusion: adapt the fused latent; direct: then the LoRA."
+    )
     data: DataSpec
     heads: str | None = Field(
         default=None, description="Folder of experts whose heads objectives may read."
@@ -340,7 +383,7 @@ class TrainFusionRecipe(Recipe):
         default=None, description="Folder of experts, for inner losses that read heads."
     )
     fusion: FusionSpec = FusionSpec()
-    input_batch: Positive = Field(default=16, description="Inputs of one inner step.")
+    input_batch: Positive = Field(default=INPUT_BATCH, description="Inputs of one inner step.")
     engine: EngineSpec = EngineSpec()
     modules_to_save: SavedModulesPolicy = "refuse"
     output: str = Field(min_length=1)
@@ -465,7 +508,7 @@ class MethodRow(Part):
     )
     learn: Overrides = {}
     fusion: FusionChanges = {}
-    in_context: Literal["latent", "direct"] | None = Field(
+    in_context: InContext | None = Field(
         default=None,
         description="icm_fusion: adapt the fused latent on inputs; direct: then the LoRA too.",
     )

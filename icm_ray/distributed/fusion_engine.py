@@ -27,7 +27,7 @@ from icm_ray.files import read_json, sha256_of_file, write_json
 from icm_ray.fusion.base_side import BaseSide
 from icm_ray.fusion.data import FusionTable
 from icm_ray.fusion.meta import PARTS, MetaTraining
-from icm_ray.fusion.train import History, learning_rate, optimizer_of
+from icm_ray.fusion.train import History, is_lost, learning_rate, optimizer_of
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.vae.layout import Layout
@@ -210,12 +210,6 @@ def _resumed(engine: Any, checkpoint: Any, rank: int) -> History:
         check_hashes(folder)
         engine.load_checkpoint(name, tag=TAG)
         return read_json(folder / f"progress-{rank}.json")["history"]
-
-
-def is_lost(history: History) -> bool:
-    """Say whether the last loss is no number."""
-    last = history[-1]["loss"] if history else 0.0
-    return last is None or not math.isfinite(last)
 
 
 def check_hashes(folder: Path) -> None:

@@ -26,13 +26,12 @@ from icm_ray.distributed.fusion_engine import (
     VAE,
     FusionOrder,
     check_hashes,
-    is_lost,
     train_worker,
 )
 from icm_ray.errors import ClusterError, ICMRayError, InputError, RecipeError
 from icm_ray.files import read_json
 from icm_ray.fusion.data import FusionTable, write_table
-from icm_ray.fusion.train import History
+from icm_ray.fusion.train import History, check_kept
 from icm_ray.vae.network import FusionVAE, build_vae
 
 START_SECONDS = "600"
@@ -212,11 +211,7 @@ def _trained(order: FusionOrder, table: FusionTable, checkpoint: Any) -> Trained
         vae = build_vae(order.spec.vae, order.layout.sizes, table.v.shape[1])
         vae.load_state_dict(load_file(folder / VAE))
     history = told[0]["history"]
-    if is_lost(history):
-        raise RecipeError(
-            f"fusion: the loss is no number at step {len(history)}. Lower fusion.lr and "
-            "fusion.meta_lr, or fusion.inner.lr."
-        )
+    check_kept(history)
     return Trained(vae, history, [one["optimizer_bytes"] for one in told])
 
 

@@ -1,6 +1,6 @@
 """Evidence of learned methods: from adapters and inputs to a folder that `merge` reads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from icm_ray.adapters import AdapterFile
-from icm_ray.config import LearnSpec, Resources
+from icm_ray.config import DataSpec, LearnSpec, Resources
 from icm_ray.distributed.evidence import Inputs, inputs_key
 from icm_ray.distributed.learning import LearnOrder, learn_on_ray
 from icm_ray.distributed.shared_base import SharedBase
 from icm_ray.evaluation.answers import with_answers
+from icm_ray.evaluation.experts import Expert
 from icm_ray.evaluation.heads import Head
 from icm_ray.evidence.base import load_reader
 from icm_ray.evidence.batches import batches_of
@@ -20,10 +21,10 @@ from icm_ray.evidence.readers import by_length
 from icm_ray.files import RUN_FILE, is_done, sha256_of, write_json
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run
-from icm_ray.learning.recipes import covered_by, needs_grams, plan_of
+from icm_ray.learning.recipes import Grams, covered_by, needs_grams, plan_of
 from icm_ray.learning.store import save_learned
 from icm_ray.methods.given import read_given
-from icm_ray.suites import Task
+from icm_ray.suites import Suite, Task
 
 LEARNED = "LearnedMerge"
 """What learned methods need, as their METHODS rows say."""
@@ -49,6 +50,39 @@ class Readable:
     def answered(self) -> bool:
         """Say whether the labels are answers that follow the inputs."""
         return self.task.kind == "generation" and self.targets is not None
+
+
+def readable_experts(
+    suite: Suite,
+    experts: Mapping[str, Expert],
+    tasks: Iterable[str],
+    data: DataSpec,
+    *,
+    labelled: bool,
+) -> dict[str, Readable]:
+    """Return what objectives may read of some tasks: heads, and labels if they are supervised.
+
+    Args:
+        suite: What the tasks are.
+        experts: By task, whose heads are read.
+        tasks: Names of the tasks.
+        data: Which inputs the labels belong to.
+        labelled: Whether labels may be seen.
+    """
+    return {
+        task: Readable(
+            suite.tasks[task],
+            experts[task].head(),
+            suite.load(task, data.split, data.inputs_per_task).labels if labelled else None,
+        )
+        for task in tasks
+    }
+
+
+def run_of(spec: LearnSpec, seed: int, threads: int) -> Run:
+    """Return how a recipe wants its run to be carried out."""
+    how = spec.optimisation
+    return Run(seed, how.tasks_per_forward, how.save_memory, threads)
 
 
 def learned_on_ray(
@@ -81,23 +115,17 @@ def learned_on_ray(
         label: Shown by the progress bar.
     """
     told = grams() if needs_grams(spec) else None
-    key = _key(spec, files, inputs, readable, shared.fingerprint, seed, resources.threads, told)
+    print_ = shared.fingerprint
+    key = learned_key(spec, files, inputs, readable, print_, seed, resources.threads, told)
     if is_done(folder, key):
         return folder
     tasks = task_inputs(files, inputs, readable, base, spec.optimisation.batch)
-    modules = sorted({module for file in files for module in file.shapes})
-    names = [file.name for file in files]
-    plan = plan_of(
-        spec, [task.adapter for task in tasks], _grams(told, modules, names) if told else None
-    )
-    run = Run(
-        seed, spec.optimisation.tasks_per_forward, spec.optimisation.save_memory, resources.threads
-    )
+    plan = plan_of(spec, [task.adapter for task in tasks], read_grams(told, files))
     scratch = folder.with_name(f".{folder.name}.learning-{key[:12]}")
     scratch.mkdir(parents=True, exist_ok=True)
     learned, seconds = learn_on_ray(
         shared,
-        LearnOrder(plan, tasks, run),
+        LearnOrder(plan, tasks, run_of(spec, seed, resources.threads)),
         covered_by(spec.objective, tasks),
         resources,
         origin=spec.model_dump(),
@@ -151,10 +179,12 @@ def task_inputs(
     return made
 
 
-def _grams(
-    folder: Path, modules: Sequence[str], tasks: Sequence[str]
-) -> dict[str, dict[str, torch.Tensor]]:
-    told = read_given(folder)
+def read_grams(folder: Path | None, files: Sequence[AdapterFile]) -> Grams | None:
+    """Return what Gram statistics say of the adapters, by module and task."""
+    if folder is None:
+        return None
+    told, tasks = read_given(folder), [file.name for file in files]
+    modules = sorted({module for file in files for module in file.shapes})
     found = {m: told.of(m, ["gram.<task>"], tasks) for m in modules}
     return {
         module: {name.removeprefix("gram."): tensor for name, tensor in of_module.items()}
@@ -176,7 +206,7 @@ def heads_key(readable: Mapping[str, Readable]) -> str:
     return sha256_of(heads)
 
 
-def _key(
+def learned_key(
     spec: LearnSpec,
     files: Sequence[AdapterFile],
     inputs: Inputs,
@@ -184,8 +214,9 @@ def _key(
     base: str,
     seed: int,
     threads: int,
-    told: Path | None,
+    told: Path | None = None,
 ) -> str:
+    """Return what identifies a learned merge; `told` are Gram statistics it starts from."""
     content: dict[str, Any] = {
         "version": VERSION,
         "spec": spec.model_dump(),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from icm_ray.config import MethodRow, PipelineRecipe
 from icm_ray.distributed.evidence import load_inputs
-from icm_ray.distributed.learn import LEARNED, Readable, learned_on_ray
+from icm_ray.distributed.fusion_rows import fusion_rows
+from icm_ray.distributed.in_context import context_specs
+from icm_ray.distributed.learn import LEARNED, learned_on_ray, readable_experts
 from icm_ray.distributed.rows import SetResults, inputs_spec
 from icm_ray.distributed.shared_base import SharedBase
 from icm_ray.learning.recipes import LABELLED, needs_grams, reads_heads, spec_of
@@ -23,6 +25,9 @@ def rows_need_grams(recipe: PipelineRecipe) -> bool:
     """Say whether a row merges with Gram statistics, or learns from a start that has them."""
     needs = {find_method(row.method).needs for row in recipe.methods}
     starts = [spec_of(row.method, row.learn) for row in learned_rows(recipe)]
+    starts += [
+        context_specs(row.in_context, row.learn)[0] for row in fusion_rows(recipe) if row.in_context
+    ]
     return "GramStatistics" in needs or any(map(needs_grams, starts))
 
 
@@ -55,15 +60,15 @@ def _learn(
     root: Path,
 ) -> Path:
     spec = spec_of(row.method, row.learn)
-    limit = row.inputs or recipe.sizes.calibration
-    unlabelled = inputs_spec(recipe).model_copy(update={"inputs_per_task": limit})
+    unlabelled = inputs_spec(recipe, row.inputs)
     files = one.files(row.tasks)
-    readable = {}
-    for task in [file.name for file in files] if reads_heads(spec) else ():
-        labels = None
-        if spec.objective.kind in LABELLED:
-            labels = suite.load(task, "calibration", limit).labels
-        readable[task] = Readable(suite.tasks[task], one.experts[task].head(), labels)
+    readable = readable_experts(
+        suite,
+        one.experts,
+        [file.name for file in files] if reads_heads(spec) else (),
+        unlabelled,
+        labelled=spec.objective.kind in LABELLED,
+    )
 
     def grams() -> Path:
         assert one.grams is not None, "gathered before, as rows_need_grams said"

@@ -2,6 +2,8 @@
 
 import contextlib
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from icm_ray.distributed.evidence import (
     grams_on_ray,
     load_inputs,
 )
-from icm_ray.distributed.learn import LEARNED, Readable, learned_on_ray
+from icm_ray.distributed.in_context import adapted_on_ray, context_specs
+from icm_ray.distributed.learn import LEARNED, Readable, learned_on_ray, readable_experts
 from icm_ray.distributed.learned_report import learned_row
 from icm_ray.distributed.merge import merge_on_ray
 from icm_ray.distributed.shared_base import SharedBase, share_base
@@ -25,6 +28,7 @@ from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts
 from icm_ray.evidence.store import save_evidence
 from icm_ray.files import refuse_foreign, whole_folder
+from icm_ray.fusion.serial import FUSES
 from icm_ray.learning.recipes import LABELLED, reads_heads, spec_of
 from icm_ray.learning.store import load_learned
 from icm_ray.merging import merge_recipe
@@ -74,7 +78,17 @@ def merge_and_write(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
 def learn_and_write(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     """Learn a merge from unlabelled inputs, one actor a task; `merge` reads what it writes."""
     refuse_foreign(target)
-    spec = spec_of(recipe.method, recipe.learn)
+    if (find_method(recipe.method).needs == FUSES) != bool(recipe.fusion):
+        raise RecipeError(
+            f"fusion: {recipe.fusion!r} with method {recipe.method!r}. Name the folder of "
+            "jobs.train_fusion for icm_fusion, and for no other method."
+        )
+    run = learned_on_ray
+    if recipe.fusion:
+        spec, direct = context_specs(recipe.in_context, recipe.learn)
+        run = partial(adapted_on_ray, direct=direct, fusion=Path(recipe.fusion))
+    else:
+        spec = spec_of(recipe.method, recipe.learn)
     refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     files = open_all(refs, recipe.modules_to_save)
     readable = readable_of(recipe.heads, recipe.data, spec, files)
@@ -82,7 +96,7 @@ def learn_and_write(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     warn(warnings_of(files))
     base = base_folder(recipe, recipe.base, recipe.revision)
     with connected(recipe.resources):
-        _learned(spec, files, inputs, readable, base, target, recipe)
+        _learned(spec, files, inputs, readable, base, target, recipe, run)
     told = load_learned(target).report
     for task, line in told["warnings"].items():
         warn([f"{task}: {line}"])
@@ -132,14 +146,13 @@ def readable_of(
     missing = sorted({file.name for file in files} - set(experts))
     if missing:
         raise RecipeError(f"heads: {heads}: none for {', '.join(missing)}. Name their experts.")
-    found = {}
-    for file in files:
-        labels = None
-        if kind in LABELLED:
-            examples = suite.load(file.name, data.split, data.inputs_per_task)
-            labels = examples.labels
-        found[file.name] = Readable(suite.tasks[file.name], experts[file.name].head(), labels)
-    return found
+    return readable_experts(
+        suite,
+        experts,
+        [file.name for file in files],
+        data,
+        labelled=kind in LABELLED,
+    )
 
 
 def _learned(
@@ -150,9 +163,10 @@ def _learned(
     base: Path,
     folder: Path,
     recipe: MergeRecipe | LearnRecipe,
+    run: Callable[..., Path] = learned_on_ray,
 ) -> Path:
     grams, shared = folder.with_name(f"{folder.name}.grams"), share_base(base)
-    return learned_on_ray(
+    return run(
         spec,
         files,
         inputs,

@@ -26,7 +26,7 @@ from icm_ray.distributed.evidence import (
     load_inputs,
 )
 from icm_ray.distributed.finetune import finetune
-from icm_ray.distributed.fusion_rows import context_specs, fuse_rows, fusion_rows
+from icm_ray.distributed.fusion_rows import check_fusion_row, fuse_rows, fusion_rows
 from icm_ray.distributed.learn import LEARNED
 from icm_ray.distributed.learned_rows import learn_rows, rows_need_grams
 from icm_ray.distributed.probes import fit_probes, read_probe
@@ -46,7 +46,7 @@ from icm_ray.evaluation.metrics import score
 from icm_ray.evaluation.scoring import TaskScore
 from icm_ray.evidence.store import load_evidence, save_evidence
 from icm_ray.files import is_done
-from icm_ray.fusion.serial import FUSES, fusion_spec_of
+from icm_ray.fusion.serial import FUSES
 from icm_ray.learning.recipes import spec_of
 from icm_ray.methods.cut import RankRule
 from icm_ray.methods.merge import find_method
@@ -172,15 +172,8 @@ def check_rows(recipe: PipelineRecipe) -> None:
         ]
         try:
             method = find_method(row.method)
-            if method.needs == FUSES:
-                fusion_spec_of(row.fusion)
-                context_specs(row)
-                if row.learn and not row.in_context:
-                    raise RecipeError("learn: changes in_context, which is not set.")
-                if row.in_context and set(row.params) - {"scale"}:
-                    raise RecipeError("params: in_context starts from rule mean; only scale acts.")
-            elif row.fusion or row.in_context:
-                raise RecipeError("fusion, in_context: only method icm_fusion has a Fusion-VAE.")
+            if row.fusion or row.in_context or method.needs == FUSES:
+                check_fusion_row(row)
             elif row.learn or method.needs == LEARNED:
                 spec_of(row.method, row.learn)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)

@@ -10,11 +10,11 @@ from icm_ray.adapters import open_all
 from icm_ray.distributed.evaluate import VERSION
 from icm_ray.distributed.learned_report import learned_report
 from icm_ray.distributed.pipeline import PipelineResults, probe_scores
-from icm_ray.distributed.rows import SetResults, order_of, variants
+from icm_ray.distributed.rows import SetResults, cost_of, order_of, variants
 from icm_ray.evaluation.metrics import Score, difference_interval
 from icm_ray.evaluation.scoring import TaskScore, standing, values
 from icm_ray.evidence.store import load_evidence
-from icm_ray.files import RUN_FILE, is_done, read_json, sha256_of, whole_folder
+from icm_ray.files import is_done, sha256_of, whole_folder
 from icm_ray.linalg import lowrank
 from icm_ray.methods.merge import merge
 from icm_ray.output import MergedFolder, write_merged
@@ -144,9 +144,7 @@ def _score_rows(
 
 def _seconds(one: SetResults, name: str, merged: MergedFolder | None) -> float:
     """Return what a merge took, learning included."""
-    told = one.learned.get(name) or one.fused.get(name)
-    run = read_json(told / RUN_FILE) if told and (told / RUN_FILE).is_file() else {}
-    return sum((run.get("cpu_seconds", 0.0), merged.run.get("seconds", 0.0) if merged else 0.0))
+    return cost_of(one.made_for(name)) + (merged.run.get("seconds", 0.0) if merged else 0.0)
 
 
 def _expert_gains(results: PipelineResults, one: SetResults) -> dict[str, tuple[float, float]]:

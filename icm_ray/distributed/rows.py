@@ -22,7 +22,7 @@ from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
 from icm_ray.distributed.shared_base import SharedBase
 from icm_ray.evaluation.experts import Expert
 from icm_ray.evaluation.scoring import TaskData, TaskScore, standing, values
-from icm_ray.files import is_done, sha256_of
+from icm_ray.files import RUN_FILE, is_done, read_json, sha256_of
 from icm_ray.methods.given import given
 from icm_ray.methods.merge import find_method, merge
 from icm_ray.output import PER_TASK, MergedFolder, read_merged, write_merged
@@ -80,14 +80,23 @@ class SetResults:
 
     def evidence(self, row: MethodRow) -> Path | None:
         """Return the evidence a row's method needs."""
-        if row.name in self.learned or row.name in self.fused:
-            return self.learned.get(row.name) or self.fused[row.name]
-        return self.grams if find_method(row.method).needs else None
+        made = self.made_for(row.name)
+        return made or (self.grams if find_method(row.method).needs else None)
+
+    def made_for(self, name: str) -> Path | None:
+        """Return the folder that was learned or trained for a row, if one was."""
+        return self.learned.get(name) or self.fused.get(name)
 
 
-def inputs_spec(recipe: PipelineRecipe) -> DataSpec:
-    """Return which unlabelled inputs evidence is gathered from."""
-    return DataSpec(suite=recipe.suite, inputs_per_task=recipe.sizes.calibration)
+def inputs_spec(recipe: PipelineRecipe, limit: int | None = None) -> DataSpec:
+    """Return which unlabelled inputs evidence is gathered from; as many as `limit` if it is set."""
+    return DataSpec(suite=recipe.suite, inputs_per_task=limit or recipe.sizes.calibration)
+
+
+def cost_of(folder: Path | None) -> float:
+    """Return the processor time that what a folder holds has taken, in seconds."""
+    run = folder / RUN_FILE if folder else None
+    return float(read_json(run).get("cpu_seconds", 0.0)) if run and run.is_file() else 0.0
 
 
 def variants(row: MethodRow) -> Iterator[Variant]:

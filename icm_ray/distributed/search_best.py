@@ -26,8 +26,6 @@ from icm_ray.search.ledger import Trial
 from icm_ray.search.measuring import BATCH
 from icm_ray.search.recipes import (
     BEST,
-    BEST_FUSION,
-    BEST_LEARN,
     EVIDENCE,
     MERGED,
     fusion_recipe,
@@ -62,10 +60,11 @@ def _write_recipes(plan: Plan, search: Search, trial: Trial, path: Path) -> None
     note += " Run it with python -m jobs.merge -c this file."
     if is_learned_apart(setting):
         apart = learn_recipe(setting, recipe, plan.refs)
-        write_recipe(path.with_name(BEST_LEARN), apart, "Run this one first, with jobs.learn.")
+        place = path.with_suffix(".learn.yaml")
+        write_recipe(place, apart, "Run this one first, with jobs.learn.")
     if setting.fuses:
         apart = fusion_recipe(setting, recipe, plan.refs)
-        place = path.with_name(BEST_FUSION.replace("best", path.stem))
+        place = path.with_suffix(".train_fusion.yaml")
         write_recipe(place, apart, "Run this one first, with jobs.train_fusion.")
     write_recipe(path, merge_recipe(setting, recipe, plan.refs), note)
 

@@ -8,16 +8,11 @@ from safetensors.torch import load_file
 
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
-from icm_ray.distributed.evidence import (
-    EVIDENCE_BATCH,
-    gather_on_ray,
-    grams_on_ray,
-    load_inputs,
-)
+from icm_ray.distributed.evidence import EVIDENCE_BATCH, grams_on_ray, load_inputs
+from icm_ray.distributed.fusion_material import checkpoints_on_ray
 from icm_ray.distributed.rows import task_data
 from icm_ray.distributed.search_plan import Plan
 from icm_ray.distributed.shared_base import SharedBase
-from icm_ray.fusion.data import samples_of
 from icm_ray.fusion.serial import Checkpoints
 from icm_ray.methods.given import TENSORS
 from icm_ray.search.measuring import BATCH, Material
@@ -75,22 +70,15 @@ def _grams(
 
 
 def _checkpoints(plan: Plan, inputs: Any, actors: Sequence[Any]) -> Checkpoints:
-    """Return what a Fusion-VAE is trained on: trajectories if there are any, and task vectors."""
     recipe = plan.recipe
-    folder = Path(recipe.trajectories) if recipe.trajectories else None
-    gathered = gather_on_ray(
+    return checkpoints_on_ray(
         actors,
-        [AdapterSource.of(file, recipe.modules_to_save) for file in plan.files],
+        plan.files,
+        recipe.modules_to_save,
         inputs,
-        batch=EVIDENCE_BATCH,
-        timeout=recipe.resources.timeout_seconds,
+        plan.trajectories,
+        recipe.resources.timeout_seconds,
     )
-    samples = [
-        sample
-        for file in plan.files
-        for sample in samples_of(file.load(), folder / file.name if folder else None)
-    ]
-    return Checkpoints(samples, {one.task: one.task_vector for one in gathered})
 
 
 def _references(

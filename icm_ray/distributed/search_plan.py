@@ -8,9 +8,10 @@ from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import AdapterRef, SearchRecipe, SearchRow
+from icm_ray.distributed.fusion_material import hashes_of, trajectories_in
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import Expert, find_experts
-from icm_ray.files import sha256_of, sha256_of_file
+from icm_ray.files import sha256_of
 from icm_ray.fusion.serial import FUSES, HEAD_LOSSES, fusion_spec_of
 from icm_ray.learning.recipes import LABELLED, LEARNERS, needs_grams, reads_heads, spec_of
 from icm_ray.methods.merge import find_method
@@ -49,6 +50,11 @@ class Plan:
         return SUITES[str(self.recipe.suite)]
 
     @property
+    def trajectories(self) -> dict[str, Path]:
+        """Folders of the adapters' checkpoints by task, if the recipe names some."""
+        return trajectories_in(self.recipe.trajectories, self.files)
+
+    @property
     def is_scored(self) -> bool:
         """Whether the best merge can be scored."""
         return self.recipe.suite is not None and bool(self.experts)
@@ -64,8 +70,12 @@ class Plan:
         ]
         grams = any(find_method(m).needs == GRAMS for m in methods)
         grams |= any(map(needs_grams, learners))
-        fused = [row for row, space in self.rows if FUSES in map(needs_of, space.methods)]
-        inner = {fusion_spec_of(row.fusion).inner.loss for row in fused} & set(HEAD_LOSSES)
+        fused = [
+            fusion_spec_of(row.fusion)
+            for row, space in self.rows
+            if any(find_method(m).needs == FUSES for m in space.methods)
+        ]
+        inner = {spec.inner.loss for spec in fused} & set(HEAD_LOSSES)
         aims = {AIMS[name].needs for name in self.recipe.objectives}
         return {
             "grams": grams,
@@ -75,11 +85,6 @@ class Plan:
             "validation": "validation" in aims,
             "fusion": bool(fused),
         }[what]
-
-
-def needs_of(method: str) -> str | None:
-    """Return the evidence a method needs."""
-    return find_method(method).needs
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,11 @@ def _problems(plan: Plan, tasks: Sequence[str]) -> list[str]:
         )
     if plan.needs("inputs") and recipe.data is None:
         found.append("data: missing but an objective or method looks at unlabelled inputs.")
-    only = {needs_of(m) for _, space in plan.rows for m in space.methods} == {FUSES}
+    only = {find_method(m).needs for _, space in plan.rows for m in space.methods} == {FUSES}
     if not only and (aims := [o for o in recipe.objectives if AIMS[o].needs == "fusion"]):
         found.append(f"objectives: {', '.join(aims)}: only method icm_fusion has a Fusion-VAE.")
-    folder = Path(recipe.trajectories) if recipe.trajectories else None
-    if missing := [task for task in tasks if folder and not (folder / task).is_dir()]:
-        found.append(f"trajectories: {folder} has no folder for {', '.join(missing)}.")
+    if missing := [task for task, folder in plan.trajectories.items() if not folder.is_dir()]:
+        found.append(f"trajectories: {recipe.trajectories} has no {', '.join(missing)}.")
     if recipe.halving and len(recipe.objectives) > 1:
         found.append("halving: stops trials by one objective, but several are named.")
     if recipe.halving and recipe.halving.by == "steps":
@@ -186,11 +190,10 @@ def key_of(plan: Plan, search: Search) -> str:
     names = ("suite", "layer_groups", "objectives", "validation", "sampler", "startup", "seed")
     read = {task: expert.head() for task, expert in plan.experts.items()}
     heads = {task: sha256_of(h.weight.tolist()) if h else None for task, h in read.items()}
-    paths = sorted(Path(recipe.trajectories).rglob("*.parquet")) if recipe.trajectories else []
     return sha256_of(
         {
             "version": VERSION,
-            "trajectories": [sha256_of_file(path) for path in paths],
+            "trajectories": hashes_of(plan.trajectories),
             "row": search.row.model_dump(mode="json", exclude={"label"}),
             "sampler_seed": search.seed,
             "adapters": {file.name: file.fingerprint() for file in plan.files},

@@ -6,35 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import LearnSpec, ObjectiveSpec, TrainFusionRecipe
-from icm_ray.distributed.actors import AdapterSource, adapter_actors
+from icm_ray.distributed.actors import adapter_actors
 from icm_ray.distributed.cluster import connected, worker_count
 from icm_ray.distributed.evidence import (
-    EVIDENCE_BATCH,
     Inputs,
-    gather_on_ray,
-    inputs_key,
     load_inputs,
 )
 from icm_ray.distributed.fusion_engine import FusionOrder
+from icm_ray.distributed.fusion_material import checkpoints_on_ray, content_of, trajectories_in
 from icm_ray.distributed.fusion_trainer import check_resources, train_fusion_on_ray
-from icm_ray.distributed.learn import Readable, heads_key, task_inputs
+from icm_ray.distributed.learn import Readable, task_inputs
 from icm_ray.distributed.merge_jobs import base_folder, readable_of
 from icm_ray.distributed.shared_base import SharedBase, share_base
-from icm_ray.errors import InputError, RecipeError
-from icm_ray.files import is_done, refuse_foreign, sha256_of, sha256_of_file
-from icm_ray.fusion.data import FusionTable, samples_of
+from icm_ray.errors import RecipeError
+from icm_ray.files import is_done, refuse_foreign, sha256_of
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.serial import HEAD_LOSSES, reads_heads, runs_base
 from icm_ray.fusion.store import load_fusion, save_fusion
 from icm_ray.fusion.train import finished
 from icm_ray.planning import warn, warnings_of
 from icm_ray.report.fusion_page import write_fusion_page
-from icm_ray.types import Adapter
-from icm_ray.vae.layout import Layout
 
 VERSION = 1
 
@@ -80,7 +73,16 @@ def _train(
     key: str,
 ) -> None:
     adapters = [file.load() for file in files]
-    layout, table = _table(recipe, files, adapters, inputs, shared)
+    with adapter_actors(shared, recipe.resources, len(files)) as actors:
+        known = checkpoints_on_ray(
+            actors,
+            files,
+            recipe.modules_to_save,
+            inputs,
+            trajectories_in(recipe.trajectories, files),
+            recipe.resources.timeout_seconds,
+        )
+    layout, table = known.encoded(recipe.fusion.representation, adapters)
     through_base = runs_base(recipe.fusion)
     order = FusionOrder(
         recipe.fusion,
@@ -113,37 +115,6 @@ def _readable(recipe: TrainFusionRecipe, files: Sequence[AdapterFile]) -> dict[s
     return readable_of(recipe.heads, recipe.data, spec, list(files))
 
 
-def _table(
-    recipe: TrainFusionRecipe,
-    files: Sequence[AdapterFile],
-    adapters: Sequence[Adapter],
-    inputs: Inputs,
-    shared: SharedBase,
-) -> tuple[Layout, FusionTable]:
-    """Return the layout and the table of all checkpoints, task vectors gathered on the actors."""
-    samples = [
-        sample
-        for adapter in adapters
-        for sample in samples_of(adapter, _trajectory(recipe, adapter.name))
-    ]
-    kinds = {path: kind for adapter in adapters for path, kind in adapter.layouts.items()}
-    layout = Layout.fit(recipe.fusion.representation, samples, kinds)
-    with adapter_actors(shared, recipe.resources, len(files)) as actors:
-        gathered = gather_on_ray(
-            actors,
-            [AdapterSource.of(file, recipe.modules_to_save) for file in files],
-            inputs,
-            batch=EVIDENCE_BATCH,
-            timeout=recipe.resources.timeout_seconds,
-        )
-    vectors: dict[str, torch.Tensor] = {one.task: one.task_vector for one in gathered}
-    return layout, FusionTable.of(layout, samples, vectors)
-
-
-def _trajectory(recipe: TrainFusionRecipe, task: str) -> Path | None:
-    return Path(recipe.trajectories) / task if recipe.trajectories else None
-
-
 def _key(
     recipe: TrainFusionRecipe,
     files: Sequence[AdapterFile],
@@ -153,28 +124,16 @@ def _key(
     world: int,
 ) -> str:
     """Return what identifies a trained model. DeepSpeed's shards fit one number of workers."""
-    paths = [p for f in files for p in _checkpoints(recipe, f.name)]
+    trajectories = trajectories_in(recipe.trajectories, files)
     return sha256_of(
         {
+            **content_of(recipe.fusion, files, trajectories, inputs, readable),
             "version": VERSION,
-            "fusion": recipe.fusion.model_dump(),
             "engine": recipe.engine.model_dump(include={"zero_stage", "accumulation", "precision"}),
-            "adapters": {file.name: file.fingerprint() for file in files},
-            "trajectories": [sha256_of_file(path) for path in paths],
-            "inputs": {task: inputs_key(*told) for task, told in inputs.items()},
             "input_batch": recipe.input_batch,
-            "heads": heads_key(readable),
             "base": shared.fingerprint,
             "seed": recipe.seed,
             "world": world,
             "threads": recipe.resources.threads,
         }
     )
-
-
-def _checkpoints(recipe: TrainFusionRecipe, task: str) -> list[Path]:
-    folder = _trajectory(recipe, task)
-    found = sorted(folder.glob("*.parquet")) if folder else []
-    if folder and not found:
-        raise InputError(f"{folder}: no trajectory of {task} there. Train with jobs.finetune.")
-    return found

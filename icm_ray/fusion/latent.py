@@ -8,7 +8,7 @@ actors run them like any other; what they store is evidence for method `icm_fusi
     then = direct_plan(adapters, first.parts())   # Eq. 8, from there on
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from icm_ray.config import LearnSpec, ObjectiveSpec, OptimisationSpec
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Progress, Run, learn
 from icm_ray.learning.objectives import TaskVectorMatch
-from icm_ray.learning.parameters import Frame, Parameters
+from icm_ray.learning.parameters import Frame
 from icm_ray.learning.recipes import Plan
 from icm_ray.learning.store import LearnedMerge
 from icm_ray.learning.terms import Terms, own_terms
@@ -245,37 +245,58 @@ def fuse_in_context(
     Returns:
         Evidence for method `icm_fusion`; `report` is the last stage's, "latent" the first's.
     """
-    adapters = [task.adapter for task in tasks]
-    origin = {"method": "icm_fusion", "latent": latent.model_dump()}
-    plan = latent_plan(model, adapters, latent, residual=residual, beneath=beneath)
 
-    def stage(stage_plan: Plan, parameters: Parameters, name: str) -> LearnedMerge:
+    def stage(plan: Plan, name: str) -> LearnedMerge:
         folder = scratch / name if scratch else None
         if folder:
             folder.mkdir(exist_ok=True)
         return learn(
             base,
             tasks,
-            parameters,
-            TaskVectorMatch(heads=stage_plan.spec.objective.heads),
-            stage_plan.optimisation(),
+            plan.parameters(),
+            TaskVectorMatch(heads=plan.spec.objective.heads),
+            plan.optimisation(),
             run,
-            origin=origin,
+            origin=plan.spec.model_dump(),
             scratch=folder,
             key=key,
             progress=progress,
         )
 
-    first = plan.parameters()
-    found = stage(plan, first, "latent")
+    adapters = [task.adapter for task in tasks]
+    return in_stages(stage, model, adapters, latent, direct, residual=residual, beneath=beneath)
+
+
+def in_stages(
+    stage: Callable[[Plan, str], LearnedMerge],
+    model: FusionModel,
+    adapters: Sequence[Adapter],
+    latent: LearnSpec = IN_CONTEXT,
+    direct: LearnSpec | None = DIRECT,
+    *,
+    residual: bool = True,
+    beneath: Mapping[str, LoRAFactors] | None = None,
+) -> LearnedMerge:
+    """Return what both stages learn, whoever runs them; see `fuse_in_context`.
+
+    Args:
+        stage: Learns a plan, given the stage's name: "latent" or "direct".
+        model: The Fusion-VAE.
+        adapters: Adapters the model knows.
+        latent: How the latent moves.
+        direct: How the LoRA moves afterwards; None: not.
+        residual: See `latent_plan`.
+        beneath: See `latent_plan`.
+    """
+    origin = {"method": "icm_fusion", "latent": latent.model_dump()}
+    plan = latent_plan(model, adapters, latent, residual=residual, beneath=beneath)
+    found = stage(plan, "latent")
     if direct is None:
-        return found
-    with torch.no_grad():
-        parts = first.parts()
+        return replace(found, origin=origin)
+    then = direct_plan(adapters, parts_of(found.tensors), direct, beneath=beneath)
+    last = stage(then, "direct")
     origin["direct"] = direct.model_dump()
-    then = direct_plan(adapters, parts, direct, beneath=beneath)
-    last = stage(then, then.parameters(), "direct")
-    return replace(last, report={**last.report, "latent": found.report})
+    return replace(last, origin=origin, report={**last.report, "latent": found.report})
 
 
 def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, Part]:

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+import torch
 from torch import Tensor, nn
 
-from icm_ray.config import FusionSpec
-from icm_ray.errors import RecipeError
+from icm_ray.config import FusionSpec, RepresentationSpec, changed
 from icm_ray.fusion.base_side import BaseSide
-from icm_ray.fusion.data import FusionTable, Sample
+from icm_ray.fusion.data import FusionTable, Sample, samples_of
 from icm_ray.fusion.meta import MetaTraining
-from icm_ray.fusion.train import Progress, finished, train
+from icm_ray.fusion.train import Progress, check_kept, finished, train
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.types import Adapter
 from icm_ray.vae.layout import Layout
@@ -36,6 +36,36 @@ class Checkpoints:
     samples: Sequence[Sample]
     vectors: Mapping[str, Tensor]
 
+    @classmethod
+    def read(
+        cls,
+        adapters: Sequence[Adapter],
+        trajectories: Mapping[str, Path],
+        vectors: Mapping[str, Tensor],
+    ) -> "Checkpoints":
+        """Return the adapters and, where a task has a folder of them, its checkpoints."""
+        samples = [s for a in adapters for s in samples_of(a, trajectories.get(a.name))]
+        return cls(samples, vectors)
+
+    def encoded(
+        self, spec: RepresentationSpec, adapters: Sequence[Adapter]
+    ) -> tuple[Layout, FusionTable]:
+        """Return the layout fitted on all checkpoints, and their table in it."""
+        kinds = {path: kind for adapter in adapters for path, kind in adapter.layouts.items()}
+        layout = Layout.fit(spec, self.samples, kinds)
+        told = told_vectors(self.vectors, spec.task_vectors)
+        return layout, FusionTable.of(layout, self.samples, told)
+
+
+def told_vectors(vectors: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
+    """Return what the network is told of each task, as `RepresentationSpec.task_vectors` says."""
+    names = sorted(vectors)
+    if which == "shuffled":  # by one place, so that no task keeps its own
+        return {name: vectors[names[index - 1]] for index, name in enumerate(names)}
+    if which == "none":
+        return {name: torch.zeros_like(vector) for name, vector in vectors.items()}
+    return dict(vectors)
+
 
 def fusion_spec_of(changes: Mapping[str, Any]) -> FusionSpec:
     """Return the default recipe of a Fusion-VAE with changes, parts within parts.
@@ -43,20 +73,7 @@ def fusion_spec_of(changes: Mapping[str, Any]) -> FusionSpec:
     Raises:
         RecipeError: changes name what does not exist, or a value is out of range.
     """
-    try:
-        return FusionSpec.model_validate(_changed(FusionSpec().model_dump(), changes))
-    except ValidationError as error:
-        lines = [f"fusion.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise RecipeError(lines) from None
-
-
-def _changed(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(plain)
-    for name, value in changes.items():
-        inside = found.get(name)
-        both = isinstance(inside, Mapping) and isinstance(value, Mapping)
-        found[name] = _changed(inside, value) if both else value  # type: ignore[arg-type]
-    return found
+    return changed(FusionSpec(), changes, "fusion")
 
 
 def runs_base(spec: FusionSpec) -> bool:
@@ -78,6 +95,8 @@ def train_fusion(
     tasks: Sequence[TaskInputs] = (),
     seed: int = 0,
     threads: int = 1,
+    scratch: Path | None = None,
+    key: str = "",
     progress: Progress | None = None,
 ) -> FusionModel:
     """Train on one process what `jobs.train_fusion` trains with DeepSpeed on many.
@@ -90,17 +109,16 @@ def train_fusion(
         tasks: Inputs of every task for the inner loss.
         seed: Keys the weights and every draw.
         threads: Kernel threads.
+        scratch: Existing folder for resumable state, or None.
+        key: Identifies the run in `scratch`.
         progress: Told about each step.
 
     Raises:
         RecipeError: the inner loss does not fit the tasks, or the loss is no number any more.
     """
-    kinds = {path: kind for adapter in adapters for path, kind in adapter.layouts.items()}
-    layout = Layout.fit(spec.representation, known.samples, kinds)
-    table = FusionTable.of(layout, known.samples, known.vectors)
+    layout, table = known.encoded(spec.representation, adapters)
     side = BaseSide(base, tasks) if runs_base(spec) and base is not None else None
     meta = MetaTraining.build(spec, layout, table, side, seed)
-    history = train(meta, threads=threads, progress=progress)
-    if history and history[-1]["loss"] != history[-1]["loss"]:
-        raise RecipeError("fusion: the loss is no number. Lower fusion.lr and fusion.meta_lr.")
+    history = train(meta, threads=threads, scratch=scratch, key=key, progress=progress)
+    check_kept(history)
     return finished(meta, history, adapters)

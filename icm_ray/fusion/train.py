@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from icm_ray.config import FusionSpec
+from icm_ray.errors import RecipeError
 from icm_ray.fusion.diagnosis import diagnosis
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.linalg.threads import kernel_threads
@@ -24,6 +25,21 @@ History = list[dict[str, float]]
 """Loss and its parts, step by step."""
 Progress = Callable[[int, float], None]
 """Called after each step with the step's number and its loss."""
+
+
+def is_lost(history: History) -> bool:
+    """Say whether the last loss is no number."""
+    last = history[-1]["loss"] if history else 0.0
+    return last is None or not math.isfinite(last)
+
+
+def check_kept(history: History) -> None:
+    """Raise RecipeError if the last loss is no number."""
+    if is_lost(history):
+        raise RecipeError(
+            f"fusion: the loss is no number at step {len(history)}. Lower fusion.lr and "
+            "fusion.meta_lr, or fusion.inner.lr."
+        )
 
 
 def learning_rate(spec: FusionSpec, step: int) -> float:

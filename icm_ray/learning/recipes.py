@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from icm_ray.adapters import load_adapter
@@ -20,6 +19,7 @@ from icm_ray.config import (
     OptimisationSpec,
     ParametersSpec,
     StartSpec,
+    changed,
 )
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.base import Base
@@ -91,23 +91,7 @@ def spec_of(method: str, changes: Mapping[str, Mapping[str, Any]]) -> LearnSpec:
         raise RecipeError(
             f"method: {method!r} learns nothing but one of {', '.join(LEARNERS)} is expected."
         )
-    return changed_spec(LEARNERS[method], changes)
-
-
-def changed_spec(spec: LearnSpec, changes: Mapping[str, Mapping[str, Any]]) -> LearnSpec:
-    """Return a learning recipe with changes.
-
-    Raises:
-        RecipeError: changes name what does not exist.
-    """
-    plain = spec.model_dump()
-    for part, values in changes.items():
-        plain[part] = {**plain.get(part, {}), **values}
-    try:
-        return LearnSpec.model_validate(plain)
-    except ValidationError as error:
-        lines = [f"learn.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise RecipeError(lines) from None
+    return changed(LEARNERS[method], changes, "learn")
 
 
 @dataclass(frozen=True)

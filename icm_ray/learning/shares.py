@@ -33,28 +33,31 @@ def shares_of(learned: LearnedMerge, adapters: Sequence[Adapter]) -> tuple[Share
                 if task in own:
                     shares[task][module] = value
         elif kind == "core":
-            for task, value in _core_shares(tensor, own, _terms(learned, module, own)).items():
+            for task, value in _core_shares(tensor, own, *_bases(learned, module, own)).items():
                 shares[task][module] = value
     return shares, core
 
 
-def _terms(
+def _bases(
     learned: LearnedMerge, module: str, own: dict[str, LoRAFactors]
-) -> dict[str, LoRAFactors]:
-    """Return what the core's bases span: stored terms, or the experts' own."""
+) -> tuple[Tensor, Tensor]:
+    """Return what stands around a core: as stored, or bases of stored terms or the experts'."""
     stored = learned.tensors
-    return {
-        task: LoRAFactors(stored[f"{module}.a.{task}"], stored[f"{module}.b.{task}"])
-        if f"{module}.a.{task}" in stored
-        else factors
-        for task, factors in sorted(own.items())
-    }
+    if f"{module}.left" in stored:
+        return stored[f"{module}.left"].float(), stored[f"{module}.right"].float()
+    return bases(
+        {
+            task: LoRAFactors(stored[f"{module}.a.{task}"], stored[f"{module}.b.{task}"])
+            if f"{module}.a.{task}" in stored
+            else factors
+            for task, factors in sorted(own.items())
+        }
+    )
 
 
 def _core_shares(
-    core: Tensor, own: dict[str, LoRAFactors], terms: dict[str, LoRAFactors]
+    core: Tensor, own: dict[str, LoRAFactors], left: Tensor, right: Tensor
 ) -> dict[str, float]:
-    left, right = bases(terms)
     if core.shape != (left.shape[1], right.shape[0]):
         return {}  # the bases span the residual too, which is not at hand here
     found = {}

@@ -48,6 +48,9 @@ def icm_fusion(
         bool,
         Field(description="Let the decoder only bend the adapters' average; False: the paper."),
     ] = True,
+    latent: Annotated[
+        bool, Field(description="False: decode D(0; v*), to see what v* alone says.")
+    ] = True,
     scale: Scale = 1.0,
 ) -> LoRAFactors:
     """Decode the fused latent: `D(z*; v*)`, z* from the tasks' latents, v* from their task vectors.
@@ -66,7 +69,7 @@ def icm_fusion(
         RecipeError: there is no evidence for this module.
         InputError: evidence that does not fit the adapters.
     """
-    del weights, rule, temperature, strength, residual  # `prepared` has acted on them
+    del weights, rule, temperature, strength, residual, latent  # `prepared` has acted on them
     if not evidence or not {"left", "core", "right"} <= set(evidence):
         raise RecipeError(
             f"evidence: {context.module}: nothing fused. Train a Fusion-VAE with jobs.train_fusion."
@@ -117,6 +120,7 @@ def prepared(
     temperature: float | None,
     strength: float,
     residual: bool,
+    latent: bool,
     scale: float,
 ) -> Given:
     """Return a Fusion-VAE's fusion of some tasks, as tensors by module; other evidence as it is."""
@@ -127,6 +131,8 @@ def prepared(
     point = model.point(
         tasks, weights=weights, rule=rule, temperature=temperature, strength=strength
     )
+    if not latent:
+        point = replace(point, z=torch.zeros_like(point.z))
     tensors: dict[str, Tensor] = {}
     for path, part in model.parts(model.fused(point, residual=residual)).items():
         for name in ("left", "core", "right"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from icm_ray.adapters.saving import as_stored
-from icm_ray.config import ObjectiveSpec
+from icm_ray.config import INPUT_BATCH, ObjectiveSpec
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import score
 from icm_ray.evaluation.scoring import TaskData, evaluate, standing, values
@@ -70,7 +70,7 @@ class Material:
     threads: int = 1
     groups: int = 1
     checkpoints: Checkpoints | None = None
-    input_batch: int = 16
+    input_batch: int = INPUT_BATCH
 
 
 @dataclass(frozen=True)

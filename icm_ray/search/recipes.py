@@ -17,7 +17,7 @@ from icm_ray.learning.recipes import reads_heads, spec_of
 from icm_ray.methods.merge import find_method
 from icm_ray.search.spaces import Setting
 
-BEST, BEST_LEARN, BEST_FUSION = "best.yaml", "best.learn.yaml", "best.train_fusion.yaml"
+BEST = "best.yaml"
 MERGED, EVIDENCE = "adapter", "adapter.evidence"
 
 

@@ -11,6 +11,7 @@ fusion.<key>, fusion.<part>.<key>   any setting of the Fusion-VAE of icm_fusion
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -97,7 +98,7 @@ class Space:
         method = str(point.get("method", self.methods[0]))
         params = {k: v for k, v in self.row.params.items() if k in METHODS[method].parameters()}
         learn = {part: dict(values) for part, values in self.row.learn.items()}
-        fusion: dict[str, Any] = {k: _copied(v) for k, v in self.row.fusion.items()}
+        fusion = deepcopy(self.row.fusion)
         layers: dict[str, float] = {}
         weights: dict[str, float] = {}
         rank: Any = self.row.rank
@@ -196,10 +197,6 @@ def _expanded(name: str, tasks: Sequence[str], groups: int) -> list[str]:
     depth = pattern.count(".")
     fits = [k for k in known[part] if k.count(".") == depth and fnmatchcase(k, pattern)]
     return [f"{owner}{part}.{k}" for k in fits] or [name]
-
-
-def _copied(value: Any) -> Any:
-    return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def _bare(name: str) -> str:

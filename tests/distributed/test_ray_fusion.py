@@ -16,7 +16,7 @@ from ray_samples import ROOT, environment, write_yaml
 
 from icm_ray.adapters import load_adapter
 from icm_ray.command import run_job
-from icm_ray.config import EngineSpec, FusionSpec, Resources, TrainFusionRecipe
+from icm_ray.config import EngineSpec, FusionSpec, LearnRecipe, Resources, TrainFusionRecipe
 from icm_ray.distributed import fusion_engine
 from icm_ray.distributed.fusion_engine import FusionOrder, check_hashes
 from icm_ray.distributed.fusion_trainer import train_fusion_on_ray
@@ -25,7 +25,9 @@ from icm_ray.fusion.data import FusionTable
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.store import load_fusion
 from icm_ray.fusion.train import train
+from icm_ray.methods.merge import merge
 from icm_ray.vae.layout import Layout, Sample
+from jobs.learn import work as learn_work
 from jobs.train_fusion import work
 
 pytestmark = [
@@ -265,6 +267,25 @@ def test_the_job_trains_through_the_base_and_is_found_done(
     assert (tmp_path / "vae" / "manifest.json").stat().st_mtime_ns == before
     assert not list(tmp_path.glob(".*"))
     assert ray.is_initialized()
+
+    # What it knows can then be adapted in context, here above RegMean.
+    learn = {key: recipe[key] for key in ("base", "adapters", "data", "resources")} | {
+        "method": "icm_fusion",
+        "fusion": str(tmp_path / "vae"),
+        "learn": {"start": {"residual": "regmean"}, "optimisation": {"steps": 2, "batch": 4}},
+        "output": str(tmp_path / "adapted"),
+    }
+    path = write_yaml(tmp_path / "learn.yaml", learn)
+    assert run_job(LearnRecipe, learn_work, "", ["-c", str(path)]) == 0
+    assert "<svg" in (tmp_path / "adapted.report" / "index.html").read_text()
+    files = [(one["name"], one["path"]) for one in recipe["adapters"]]
+    adapters = [load_adapter(path, name) for name, path in files]
+    grams = tmp_path / "adapted.grams"
+    beneath = merge(adapters, "regmean", evidence=grams).adapter.modules
+    found = merge(adapters, "icm_fusion", evidence=tmp_path / "adapted").adapter.modules
+    for module, factors in beneath.items():
+        away = (found[module].delta() - factors.delta()).norm()
+        assert 0 < away < factors.delta().norm()
 
 
 @pytest.mark.slow

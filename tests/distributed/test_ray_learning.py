@@ -193,6 +193,12 @@ def test_the_job_s_evidence_and_a_merge_that_gathers_it_are_one(recipe, adapters
         ({"method": "soup", "learn": {}}, "method: 'soup' learns nothing"),
         ({"learn": {"objective": {"kind": "entropi"}}}, "learn.objective.kind"),
         ({"learn": {"optimiser": {"lr": 1}}}, "learn.optimiser"),
+        ({"method": "icm_fusion"}, "fusion: None with method 'icm_fusion'"),
+        ({"fusion": "runs/vae"}, "fusion: 'runs/vae' with method 'task_vector_match'"),
+        (
+            {"method": "icm_fusion", "fusion": "runs/vae", "learn": {"start": {"value": 0.1}}},
+            "of start only residual acts",
+        ),
         ({"method": "adamerging"}, "heads: objective 'entropy' reads the experts' heads"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from ray_samples import ROOT, hashes, stamps, write_yaml
 from typer.testing import CliRunner
 
+import icm_ray
 from icm_ray.adapters import load_adapter
 from icm_ray.cli import app
 from icm_ray.command import run_job
@@ -56,6 +57,14 @@ FUSED = [
         "in_context": "direct",
         "inputs": 8,
         "learn": SHORT,
+    },
+    {
+        "label": "above-regmean",
+        "method": "icm_fusion",
+        "fusion": FUSION,
+        "in_context": "latent",
+        "inputs": 8,
+        "learn": {**SHORT, "start": {"residual": "regmean"}},
     },
     {
         "label": "one",
@@ -254,6 +263,14 @@ def test_fusion_rows_share_what_has_one_recipe(out, recipe):
         torch.testing.assert_close(delta, expert.modules[module].delta(), rtol=1e-3, atol=1e-6)
     assert any(not torch.equal(deltas["fused"][m], d) for m, d in deltas["adapted"].items())
     assert any(not torch.equal(deltas["fused"][m], d) for m, d in deltas["summed"].items())
+    beneath = icm_ray.merge(
+        [load_adapter(out / "experts" / SET / task / "adapter", task) for task in RECIPE["tasks"]],
+        "regmean",
+        evidence=out / "evidence" / f"{SET}-grams",
+    ).adapter
+    for module, delta in deltas["above-regmean"].items():  # two small steps away from it
+        away = (delta - beneath.modules[module].delta()).norm()
+        assert 0 < away < beneath.modules[module].delta().norm()
     kept = stamps(out / "fusion"), stamps(out / "learned")
     assert run_job(PipelineRecipe, work, "", ["-c", str(changed)]) == 0
     assert (stamps(out / "fusion"), stamps(out / "learned")) == kept

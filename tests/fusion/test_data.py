@@ -8,6 +8,7 @@ from icm_ray.config import RepresentationSpec
 from icm_ray.errors import InputError
 from icm_ray.finetuning.trajectory import Trajectory
 from icm_ray.fusion.data import FusionTable, read_table, samples_of, write_table
+from icm_ray.fusion.serial import Checkpoints
 from icm_ray.types import LoRAFactors
 from icm_ray.vae.layout import Layout, distance, norm
 
@@ -66,3 +67,19 @@ def test_the_table_survives_arrow(samples, vectors, tmp_path) -> None:
         FusionTable.from_arrow(arrow.drop_columns(["v"]))
     with pytest.raises(InputError, match="none of med"):
         FusionTable.of(layout, samples, {t: vectors[t] for t in ("code", "law")})
+
+
+def test_a_task_can_be_told_anothers_vector_or_none(adapters, samples, vectors) -> None:
+    known, names = Checkpoints(samples, vectors), sorted(vectors)
+
+    def told(which: str) -> dict[str, torch.Tensor]:
+        spec = RepresentationSpec(components=8, task_vectors=which)
+        _, table = known.encoded(spec, adapters)
+        return {name: table.v[table.final_of(name)] for name in names}
+
+    own, shuffled = told("own"), told("shuffled")
+    assert all(torch.equal(own[name], vectors[name]) for name in names)
+    assert all(
+        torch.equal(shuffled[name], vectors[names[index - 1]]) for index, name in enumerate(names)
+    )
+    assert not any(vector.any() for vector in told("none").values())

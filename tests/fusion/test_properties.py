@@ -120,6 +120,16 @@ def test_weights_and_scale(model, untrained, adapters) -> None:
     assert relative({m: LoRAFactors(f.a, 2 * f.b) for m, f in once.items()}, doubled) < 1e-6
 
 
+def test_what_the_task_vector_alone_says_can_be_asked(model, adapters) -> None:
+    point = model.point([adapter.name for adapter in adapters])
+    alone = model.decoded(torch.zeros_like(point.z), point.v)
+    said = merged(adapters, model, residual=False, latent=False)
+    for module, part in model.parts(alone).items():
+        core = part.core.diag() if part.core.ndim == 1 else part.core
+        torch.testing.assert_close(said[module].delta(), part.left @ core @ part.right)
+    assert relative(said, merged(adapters, model, residual=False)) > 0.1
+
+
 def test_arithmetic_adds_up(untrained, adapters) -> None:
     total = merged(adapters, untrained, rule="arithmetic", strength=3.0, residual=False)
     mean = soup([adapter.modules for adapter in adapters])
