@@ -170,6 +170,9 @@ class StartSpec(Part):
         default=None, description="Fixed merge beneath: 'regmean', or a merged adapter's folder."
     )
     residual_scale: float = 1.0
+    rho: float = Field(
+        default=1.0, ge=0, le=1, description="regmean: factor of the Grams' off-diagonal entries."
+    )
 
 
 class OptimisationSpec(Part):

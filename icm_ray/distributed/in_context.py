@@ -32,7 +32,8 @@ def context_specs(
     Raises:
         RecipeError: `changes` name what does not exist, or what a latent has not.
     """
-    if set(changes.get("start", {})) - {"residual", "residual_scale"} or "parameters" in changes:
+    acts = {"residual", "residual_scale", "rho"}
+    if set(changes.get("start", {})) - acts or "parameters" in changes:
         raise RecipeError("learn: in_context starts from a latent; of start only residual acts.")
     latent = changed(IN_CONTEXT, changes, "learn")
     if latent.objective.kind != "task_vector_match":

@@ -159,7 +159,7 @@ def plan_of(spec: LearnSpec, adapters: Sequence[Adapter], grams: Grams | None = 
         grams: Gram statistics, if `needs_grams` says so.
     """
     own = own_terms(adapters)
-    share = regmean_terms(own, grams) if grams is not None else None
+    share = regmean_terms(own, grams, rho=spec.start.rho) if grams is not None else None
     bases: dict[str, Terms | None] = {"own": own, "tsv": None, "regmean": share}
     terms = tsv_terms(own) if spec.start.basis == "tsv" else bases[spec.start.basis]
     residual = _residual(spec.start, adapters, share)
