@@ -103,8 +103,10 @@ def check_fusion_row(row: MethodRow) -> None:
     context_specs(row.in_context, row.learn)
     if row.learn and not row.in_context:
         raise RecipeError("learn: changes in_context, which is not set.")
-    if row.in_context and set(row.params) - {"scale"}:
-        raise RecipeError("params: in_context starts from rule mean; only scale acts.")
+    if row.in_context and {*row.params, *row.grid} - {"scale"}:
+        raise RecipeError("params, grid: in_context starts from rule mean; only scale acts.")
+    if row.inputs and not row.in_context:
+        raise RecipeError("inputs: are seen in_context, which is not set.")
 
 
 def _name(row: MethodRow) -> str:
@@ -168,7 +170,7 @@ def _train_all(
 def _common(recipe: PipelineRecipe, shared: SharedBase) -> dict[str, Any]:
     return {
         "version": VERSION,
-        "base": shared.fingerprint,
+        "base": shared.run_as(recipe.resources),
         "seed": recipe.seed,
         "threads": recipe.resources.threads,
     }

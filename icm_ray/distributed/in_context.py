@@ -19,6 +19,17 @@ from icm_ray.fusion.store import load_fusion
 from icm_ray.learning.recipes import Plan, covered_by, needs_grams, plan_of
 from icm_ray.learning.store import LearnedMerge, save_learned
 
+SHARED = (
+    "reduction",
+    "worst",
+    "task_weights",
+    "batch",
+    "tasks_per_forward",
+    "save_memory",
+    "save_every",
+)
+"""What both stages take from a recipe; how far and fast each one moves is its own."""
+
 
 def context_specs(
     depth: str | None, changes: Mapping[str, Any]
@@ -26,7 +37,7 @@ def context_specs(
     """Return how a latent moves, and then its cores if `depth` is "direct".
 
     Args:
-        depth: "latent" or "direct".
+        depth: "latent", "direct", or None for neither.
         changes: To how the latent moves; both stages minimise the same.
 
     Raises:
@@ -34,7 +45,9 @@ def context_specs(
     """
     acts = {"residual", "residual_scale", "rho"}
     if set(changes.get("start", {})) - acts or "parameters" in changes:
-        raise RecipeError("learn: in_context starts from a latent; of start only residual acts.")
+        raise RecipeError(
+            f"learn: in_context moves a latent; of start only {', '.join(sorted(acts))} act."
+        )
     latent = changed(IN_CONTEXT, changes, "learn")
     if latent.objective.kind != "task_vector_match":
         raise RecipeError(
@@ -43,7 +56,10 @@ def context_specs(
         )
     if depth != "direct":
         return latent, None
-    return latent, DIRECT.model_copy(update={"objective": latent.objective})
+    same = {name: getattr(latent.optimisation, name) for name in SHARED}
+    how = DIRECT.optimisation.model_copy(update=same)
+    update = {"objective": latent.objective, "optimisation": how}
+    return latent, DIRECT.model_copy(update=update)
 
 
 def adapted_on_ray(
@@ -80,9 +96,10 @@ def adapted_on_ray(
         label: Shown by the progress bar.
     """
     told, threads = grams() if needs_grams(latent) else None, resources.threads
+    run_as = shared.run_as(resources)
     key = sha256_of(
         [
-            learned_key(latent, files, inputs, readable, shared.fingerprint, seed, threads, told),
+            learned_key(latent, files, inputs, readable, run_as, seed, threads, told),
             direct.model_dump() if direct else None,
             sha256_of_file(fusion / MANIFEST),
         ]

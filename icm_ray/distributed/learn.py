@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from icm_ray.adapters import AdapterFile
+from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.config import DataSpec, LearnSpec, Resources
 from icm_ray.distributed.evidence import Inputs, inputs_key
 from icm_ray.distributed.learning import LearnOrder, learn_on_ray
@@ -115,8 +115,8 @@ def learned_on_ray(
         label: Shown by the progress bar.
     """
     told = grams() if needs_grams(spec) else None
-    print_ = shared.fingerprint
-    key = learned_key(spec, files, inputs, readable, print_, seed, resources.threads, told)
+    run_as = shared.run_as(resources)
+    key = learned_key(spec, files, inputs, readable, run_as, seed, resources.threads, told)
     if is_done(folder, key):
         return folder
     tasks = task_inputs(files, inputs, readable, base, spec.optimisation.batch)
@@ -206,6 +206,12 @@ def heads_key(readable: Mapping[str, Readable]) -> str:
     return sha256_of(heads)
 
 
+def _beneath(residual: str | None) -> str | None:
+    """Return what identifies a saved merge that learning starts on."""
+    named = residual not in (None, "regmean")
+    return open_adapter(Path(str(residual))).fingerprint() if named else None
+
+
 def learned_key(
     spec: LearnSpec,
     files: Sequence[AdapterFile],
@@ -227,5 +233,6 @@ def learned_key(
         "seed": seed,
         "threads": threads,
         "grams": read_given(told).identity if told else None,
+        "beneath": _beneath(spec.start.residual),
     }
     return sha256_of(content)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
@@ -29,6 +30,7 @@ from icm_ray.evaluation.experts import find_experts
 from icm_ray.evidence.store import save_evidence
 from icm_ray.files import refuse_foreign, whole_folder
 from icm_ray.fusion.serial import FUSES
+from icm_ray.fusion.store import load_fusion
 from icm_ray.learning.recipes import LABELLED, reads_heads, spec_of
 from icm_ray.learning.store import load_learned
 from icm_ray.merging import merge_recipe
@@ -91,6 +93,8 @@ def learn_and_write(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
         spec = spec_of(recipe.method, recipe.learn)
     refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     files = open_all(refs, recipe.modules_to_save)
+    if recipe.fusion:  # before any spend; it is read again where it is used
+        load_fusion(Path(recipe.fusion)).check_adapters([file.load() for file in files])
     readable = readable_of(recipe.heads, recipe.data, spec, files)
     inputs = load_inputs(recipe.data, [file.name for file in files])
     warn(warnings_of(files))
@@ -100,8 +104,12 @@ def learn_and_write(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     told = load_learned(target).report
     for task, line in told["warnings"].items():
         warn([f"{task}: {line}"])
+    first = told.get("latent", told)  # of two stages
     losses = {
-        task: {name: sum(found[name]) / len(found[name]) for name in ("start", "end")}
+        task: {
+            "start": mean(first["losses"][task]["start"]),
+            "end": mean(found["end"]),
+        }
         for task, found in told["losses"].items()
     }
     for task, loss in losses.items():
@@ -196,7 +204,7 @@ def _grams(
             sorted({module for file in files for module in file.shapes}),
             inputs,
             folder,
-            base=shared.fingerprint,
+            base=shared.run_as(recipe.resources),
             batch=batch,
             timeout=recipe.resources.timeout_seconds,
         )
@@ -219,7 +227,7 @@ def gather_evidence(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
         actors = start_actors(shared, recipe.resources, len(sources))
         timeout = recipe.resources.timeout_seconds
         gathered = gather_on_ray(actors, sources, inputs, batch=recipe.batch, timeout=timeout)
-    key = evidence_key(shared.fingerprint, sources, inputs, recipe.batch)
+    key = evidence_key(shared.run_as(recipe.resources), sources, inputs, recipe.batch)
     save_evidence(target, gathered, {"key": key, "base": shared.fingerprint})
     norms = {e.task: float(e.task_vector.norm()) for e in gathered}
     print("task vector norms: " + ", ".join(f"{t} {n:.3f}" for t, n in norms.items()))

@@ -106,7 +106,9 @@ def run_pipeline(
     with adapter_actors(shared, recipe.resources, len(suite.tasks)) as actors:
         for results in sets:
             score_test(recipe, suite, results, shared, actors, root)
-        ratios = ratios_of_rows(recipe, suite, sets[0], actors, shared.fingerprint, root)
+        ratios = ratios_of_rows(
+            recipe, suite, sets[0], actors, shared.run_as(recipe.resources), root
+        )
         trained = training_ratios(recipe, suite, sets[0], actors, root)
     return PipelineResults(
         recipe, suite, shared, base_path, sets, probes, evidence, ratios, trained
@@ -209,7 +211,7 @@ def _grams_of(
         sorted({module for file in files for module in file.shapes}),
         _inputs(recipe, one),
         root / "evidence" / f"{one.label}-grams",
-        base=shared.fingerprint,
+        base=shared.run_as(recipe.resources),
         batch=EVIDENCE_BATCH,
         timeout=recipe.resources.timeout_seconds,
     )
@@ -229,7 +231,7 @@ def _evidence(
     folder = root / "evidence" / results.label
     sources = [AdapterSource.of(file) for file in results.files()]
     inputs = _inputs(recipe, results)
-    key = evidence_key(shared.fingerprint, sources, inputs, EVIDENCE_BATCH)
+    key = evidence_key(shared.run_as(recipe.resources), sources, inputs, EVIDENCE_BATCH)
     if not is_done(folder, key):
         gathered = gather_on_ray(
             actors,

@@ -48,7 +48,7 @@ def fit_probes(
     for task in tasks:
         splits = {name: suite.load(task, name, limit) for name, limit in limits.items()}
         prints = {name: examples.fingerprint for name, examples in splits.items()}
-        key = sha256_of([VERSION, shared.fingerprint, prints])
+        key = sha256_of([VERSION, shared.run_as(resources), prints])
         if not is_done(folders[task], key):
             calls[task] = _call(shared, suite.tasks[task], splits, resources, folders[task], key)
     slots = [None] * worker_count(resources, max(len(calls), 1))

@@ -251,7 +251,7 @@ def _scored(
         [*references, *items],
         task_data(suite, one.experts, split, recipe.sizes.scored(split)),
         root / "scores" / f"{one.label}-{split}",
-        base=shared.fingerprint,
+        base=shared.run_as(recipe.resources),
         batch=BATCH,
         timeout=recipe.resources.timeout_seconds,
     )

@@ -60,7 +60,7 @@ def evaluate_and_report(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
             items,
             data,
             target / "scores",
-            base=shared.fingerprint,
+            base=shared.run_as(recipe.resources),
             batch=recipe.batch,
             timeout=recipe.resources.timeout_seconds,
         )

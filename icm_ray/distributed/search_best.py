@@ -141,7 +141,7 @@ def _scored(
     found: dict[str, dict[str, Standing]] = {search.output: {} for search in searches}
     data = {s: task_data(plan.suite, plan.experts, s, size) for s, size in sizes.items()}
     places = {"validation": target / "scores", "test": target / "scores" / "test"}
-    how: Any = {"base": shared.fingerprint, "batch": BATCH}
+    how: Any = {"base": shared.run_as(recipe.resources), "batch": BATCH}
     with contextlib.ExitStack() as stack:
         actors: list[Any] = []
         if not all(is_scored(items, data[split], places[split], **how) for split in sizes):

@@ -63,7 +63,7 @@ def _grams(
         sorted({module for file in plan.files for module in file.shapes}),
         inputs,
         target.with_name(f"{target.name}.grams"),
-        base=shared.fingerprint,
+        base=shared.run_as(recipe.resources),
         batch=EVIDENCE_BATCH,
         timeout=recipe.resources.timeout_seconds,
     )
@@ -94,7 +94,7 @@ def _references(
         items,
         data,
         folder,
-        base=shared.fingerprint,
+        base=shared.run_as(plan.recipe.resources),
         batch=BATCH,
         timeout=plan.recipe.resources.timeout_seconds,
     )

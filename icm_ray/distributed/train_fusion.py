@@ -131,7 +131,7 @@ def _key(
             "version": VERSION,
             "engine": recipe.engine.model_dump(include={"zero_stage", "accumulation", "precision"}),
             "input_batch": recipe.input_batch,
-            "base": shared.fingerprint,
+            "base": shared.run_as(recipe.resources),
             "seed": recipe.seed,
             "world": world,
             "threads": recipe.resources.threads,

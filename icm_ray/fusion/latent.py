@@ -184,8 +184,9 @@ def latent_plan(
         beneath: A fixed merge that is added, such as RegMean's; the latent then starts at it.
 
     Raises:
-        InputError: the model does not know an adapter.
+        InputError: the model does not know an adapter, or knows another one by its name.
     """
+    model.check_adapters(adapters)
     point = model.point([adapter.name for adapter in adapters])
     constant = None
     if beneath is not None:

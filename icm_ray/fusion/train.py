@@ -83,7 +83,7 @@ def train(
     spec, optimizer = meta.spec, optimizer_of(meta)
     history = _resumed(meta, optimizer, scratch, key) if scratch else []
     with kernel_threads(threads):
-        while len(history) < spec.steps:
+        while len(history) < spec.steps and not is_lost(history):
             step = len(history)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spec, step)

@@ -58,6 +58,7 @@ def _bases(
 def _core_shares(
     core: Tensor, own: dict[str, LoRAFactors], left: Tensor, right: Tensor
 ) -> dict[str, float]:
+    core = core.diag() if core.ndim == 1 else core
     if core.shape != (left.shape[1], right.shape[0]):
         return {}  # the bases span the residual too, which is not at hand here
     found = {}

@@ -49,7 +49,7 @@ def icm_fusion(
         Field(description="Let the decoder only bend the adapters' average; False: the paper."),
     ] = True,
     latent: Annotated[
-        bool, Field(description="False: decode D(0; v*), to see what v* alone says.")
+        bool, Field(description="False: z* = 0, to see what v* alone says; with residual off.")
     ] = True,
     scale: Scale = 1.0,
 ) -> LoRAFactors:

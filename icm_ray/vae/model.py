@@ -10,6 +10,7 @@ from torch import Tensor
 
 from icm_ray.config import VAESpec
 from icm_ray.errors import InputError, RecipeError
+from icm_ray.types import Adapter
 from icm_ray.vae.layout import Layout, Modules, Part
 from icm_ray.vae.network import FusionVAE, build_vae
 from icm_ray.vae.orientation import fused_direction, leanings, oriented
@@ -61,6 +62,17 @@ class FusionModel:
     def tasks(self) -> tuple[str, ...]:
         """All tasks it can fuse, sorted."""
         return tuple(sorted(self.latents))
+
+    def check_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Raise InputError if an adapter is not the one the model knows by its name."""
+        others = [
+            a.name for a in adapters if self.adapters.get(a.name, a.fingerprint) != a.fingerprint
+        ]
+        if others:
+            raise InputError(
+                f"fusion: {', '.join(others)}: not the adapters the Fusion-VAE was trained on. "
+                "Name those, or train again."
+            )
 
     def unit(self, vector: Tensor) -> Tensor:
         """Return a task vector in the network's unit."""

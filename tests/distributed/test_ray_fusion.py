@@ -25,6 +25,7 @@ from icm_ray.fusion.data import FusionTable
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.store import load_fusion
 from icm_ray.fusion.train import train
+from icm_ray.learning.store import load_learned
 from icm_ray.methods.merge import merge
 from icm_ray.vae.layout import Layout, Sample
 from jobs.learn import work as learn_work
@@ -253,7 +254,7 @@ def job_recipe(base, experts, output, **fusion):
 
 @pytest.mark.slow
 def test_the_job_trains_through_the_base_and_is_found_done(
-    ray_session, tiny_bert, experts, tmp_path
+    ray_session, tiny_bert, experts, tmp_path, capsys
 ):
     tasks, recipe = job_recipe(tiny_bert, experts, tmp_path / "vae")
     path = write_yaml(tmp_path / "fusion.yaml", recipe)
@@ -272,7 +273,10 @@ def test_the_job_trains_through_the_base_and_is_found_done(
     learn = {key: recipe[key] for key in ("base", "adapters", "data", "resources")} | {
         "method": "icm_fusion",
         "fusion": str(tmp_path / "vae"),
-        "learn": {"start": {"residual": "regmean"}, "optimisation": {"steps": 2, "batch": 4}},
+        "learn": {
+            "start": {"residual": "regmean", "rho": 0.8},
+            "optimisation": {"steps": 2, "batch": 4},
+        },
         "output": str(tmp_path / "adapted"),
     }
     path = write_yaml(tmp_path / "learn.yaml", learn)
@@ -280,12 +284,22 @@ def test_the_job_trains_through_the_base_and_is_found_done(
     assert "<svg" in (tmp_path / "adapted.report" / "index.html").read_text()
     files = [(one["name"], one["path"]) for one in recipe["adapters"]]
     adapters = [load_adapter(path, name) for name, path in files]
+    how = {"rho": 0.8, "ridge": 1e-4}
     grams = tmp_path / "adapted.grams"
-    beneath = merge(adapters, "regmean", evidence=grams).adapter.modules
+    beneath = merge(adapters, "regmean", params=how, evidence=grams).adapter.modules
+    kept = load_learned(tmp_path / "adapted").tensors
     found = merge(adapters, "icm_fusion", evidence=tmp_path / "adapted").adapter.modules
     for module, factors in beneath.items():
+        residual = kept[f"{module}.residual_b"] @ kept[f"{module}.residual_a"]
+        torch.testing.assert_close(residual, factors.delta(), rtol=1e-3, atol=1e-5)
         away = (found[module].delta() - factors.delta()).norm()
-        assert 0 < away < factors.delta().norm()
+        assert away > 1e-3 * factors.delta().norm()
+
+    # A Fusion-VAE of other adapters by the same names is refused before any work.
+    swapped = [{**one, "path": files[1 - i][1]} for i, one in enumerate(recipe["adapters"])]
+    path = write_yaml(tmp_path / "learn.yaml", {**learn, "adapters": swapped})
+    assert run_job(LearnRecipe, learn_work, "", ["-c", str(path)]) == 3
+    assert "not the adapters the Fusion-VAE was trained on" in capsys.readouterr().err
 
 
 @pytest.mark.slow

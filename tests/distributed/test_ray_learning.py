@@ -197,7 +197,7 @@ def test_the_job_s_evidence_and_a_merge_that_gathers_it_are_one(recipe, adapters
         ({"fusion": "runs/vae"}, "fusion: 'runs/vae' with method 'task_vector_match'"),
         (
             {"method": "icm_fusion", "fusion": "runs/vae", "learn": {"start": {"value": 0.1}}},
-            "of start only residual acts",
+            "of start only residual, residual_scale, rho act",
         ),
         ({"method": "adamerging"}, "heads: objective 'entropy' reads the experts' heads"),
     ],
