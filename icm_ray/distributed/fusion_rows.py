@@ -197,18 +197,22 @@ def _train(
     bar = tqdm_ray.tqdm(total=order.spec.steps, desc=f"fusion {label}", flush_interval_s=3.0)
     with kernel_threads(recipe.resources.threads):
         base = rebuild(shared, recipe.resources).model if runs_base(order.spec) else None
-        model = train_fusion(
-            order.spec,
-            adapters,
-            known,
-            base=base,
-            tasks=order.tasks,
-            seed=recipe.seed,
-            threads=recipe.resources.threads,
-            scratch=scratch,
-            key=order.key,
-            progress=lambda step, _loss: bar.update(step - bar._x),
-        )
+        try:
+            model = train_fusion(
+                order.spec,
+                adapters,
+                known,
+                base=base,
+                tasks=order.tasks,
+                seed=recipe.seed,
+                threads=recipe.resources.threads,
+                scratch=scratch,
+                key=order.key,
+                progress=lambda step, _loss: bar.update(step - bar._x),
+            )
+        except RecipeError:  # of other settings there is nothing to resume
+            shutil.rmtree(scratch)
+            raise
     bar.close()
     save_fusion(model, folder, {"key": order.key})
     write_json(folder / RUN_FILE, {"cpu_seconds": time.process_time() - started})

@@ -8,8 +8,9 @@ import torch
 import icm_ray
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.fusion.diagnosis import soup, warnings_of
+from icm_ray.fusion.latent import latent_plan
 from icm_ray.fusion.store import load_fusion, save_fusion
-from icm_ray.fusion.train import STATE, finished, learning_rate, train
+from icm_ray.fusion.train import STATE, check_kept, finished, learning_rate, train
 from icm_ray.types import LoRAFactors
 from icm_ray.vae.layout import cosine, distance, norm
 
@@ -194,6 +195,19 @@ def test_a_killed_training_continues_to_the_same_weights(build, tmp_path) -> Non
     (tmp_path / STATE).write_bytes(b"cut off")
     train(build(**changes), scratch=tmp_path, key="k", progress=lambda step, _l: seen.append(step))
     assert seen[3:] == list(range(1, 10))
+
+
+def test_a_lost_training_stops_where_it_is_lost(build) -> None:
+    history = train(build(vae_steps=40, lr=1e30))
+    assert 1 < len(history) < 40
+    with pytest.raises(RecipeError, match=f"no number at step {len(history)}"):
+        check_kept(history)
+
+
+def test_another_adapter_by_a_known_name_is_refused(model, adapters, adapter_around) -> None:
+    other = adapter_around(adapters[0].name, adapters[1].modules)
+    with pytest.raises(InputError, match="not the adapters the Fusion-VAE was trained on"):
+        latent_plan(model, [other, *adapters[1:]])
 
 
 def test_rates_rise_and_fall_in_each_stage(build) -> None:
