@@ -71,7 +71,7 @@ class _Headed:
     ) -> Tensor:
         """Return the mean loss of a batch on the model as it stands."""
         assert head is not None
-        logits = head(self._states(base.model, batch))
+        logits = head(self._states(base.model, batch).to(head.weight.dtype))
         return loss(logits.flatten(0, -2), targets.flatten(), task)
 
     @torch.no_grad()

@@ -88,6 +88,13 @@ def test_the_loss_falls(train, task: Task) -> None:
     assert not found.head.weight.requires_grad
 
 
+def test_a_base_in_bfloat16_trains_a_float_head(tiny_bert, examples, tmp_path: Path) -> None:
+    base, start = load_base(tiny_bert, dtype="bfloat16"), Head(torch.zeros(2, 16), torch.zeros(2))
+    found = train_expert(base, make_job(steps=60), examples, start, tmp_path)
+    assert found.head.weight.dtype == torch.float32
+    assert losses_summary(found.losses)["last_loss"] < losses_summary(found.losses)["first_loss"]
+
+
 def test_training_repeats_and_depends_on_the_seed(train) -> None:
     one, two = train(make_job(), "one"), train(make_job(), "two")
     assert same(one, two)
