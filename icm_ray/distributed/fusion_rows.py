@@ -19,20 +19,13 @@ import ray
 from torch import Tensor
 
 from icm_ray.adapters import AdapterFile
-from icm_ray.config import (
-    INPUT_BATCH,
-    FusionSpec,
-    MethodRow,
-    PipelineRecipe,
-)
+from icm_ray.config import INPUT_BATCH, FusionSpec, MethodRow, PipelineRecipe
 from icm_ray.distributed.cluster import MAX_RETRIES, request, run_bounded, worker_count
 from icm_ray.distributed.evidence import load_inputs
 from icm_ray.distributed.fusion_material import content_of
-from icm_ray.distributed.in_context import adapted_on_ray, context_specs
-from icm_ray.distributed.learn import (
-    readable_experts,
-    task_inputs,
-)
+from icm_ray.distributed.in_context import Context, context_specs
+from icm_ray.distributed.learn import readable_experts, task_inputs
+from icm_ray.distributed.learned_rows import learn_row
 from icm_ray.distributed.rows import SetResults, inputs_spec
 from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.errors import RecipeError
@@ -89,8 +82,11 @@ def fuse_rows(
         folders = {row.name: trained[one.label, _name(row)] for row in fusion_rows(recipe)}
         for row in fusion_rows(recipe):
             if row.in_context:
-                model = folders[row.name]
-                folders[row.name] = _adapted(recipe, suite, one, row, model, base, shared, root)
+                latent, direct = context_specs(row.in_context, row.learn)
+                context = Context(folders[row.name], direct)
+                folders[row.name] = learn_row(
+                    recipe, suite, one, row, latent, base, shared, root, context
+                )
         found.append(replace(one, fused=folders))
     return found
 
@@ -223,41 +219,3 @@ def _trajectories(one: SetResults, root: Path) -> dict[str, Path]:
     """Return the folders of checkpoints by task; all or none, else tasks would weigh unequally."""
     found = {task: root / TRAJECTORIES / one.label / task for task in one.experts}
     return found if all(folder.is_dir() for folder in found.values()) else {}
-
-
-def _adapted(
-    recipe: PipelineRecipe,
-    suite: Suite,
-    one: SetResults,
-    row: MethodRow,
-    model_folder: Path,
-    base: Path,
-    shared: SharedBase,
-    root: Path,
-) -> Path:
-    """Return the folder of what was adapted on the row's inputs."""
-    latent, direct = context_specs(row.in_context, row.learn)
-    data, files = inputs_spec(recipe, row.inputs), one.files(row.tasks)
-    names = [file.name for file in files]
-
-    def grams() -> Path:
-        assert one.grams is not None, "gathered before, as rows_need_grams said"
-        return one.grams
-
-    return adapted_on_ray(
-        latent,
-        files,
-        load_inputs(data, names),
-        readable_experts(
-            suite, one.experts, names if latent.objective.heads else (), data, labelled=False
-        ),
-        root / "learned" / one.label / row.name,
-        direct=direct,
-        fusion=model_folder,
-        base=base,
-        shared=shared,
-        resources=recipe.resources,
-        seed=recipe.seed,
-        grams=grams,
-        label=f"{row.name} {one.label}",
-    )

@@ -1,23 +1,18 @@
-"""Fusion in context (F3) on the task actors: from a Fusion-VAE and inputs to what `merge` reads."""
+"""Fusion in context (F3): what moves, how, and what that depends on; `learned_on_ray` runs it."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import AdapterFile
-from icm_ray.config import LearnSpec, Resources, changed
-from icm_ray.distributed.evidence import Inputs
-from icm_ray.distributed.learn import Readable, learned_key, read_grams, run_of, task_inputs
-from icm_ray.distributed.learning import LearnOrder, learn_on_ray
-from icm_ray.distributed.rows import cost_of
-from icm_ray.distributed.shared_base import SharedBase
+from icm_ray.config import LearnSpec, changed
 from icm_ray.errors import RecipeError
-from icm_ray.files import MANIFEST, RUN_FILE, is_done, sha256_of, sha256_of_file, write_json
+from icm_ray.files import MANIFEST, sha256_of_file
 from icm_ray.fusion.latent import DIRECT, IN_CONTEXT, in_stages
 from icm_ray.fusion.store import load_fusion
-from icm_ray.learning.recipes import Plan, covered_by, needs_grams, plan_of
-from icm_ray.learning.store import LearnedMerge, save_learned
+from icm_ray.learning.recipes import Plan
+from icm_ray.learning.store import LearnedMerge
+from icm_ray.types import Adapter
 
 SHARED = (
     "reduction",
@@ -62,76 +57,30 @@ def context_specs(
     return latent, DIRECT.model_copy(update=update)
 
 
-def adapted_on_ray(
-    latent: LearnSpec,
-    files: Sequence[AdapterFile],
-    inputs: Inputs,
-    readable: Mapping[str, Readable],
-    folder: Path,
-    *,
-    direct: LearnSpec | None,
-    fusion: Path,
-    base: Path,
-    shared: SharedBase,
-    resources: Resources,
-    seed: int,
-    grams: Callable[[], Path],
-    label: str,
-) -> Path:
-    """Adapt a latent, then cores, or find what was adapted in `folder`; return the folder.
+@dataclass(frozen=True)
+class Context:
+    """A Fusion-VAE whose fused latent is learned in the place of a recipe's own parameters.
 
-    Args:
-        latent: How the latent moves.
-        files: Adapters the Fusion-VAE knows.
-        inputs: Unlabelled inputs of each task.
-        readable: Heads by task, where the objective reads them.
-        folder: Where the evidence goes.
-        direct: How the cores move afterwards; None: not.
+    Attributes:
         fusion: Folder of the Fusion-VAE.
-        base: Folder of the base, for its tokenizer.
-        shared: The base in the object store.
-        resources: What each actor gets.
-        seed: Keys the order of batches.
-        grams: Gathers Gram statistics; called only if RegMean lies beneath.
-        label: Shown by the progress bar.
+        direct: How the decoded cores move after the latent; None: not.
     """
-    told, threads = grams() if needs_grams(latent) else None, resources.threads
-    run_as = shared.run_as(resources)
-    key = sha256_of(
-        [
-            learned_key(latent, files, inputs, readable, run_as, seed, threads, told),
-            direct.model_dump() if direct else None,
-            sha256_of_file(fusion / MANIFEST),
-        ]
-    )
-    if is_done(folder, key):
-        return folder
-    tasks = task_inputs(files, inputs, readable, base, latent.optimisation.batch)
-    scratch = folder.with_name(f".{folder.name}.learning-{key[:12]}")
-    seconds = [cost_of(fusion)]
 
-    def stage(plan: Plan, name: str) -> LearnedMerge:
-        (scratch / name).mkdir(parents=True, exist_ok=True)
-        learned, cost = learn_on_ray(
-            shared,
-            LearnOrder(plan, tasks, run_of(plan.spec, seed, threads)),
-            covered_by(plan.spec.objective, tasks),
-            resources,
-            origin=plan.spec.model_dump(),
-            scratch=scratch / name,
-            key=key,
-            label=f"{label} {name}",
-        )
-        seconds.append(cost)
-        return learned
+    fusion: Path
+    direct: LearnSpec | None
 
-    adapters = [task.adapter for task in tasks]
-    beneath = None
-    if latent.start.residual:
-        beneath = plan_of(latent, adapters, read_grams(told, files)).terms.residual
-    learned = in_stages(stage, load_fusion(fusion), adapters, latent, direct, beneath=beneath)
-    counts = {task: len(texts) for task, (texts, _) in inputs.items()}
-    save_learned(learned, folder, {"key": key, "inputs": counts})
-    write_json(folder / RUN_FILE, {"cpu_seconds": sum(seconds)})
-    shutil.rmtree(scratch)
-    return folder
+    @property
+    def identity(self) -> list[Any]:
+        """What decides about the result, as plain data."""
+        direct = self.direct.model_dump() if self.direct else None
+        return [direct, sha256_of_file(self.fusion / MANIFEST)]
+
+    def learn(
+        self,
+        stage: Callable[[Plan, str], LearnedMerge],
+        plan: Plan,
+        adapters: Sequence[Adapter],
+    ) -> LearnedMerge:
+        """Return what both stages learn; of the plan, its recipe and what lies beneath count."""
+        model, beneath = load_fusion(self.fusion), plan.terms.residual or None
+        return in_stages(stage, model, adapters, plan.spec, self.direct, beneath=beneath)

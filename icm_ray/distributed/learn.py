@@ -1,5 +1,6 @@
 """Evidence of learned methods: from adapters and inputs to a folder that `merge` reads."""
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.config import DataSpec, LearnSpec, Resources
 from icm_ray.distributed.evidence import Inputs, inputs_key
+from icm_ray.distributed.in_context import Context
 from icm_ray.distributed.learning import LearnOrder, learn_on_ray
 from icm_ray.distributed.shared_base import SharedBase
 from icm_ray.evaluation.answers import with_answers
@@ -18,11 +20,11 @@ from icm_ray.evaluation.heads import Head
 from icm_ray.evidence.base import load_reader
 from icm_ray.evidence.batches import batches_of
 from icm_ray.evidence.readers import by_length
-from icm_ray.files import RUN_FILE, is_done, sha256_of, write_json
+from icm_ray.files import RUN_FILE, is_done, read_json, sha256_of, write_json
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run
-from icm_ray.learning.recipes import Grams, covered_by, needs_grams, plan_of
-from icm_ray.learning.store import save_learned
+from icm_ray.learning.recipes import Grams, Plan, covered_by, needs_grams, plan_of
+from icm_ray.learning.store import LearnedMerge, save_learned
 from icm_ray.methods.given import read_given
 from icm_ray.suites import Suite, Task
 
@@ -79,12 +81,6 @@ def readable_experts(
     }
 
 
-def run_of(spec: LearnSpec, seed: int, threads: int) -> Run:
-    """Return how a recipe wants its run to be carried out."""
-    how = spec.optimisation
-    return Run(seed, how.tasks_per_forward, how.save_memory, threads)
-
-
 def learned_on_ray(
     spec: LearnSpec,
     files: Sequence[AdapterFile],
@@ -98,6 +94,7 @@ def learned_on_ray(
     seed: int,
     grams: Callable[[], Path],
     label: str,
+    context: Context | None = None,
 ) -> Path:
     """Learn, or find what was learned in `folder`; return the folder.
 
@@ -113,33 +110,49 @@ def learned_on_ray(
         seed: Keys the order of batches.
         grams: Gathers Gram statistics; called only if the recipe starts from RegMean.
         label: Shown by the progress bar.
+        context: The Fusion-VAE whose latent moves; None: what the recipe's `parameters` say.
     """
     told = grams() if needs_grams(spec) else None
     run_as = shared.run_as(resources)
-    key = learned_key(spec, files, inputs, readable, run_as, seed, resources.threads, told)
+    key = _key(spec, files, inputs, readable, run_as, seed, resources.threads, told)
+    key = sha256_of([key, *context.identity]) if context else key
     if is_done(folder, key):
         return folder
     tasks = task_inputs(files, inputs, readable, base, spec.optimisation.batch)
-    plan = plan_of(spec, [task.adapter for task in tasks], read_grams(told, files))
+    adapters = [task.adapter for task in tasks]
+    plan = plan_of(spec, adapters, _read_grams(told, files))
     scratch = folder.with_name(f".{folder.name}.learning-{key[:12]}")
-    scratch.mkdir(parents=True, exist_ok=True)
-    learned, seconds = learn_on_ray(
-        shared,
-        LearnOrder(plan, tasks, run_of(spec, seed, resources.threads)),
-        covered_by(spec.objective, tasks),
-        resources,
-        origin=spec.model_dump(),
-        scratch=scratch,
-        key=key,
-        label=label,
-    )
+    seconds = [cost_of(context.fusion)] if context else []
+
+    def stage(plan: Plan, name: str = "") -> LearnedMerge:
+        how, place = plan.spec.optimisation, scratch / name
+        place.mkdir(parents=True, exist_ok=True)
+        run = Run(seed, how.tasks_per_forward, how.save_memory, resources.threads)
+        learned, cost = learn_on_ray(
+            shared,
+            LearnOrder(plan, tasks, run),
+            covered_by(plan.spec.objective, tasks),
+            resources,
+            origin=plan.spec.model_dump(),
+            scratch=place,
+            key=key,
+            label=f"{label} {name}".strip(),
+        )
+        seconds.append(cost)
+        return learned
+
+    learned = context.learn(stage, plan, adapters) if context else stage(plan)
     counts = {task: len(texts) for task, (texts, _) in inputs.items()}
     save_learned(learned, folder, {"key": key, "inputs": counts})
-    write_json(folder / RUN_FILE, {"cpu_seconds": seconds})
-    for file in scratch.iterdir():
-        file.unlink()
-    scratch.rmdir()
+    write_json(folder / RUN_FILE, {"cpu_seconds": sum(seconds)})
+    shutil.rmtree(scratch)
     return folder
+
+
+def cost_of(folder: Path | None) -> float:
+    """Return the processor time that what a folder holds has taken, in seconds."""
+    run = folder / RUN_FILE if folder else None
+    return float(read_json(run).get("cpu_seconds", 0.0)) if run and run.is_file() else 0.0
 
 
 def task_inputs(
@@ -179,7 +192,7 @@ def task_inputs(
     return made
 
 
-def read_grams(folder: Path | None, files: Sequence[AdapterFile]) -> Grams | None:
+def _read_grams(folder: Path | None, files: Sequence[AdapterFile]) -> Grams | None:
     """Return what Gram statistics say of the adapters, by module and task."""
     if folder is None:
         return None
@@ -212,7 +225,7 @@ def _beneath(residual: str | None) -> str | None:
     return open_adapter(Path(str(residual))).fingerprint() if named else None
 
 
-def learned_key(
+def _key(
     spec: LearnSpec,
     files: Sequence[AdapterFile],
     inputs: Inputs,
@@ -220,7 +233,7 @@ def learned_key(
     base: str,
     seed: int,
     threads: int,
-    told: Path | None = None,
+    told: Path | None,
 ) -> str:
     """Return what identifies a learned merge; `told` are Gram statistics it starts from."""
     content: dict[str, Any] = {

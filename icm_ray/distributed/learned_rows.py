@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from icm_ray.config import MethodRow, PipelineRecipe
+from icm_ray.config import LearnSpec, MethodRow, PipelineRecipe
 from icm_ray.distributed.evidence import load_inputs
-from icm_ray.distributed.fusion_rows import fusion_rows
-from icm_ray.distributed.in_context import context_specs
+from icm_ray.distributed.in_context import Context
 from icm_ray.distributed.learn import LEARNED, learned_on_ray, readable_experts
 from icm_ray.distributed.rows import SetResults, inputs_spec
 from icm_ray.distributed.shared_base import SharedBase
-from icm_ray.learning.recipes import LABELLED, needs_grams, reads_heads, spec_of
+from icm_ray.learning.recipes import LABELLED, reads_heads, spec_of
 from icm_ray.methods.merge import find_method
 from icm_ray.suites import Suite
 
@@ -19,16 +18,6 @@ from icm_ray.suites import Suite
 def learned_rows(recipe: PipelineRecipe) -> list[MethodRow]:
     """Return the rows whose methods learn."""
     return [row for row in recipe.methods if find_method(row.method).needs == LEARNED]
-
-
-def rows_need_grams(recipe: PipelineRecipe) -> bool:
-    """Say whether a row merges with Gram statistics, or learns from a start that has them."""
-    needs = {find_method(row.method).needs for row in recipe.methods}
-    starts = [spec_of(row.method, row.learn) for row in learned_rows(recipe)]
-    starts += [
-        context_specs(row.in_context, row.learn)[0] for row in fusion_rows(recipe) if row.in_context
-    ]
-    return "GramStatistics" in needs or any(map(needs_grams, starts))
 
 
 def learn_rows(
@@ -44,40 +33,59 @@ def learn_rows(
     return [
         replace(
             one,
-            learned={row.name: _learn(recipe, suite, one, row, base, shared, root) for row in rows},
+            learned={
+                row.name: learn_row(
+                    recipe, suite, one, row, spec_of(row.method, row.learn), base, shared, root
+                )
+                for row in rows
+            },
         )
         for one in sets
     ]
 
 
-def _learn(
+def learn_row(
     recipe: PipelineRecipe,
     suite: Suite,
     one: SetResults,
     row: MethodRow,
+    spec: LearnSpec,
     base: Path,
     shared: SharedBase,
     root: Path,
+    context: Context | None = None,
 ) -> Path:
-    spec = spec_of(row.method, row.learn)
-    unlabelled = inputs_spec(recipe, row.inputs)
-    files = one.files(row.tasks)
+    """Return the folder of what a row learned from its experts and inputs.
+
+    Args:
+        recipe: The table.
+        suite: Its tasks.
+        one: The experts.
+        row: The row.
+        spec: Its learning recipe.
+        base: Folder of the base, for its tokenizer.
+        shared: The base in the object store.
+        root: Output of the pipeline.
+        context: The Fusion-VAE whose latent moves, if one does.
+    """
+    data, files = inputs_spec(recipe, row.inputs), one.files(row.tasks)
+    names = [file.name for file in files]
     readable = readable_experts(
         suite,
         one.experts,
-        [file.name for file in files] if reads_heads(spec) else (),
-        unlabelled,
+        names if reads_heads(spec) else (),
+        data,
         labelled=spec.objective.kind in LABELLED,
     )
 
     def grams() -> Path:
-        assert one.grams is not None, "gathered before, as rows_need_grams said"
+        assert one.grams is not None, "gathered before, as the pipeline's rows_need_grams said"
         return one.grams
 
     return learned_on_ray(
         spec,
         files,
-        load_inputs(unlabelled, [file.name for file in files]),
+        load_inputs(data, names),
         readable,
         root / "learned" / one.label / row.name,
         base=base,
@@ -86,4 +94,5 @@ def _learn(
         seed=recipe.seed,
         grams=grams,
         label=f"{row.name} {one.label}",
+        context=context,
     )

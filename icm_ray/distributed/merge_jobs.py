@@ -2,8 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,7 +18,7 @@ from icm_ray.distributed.evidence import (
     grams_on_ray,
     load_inputs,
 )
-from icm_ray.distributed.in_context import adapted_on_ray, context_specs
+from icm_ray.distributed.in_context import Context, context_specs
 from icm_ray.distributed.learn import LEARNED, Readable, learned_on_ray, readable_experts
 from icm_ray.distributed.learned_report import learned_row
 from icm_ray.distributed.merge import merge_on_ray
@@ -85,22 +83,22 @@ def learn_and_write(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
             f"fusion: {recipe.fusion!r} with method {recipe.method!r}. Name the folder of "
             "jobs.train_fusion for icm_fusion, and for no other method."
         )
-    run = learned_on_ray
+    context = None
     if recipe.fusion:
         spec, direct = context_specs(recipe.in_context, recipe.learn)
-        run = partial(adapted_on_ray, direct=direct, fusion=Path(recipe.fusion))
+        context = Context(Path(recipe.fusion), direct)
     else:
         spec = spec_of(recipe.method, recipe.learn)
     refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     files = open_all(refs, recipe.modules_to_save)
-    if recipe.fusion:  # before any spend; it is read again where it is used
-        load_fusion(Path(recipe.fusion)).check_adapters([file.load() for file in files])
+    if context:  # before any spend; it is read again where it is used
+        load_fusion(context.fusion).check_adapters({f.name: f.fingerprint() for f in files})
     readable = readable_of(recipe.heads, recipe.data, spec, files)
     inputs = load_inputs(recipe.data, [file.name for file in files])
     warn(warnings_of(files))
     base = base_folder(recipe, recipe.base, recipe.revision)
     with connected(recipe.resources):
-        _learned(spec, files, inputs, readable, base, target, recipe, run)
+        _learned(spec, files, inputs, readable, base, target, recipe, context)
     told = load_learned(target).report
     for task, line in told["warnings"].items():
         warn([f"{task}: {line}"])
@@ -171,10 +169,10 @@ def _learned(
     base: Path,
     folder: Path,
     recipe: MergeRecipe | LearnRecipe,
-    run: Callable[..., Path] = learned_on_ray,
+    context: Context | None = None,
 ) -> Path:
     grams, shared = folder.with_name(f"{folder.name}.grams"), share_base(base)
-    return run(
+    return learned_on_ray(
         spec,
         files,
         inputs,
@@ -186,6 +184,7 @@ def _learned(
         seed=recipe.seed,
         grams=lambda: _grams(files, inputs, shared, grams, recipe, EVIDENCE_BATCH),
         label=recipe.method,
+        context=context,
     )
 
 

@@ -27,8 +27,9 @@ from icm_ray.distributed.evidence import (
 )
 from icm_ray.distributed.finetune import finetune
 from icm_ray.distributed.fusion_rows import check_fusion_row, fuse_rows, fusion_rows
+from icm_ray.distributed.in_context import context_specs
 from icm_ray.distributed.learn import LEARNED
-from icm_ray.distributed.learned_rows import learn_rows, rows_need_grams
+from icm_ray.distributed.learned_rows import learn_rows, learned_rows
 from icm_ray.distributed.probes import fit_probes, read_probe
 from icm_ray.distributed.ratios import ratios_of_rows, training_ratios
 from icm_ray.distributed.rows import (
@@ -47,7 +48,7 @@ from icm_ray.evaluation.scoring import TaskScore
 from icm_ray.evidence.store import load_evidence, save_evidence
 from icm_ray.files import is_done
 from icm_ray.fusion.serial import FUSES
-from icm_ray.learning.recipes import spec_of
+from icm_ray.learning.recipes import needs_grams, spec_of
 from icm_ray.methods.cut import RankRule
 from icm_ray.methods.merge import find_method
 from icm_ray.report.data import REFERENCES
@@ -185,6 +186,15 @@ def check_rows(recipe: PipelineRecipe) -> None:
             problems += [f"methods.{row.name}: {line}" for line in error.problems]
     if problems:
         raise RecipeError(dict.fromkeys(problems))
+
+
+def rows_need_grams(recipe: PipelineRecipe) -> bool:
+    """Say whether a row merges with Gram statistics, or learns from a start that has them."""
+    needs = {find_method(row.method).needs for row in recipe.methods}
+    adapted = [row for row in fusion_rows(recipe) if row.in_context]
+    starts = [spec_of(row.method, row.learn) for row in learned_rows(recipe)]
+    starts += [context_specs(row.in_context, row.learn)[0] for row in adapted]
+    return "GramStatistics" in needs or any(map(needs_grams, starts))
 
 
 def _grams(

@@ -8,9 +8,10 @@ from typing import Any
 
 from icm_ray.adapters import open_all
 from icm_ray.distributed.evaluate import VERSION
+from icm_ray.distributed.learn import cost_of
 from icm_ray.distributed.learned_report import learned_report
 from icm_ray.distributed.pipeline import PipelineResults, probe_scores
-from icm_ray.distributed.rows import SetResults, cost_of, order_of, variants
+from icm_ray.distributed.rows import SetResults, order_of, variants
 from icm_ray.evaluation.metrics import Score, difference_interval
 from icm_ray.evaluation.scoring import TaskScore, standing, values
 from icm_ray.evidence.store import load_evidence

@@ -22,7 +22,7 @@ from icm_ray.distributed.evaluate import ScoreItem, score_on_ray
 from icm_ray.distributed.shared_base import SharedBase
 from icm_ray.evaluation.experts import Expert
 from icm_ray.evaluation.scoring import TaskData, TaskScore, standing, values
-from icm_ray.files import RUN_FILE, is_done, read_json, sha256_of
+from icm_ray.files import is_done, sha256_of
 from icm_ray.methods.given import given
 from icm_ray.methods.merge import find_method, merge
 from icm_ray.output import PER_TASK, MergedFolder, read_merged, write_merged
@@ -91,12 +91,6 @@ class SetResults:
 def inputs_spec(recipe: PipelineRecipe, limit: int | None = None) -> DataSpec:
     """Return which unlabelled inputs evidence is gathered from; as many as `limit` if it is set."""
     return DataSpec(suite=recipe.suite, inputs_per_task=limit or recipe.sizes.calibration)
-
-
-def cost_of(folder: Path | None) -> float:
-    """Return the processor time that what a folder holds has taken, in seconds."""
-    run = folder / RUN_FILE if folder else None
-    return float(read_json(run).get("cpu_seconds", 0.0)) if run and run.is_file() else 0.0
 
 
 def variants(row: MethodRow) -> Iterator[Variant]:

@@ -10,10 +10,7 @@ from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import LearnSpec, ObjectiveSpec, TrainFusionRecipe
 from icm_ray.distributed.actors import adapter_actors
 from icm_ray.distributed.cluster import connected, worker_count
-from icm_ray.distributed.evidence import (
-    Inputs,
-    load_inputs,
-)
+from icm_ray.distributed.evidence import Inputs, load_inputs
 from icm_ray.distributed.fusion_engine import FusionOrder
 from icm_ray.distributed.fusion_material import checkpoints_on_ray, content_of, trajectories_in
 from icm_ray.distributed.fusion_trainer import check_resources, train_fusion_on_ray

@@ -186,7 +186,7 @@ def latent_plan(
     Raises:
         InputError: the model does not know an adapter, or knows another one by its name.
     """
-    model.check_adapters(adapters)
+    model.check_adapters({adapter.name: adapter.fingerprint for adapter in adapters})
     point = model.point([adapter.name for adapter in adapters])
     constant = None
     if beneath is not None:

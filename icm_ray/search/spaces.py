@@ -97,7 +97,7 @@ class Space:
         """Return the merge a point stands for, on top of what is fixed."""
         method = str(point.get("method", self.methods[0]))
         params = {k: v for k, v in self.row.params.items() if k in METHODS[method].parameters()}
-        learn = {part: dict(values) for part, values in self.row.learn.items()}
+        learn = deepcopy(self.row.learn)
         fusion = deepcopy(self.row.fusion)
         layers: dict[str, float] = {}
         weights: dict[str, float] = {}

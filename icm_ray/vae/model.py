@@ -10,7 +10,6 @@ from torch import Tensor
 
 from icm_ray.config import VAESpec
 from icm_ray.errors import InputError, RecipeError
-from icm_ray.types import Adapter
 from icm_ray.vae.layout import Layout, Modules, Part
 from icm_ray.vae.network import FusionVAE, build_vae
 from icm_ray.vae.orientation import fused_direction, leanings, oriented
@@ -63,11 +62,10 @@ class FusionModel:
         """All tasks it can fuse, sorted."""
         return tuple(sorted(self.latents))
 
-    def check_adapters(self, adapters: Sequence[Adapter]) -> None:
-        """Raise InputError if an adapter is not the one the model knows by its name."""
-        others = [
-            a.name for a in adapters if self.adapters.get(a.name, a.fingerprint) != a.fingerprint
-        ]
+    def check_adapters(self, fingerprints: Mapping[str, str]) -> None:
+        """Raise InputError if a name stands for another adapter than the one the model knows."""
+        known = self.adapters
+        others = [name for name, own in fingerprints.items() if known.get(name, own) != own]
         if others:
             raise InputError(
                 f"fusion: {', '.join(others)}: not the adapters the Fusion-VAE was trained on. "
