@@ -18,6 +18,8 @@ JOIN_SECONDS = 15.0
 
 log = logging.getLogger(__name__)
 
+_session_ends_with_us = False
+
 
 @contextlib.contextmanager
 def connected(resources: Resources) -> Iterator[None]:
@@ -36,9 +38,22 @@ def connected(resources: Resources) -> Iterator[None]:
             # Ray's own handler of SIGTERM would end the process with code 1 and tell nobody.
             with _signals_kept():
                 _join(joined) if joined else _start_local(resources)
-            stack.callback(ray.shutdown)
+            stack.enter_context(_ended_by_us())
         check_fits(resources)
         yield
+
+
+@contextlib.contextmanager
+def _ended_by_us() -> Iterator[None]:
+    global _session_ends_with_us
+    import ray
+
+    _session_ends_with_us = True
+    try:
+        yield
+    finally:
+        _session_ends_with_us = False
+        ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -208,7 +223,9 @@ def run_bounded(
             if done:
                 done(key, results[key])
     finally:
-        for reference in flying:
+        # The end of a session ends its calls. Cancelling them before can end this very process:
+        # in Ray a cancelled task races with its own reply, and the loser fails a check.
+        for reference in () if _session_ends_with_us else flying:
             with contextlib.suppress(Exception):  # best effort: the worker may be gone already
                 ray.cancel(reference)
     return {key: results[key] for key in calls}
