@@ -564,6 +564,7 @@ class StepsBenchmark(Part):
     tokens: list[Positive] = [64]
     adapters: list[Positive] = [6]
     batch: Positive = 1
+    tasks_per_forward: Positive = 1
     repeats: Positive = 3
     goal: str = ""
 

@@ -32,9 +32,10 @@ def tiny(case, **changes):
     return BenchmarkRecipe.model_validate(plain)
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_both_sides_step_in_the_same_direction(case):
-    recipe = tiny(case, tokens=[6, 9], adapters=[2, 3])
+def test_both_sides_step_in_the_same_direction(case, together):
+    recipe = tiny(case, tokens=[6, 9], adapters=[2, 3], tasks_per_forward=together)
     rows = compare_steps(recipe.learning[0], recipe)
     assert [(row.tokens, row.adapters) for row in rows] == [(6, 2), (9, 2), (6, 3)]
     assert all(row.off < 1e-4 for row in rows)
