@@ -188,7 +188,8 @@ def task_inputs(
         if head is not None and known.targets is not None:
             values = torch.tensor(known.targets, dtype=torch.float64)
             targets = ((values - head.mean) / head.std).float()
-        made.append(TaskInputs(file.load(), batches, head, known.task.kind, targets))
+        kind, longest = known.task.kind, known.task.max_new_tokens
+        made.append(TaskInputs(file.load(), batches, head, kind, targets, longest))
     return made
 
 

@@ -1,6 +1,6 @@
 """What a language model says next: its readout, likelihoods, and greedy answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from icm_ray.errors import RecipeError
 from icm_ray.evidence.base import Base
-from icm_ray.evidence.readers import Answered, Batch, to_device
+from icm_ray.evidence.readers import Answered, Batch, pad_batch, to_device
 
 Readout = Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows vocabulary"]]
 """Last hidden states to logits over the vocabulary: the language-model head."""
@@ -98,3 +98,26 @@ def greedy(
             break
         ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return answers
+
+
+def answered(
+    model: nn.Module,
+    readout: Readout,
+    batches: Sequence[Batch],
+    max_new_tokens: int,
+    end: int | None,
+) -> list[Answered]:
+    """Return batches of prompts with what the model as it stands answers, decoded all at once."""
+    prompts = [ids[m].tolist() for b in batches for ids, m in zip(b.ids, b.mask, strict=True)]
+    answers = greedy(model, readout, prompts, max_new_tokens, end)
+    pairs = list(zip(prompts, answers, strict=True))
+    made, start = [], 0
+    for batch in batches:
+        own = pairs[start : start + len(batch.rows)]
+        start += len(own)
+        # Nothing follows an answer's last token, so the model need not read it.
+        whole = pad_batch([p + a[:-1] for p, a in own], batch.rows.tolist(), 0)
+        place = torch.arange(whole.ids.shape[1])[None]
+        first = torch.tensor([len(prompt) - 1 for prompt, _ in own])[:, None]
+        made.append(Answered(whole.ids, whole.mask, whole.rows, whole.mask & (place >= first)))
+    return made

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
-from icm_ray.evidence.decoding import Readout, greedy
-from icm_ray.evidence.readers import Answered, Batch, pad_batch
+from icm_ray.evidence.decoding import Readout, answered
+from icm_ray.evidence.readers import Answered, Batch
 from icm_ray.learning.heads import entropy
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives import Measured, Memory, Scaling
@@ -52,21 +51,10 @@ class _Tokens:
         """Return what of expert and base the measure compares with."""
         return {}
 
-    def answer(self, model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
-        """Return the batches with what the model as it stands answers to them, decoded at once."""
-        prompts = [ids[m].tolist() for b in batches for ids, m in zip(b.ids, b.mask, strict=True)]
-        options = self.options
-        answers = greedy(model, options.readout, prompts, options.max_new_tokens, options.end)
-        pairs = list(zip(prompts, answers, strict=True))
-        made, start = [], 0
-        for batch in batches:
-            own = pairs[start : start + len(batch.rows)]
-            start += len(own)
-            whole = pad_batch([p + a[:-1] for p, a in own], batch.rows.tolist(), 0)
-            place = torch.arange(whole.ids.shape[1])[None]
-            first = torch.tensor([len(prompt) - 1 for prompt, _ in own])[:, None]
-            made.append(Answered(whole.ids, whole.mask, whole.rows, whole.mask & (place >= first)))
-        return made
+    def answer(self, model: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Return the batches with what the model as it stands answers to them."""
+        how = self.options
+        return answered(model, how.readout, batches, how.max_new_tokens, how.end)
 
     def measure(self, batch: Batch, seen: Seen, memory: Memory) -> Measured:
         """Return sums by component, and how many things were summed."""

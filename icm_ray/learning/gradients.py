@@ -5,7 +5,7 @@ whoever makes its parts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,7 +93,8 @@ class TaskGradients:
 
     def start(self, task: str) -> TaskLosses:
         """Run expert and base over a task's inputs, fix its scale, and return what was found."""
-        inputs, objective = self.tasks[task], self.objectives[task]
+        objective = self.objectives[task]
+        inputs = self.tasks[task] = self._taught(self.tasks[task])
         self.memories[task] = [{} for _ in inputs.batches]
         base = expert = torch.zeros(0, dtype=torch.float64)
         energy = None
@@ -107,6 +108,15 @@ class TaskGradients:
             warning = _warning(float((base * by).mean()), float((expert * by).mean()))
             base, expert = base * by, expert * by
         return TaskLosses(base.tolist(), expert.tolist(), (start * by).tolist(), warning)
+
+    @torch.no_grad()
+    def _taught(self, inputs: TaskInputs) -> TaskInputs:
+        """Return inputs with the expert's answers, if the objective wants them."""
+        teach: Any = getattr(self.objectives[inputs.name], "teach", None)
+        if teach is None:
+            return inputs
+        with applied(self.model, inputs.adapter):
+            return replace(inputs, batches=teach(self.model, inputs.batches))
 
     def components(self, task: str) -> list[float]:
         """Return the scaled components over all of a task's inputs at the present values."""

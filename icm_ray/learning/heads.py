@@ -12,7 +12,7 @@ from icm_ray.evaluation.heads import Head
 from icm_ray.evidence.decoding import Readout
 from icm_ray.evidence.readers import Answered, Batch
 from icm_ray.learning.inputs import Seen, TaskInputs
-from icm_ray.learning.likelihood import NextTokens
+from icm_ray.learning.likelihood import ExpertsTokens, NextTokens, divergence
 from icm_ray.learning.objectives import Measured, Memory, Scaling, TaskObjective
 
 
@@ -35,14 +35,24 @@ class Distillation:
     """The merge's answers through the task's head should be the expert's.
 
     Kullback-Leibler divergence from the expert's class probabilities, or the squared difference of
-    standardised predictions; divided by the base's, whose loss is then 1.
+    standardised predictions; divided by the base's, whose loss is then 1. A language model's head
+    is the base's own: of texts every next token counts, of prompts those of the expert's greedy
+    answer, decoded once (arXiv 1606.07947, with the whole distributions of arXiv 1503.02531).
+
+    Attributes:
+        readout: A language model's head.
+        end: Token that ends an answer, or None.
     """
 
+    readout: Readout | None = None
+    end: int | None = None
     scaling: Scaling = "energy"
 
-    def of(self, inputs: TaskInputs) -> "_Logits | None":
+    def of(self, inputs: TaskInputs) -> TaskObjective | None:
         """Return the task's objective; None without a head."""
-        known = {"classification": _divergence, "regression": _squared}
+        if inputs.kind in ("language_modelling", "generation"):
+            return ExpertsTokens(self.readout, inputs.max_new_tokens, self.end)
+        known = {"classification": divergence, "regression": _squared}
         asks = _asks(inputs)
         return _Logits(inputs, known[asks]) if asks in known else None
 
@@ -121,11 +131,6 @@ def entropy(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows"]:
     """Return the entropy of each row's softmax, in nats, float32."""
     log = logits.float().log_softmax(-1)
     return -(log.exp() * log).sum(-1)
-
-
-def _divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    theirs = expected.log_softmax(-1)
-    return F.kl_div(logits.log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
 
 
 def _cross_entropy(logits: Tensor, expected: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class TaskInputs:
         targets: Labels by original row, `(examples,)` or one for each patch: class indices, or
             numbers standardised by the head's mean and deviation. Only `Supervised` may look at
             them.
+        max_new_tokens: Longest answer to a prompt; 0 where inputs are no prompts.
     """
 
     adapter: Adapter
@@ -32,6 +33,7 @@ class TaskInputs:
     head: Head | None = None
     kind: str | None = None
     targets: Float[Tensor, "examples *patches"] | None = None
+    max_new_tokens: int = 0
 
     @property
     def name(self) -> str:

@@ -1,8 +1,14 @@
-"""The supervised objective of a language model: the text or the answer says what comes next."""
+"""Objectives of a language model's next tokens: as a text or answer has them, or an expert."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from icm_ray.errors import RecipeError
-from icm_ray.evidence.decoding import Readout, counted, next_token_nats
-from icm_ray.evidence.readers import Batch
+from icm_ray.evidence.decoding import TOKENS_AT_ONCE, Readout, answered, counted, next_token_nats
+from icm_ray.evidence.readers import Answered, Batch
 from icm_ray.learning.inputs import Seen
 from icm_ray.learning.objectives import Measured, Memory
 
@@ -22,8 +28,67 @@ class NextTokens:
 
     def measure(self, batch: Batch, seen: Seen, memory: Memory) -> Measured:
         """Return sums by component, and how many things were summed."""
-        if self.readout is None:
-            raise RecipeError("objective: supervised needs the base, to read its tokens.")
         assert seen.hidden is not None
-        nats = next_token_nats(seen.hidden, batch, self.readout)
+        nats = next_token_nats(seen.hidden, batch, known(self.readout, "supervised"))
         return nats.sum()[None], float(counted(batch).sum())
+
+
+class ExpertsTokens:
+    """Mean divergence of the next token's distribution from the expert's, over a text or an answer.
+
+    The expert's last hidden states are kept, not its logits, which are a vocabulary wide.
+    """
+
+    hidden, compares = True, True
+    modules: tuple[str, ...] = ()
+
+    def __init__(self, readout: Readout | None, max_new_tokens: int, end: int | None) -> None:
+        """Take the base's head and how long answers to prompts may be; 0: the inputs are texts."""
+        self.readout, self.max_new_tokens, self.end = readout, max_new_tokens, end
+
+    def teach(self, expert: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Return prompts with the expert's answers, and texts as they are."""
+        if not self.max_new_tokens:
+            return batches
+        readout = known(self.readout, "distillation")
+        return answered(expert, readout, batches, self.max_new_tokens, self.end)
+
+    def remember(self, batch: Batch, expert: Seen, base: Seen) -> Memory:
+        """Return what of expert and base the measure compares with."""
+        states = self._states(batch, expert)
+        energy = self._divergence(self._states(batch, base), states)
+        return {"states": states, "energy": energy[None]}
+
+    def measure(self, batch: Batch, seen: Seen, memory: Memory) -> Measured:
+        """Return sums by component, and how many things were summed."""
+        states = self._states(batch, seen)
+        return self._divergence(states, memory["states"])[None], float(len(states))
+
+    def _states(self, batch: Batch, seen: Seen) -> Tensor:
+        assert seen.hidden is not None
+        shown = batch.answers if isinstance(batch, Answered) else batch.mask
+        return seen.hidden[shown.to(seen.hidden.device)]
+
+    def _divergence(self, states: Tensor, expected: Tensor) -> Tensor:
+        readout = known(self.readout, "distillation")
+        both = zip(states.split(TOKENS_AT_ONCE), expected.split(TOKENS_AT_ONCE), strict=True)
+        return torch.stack(
+            [divergence(readout(own), readout(theirs)).sum() for own, theirs in both]
+        ).sum()
+
+
+def known(readout: Readout | None, objective: str) -> Readout:
+    """Return the readout.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if readout is None:
+        raise RecipeError(f"objective: {objective} needs the base, to read its tokens.")
+    return readout
+
+
+def divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    """Return each row's Kullback-Leibler divergence from the expected distribution, float32."""
+    own, theirs = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
+    return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1)

@@ -23,7 +23,7 @@ from icm_ray.config import (
 )
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.base import Base
-from icm_ray.evidence.decoding import readout_of
+from icm_ray.evidence.decoding import Readout, readout_of
 from icm_ray.learning.decoding import TokenEntropy
 from icm_ray.learning.descent import Optimisation
 from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised
@@ -210,8 +210,8 @@ def objective_of(spec: ObjectiveSpec, base: Base | None) -> Objective:
         "task_vector_match": lambda: TaskVectorMatch(heads=spec.heads),
         "entropy": HeadEntropy,
         "token_entropy": lambda: _token_entropy(spec, base),
-        "distillation": Distillation,
-        "supervised": lambda: Supervised(readout_of(base) if base and reads_tokens(base) else None),
+        "distillation": lambda: Distillation(*_readout_and_end(base)),
+        "supervised": lambda: Supervised(_readout_and_end(base)[0]),
     }
     return made[spec.kind]()
 
@@ -219,6 +219,13 @@ def objective_of(spec: ObjectiveSpec, base: Base | None) -> Objective:
 def reads_tokens(base: Base) -> bool:
     """Say whether a base is a language model with its head."""
     return base.whole is not base.model
+
+
+def _readout_and_end(base: Base | None) -> tuple[Readout | None, int | None]:
+    """Return a language model's head, and the token that ends an answer."""
+    if base is None or not reads_tokens(base):
+        return None, None
+    return readout_of(base), base.tokenizer.eos_token_id
 
 
 def _token_entropy(spec: ObjectiveSpec, base: Base | None) -> TokenEntropy:

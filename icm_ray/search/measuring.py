@@ -275,7 +275,8 @@ class Measurer:
             if head is not None and labels is not None:
                 numbers = torch.tensor(labels[:examples], dtype=torch.float64)
                 targets = ((numbers - head.mean) / head.std).float()
-            made.append(TaskInputs(adapter, batches, head, task.kind, targets))
+            longest = task.max_new_tokens
+            made.append(TaskInputs(adapter, batches, head, task.kind, targets, longest))
         return made
 
 

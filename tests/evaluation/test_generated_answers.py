@@ -1,5 +1,7 @@
 """Generated answers: decoded as without a cache, trained and learned from their tokens alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,15 @@ from icm_ray.evidence import decoding
 from icm_ray.evidence.base import Base, load_base
 from icm_ray.evidence.batches import hidden_states
 from icm_ray.evidence.decoding import greedy, readout_of
-from icm_ray.evidence.readers import Answered
-from icm_ray.learning.heads import Supervised
+from icm_ray.evidence.low_rank import applied
+from icm_ray.evidence.readers import Answered, by_length
+from icm_ray.learning.gradients import TaskGradients
+from icm_ray.learning.heads import Distillation, Supervised
 from icm_ray.learning.inputs import Seen, TaskInputs
+from icm_ray.learning.parameters import Coefficients
+from icm_ray.learning.terms import own_terms
 from icm_ray.suites.tasks import Examples, Task
+from icm_ray.types import LoRAFactors
 
 END = 3
 NEW = 5
@@ -123,6 +130,42 @@ def test_supervised_learning_reads_answers_where_they_are_given(
 def test_supervised_learning_is_silent_without_answers(base, make_adapter):
     inputs = TaskInputs(make_adapter("words"), [], kind="generation")
     assert Supervised(readout_of(base)).of(inputs) is None
+
+
+MODULES = {f"layers.{i}.self_attn.q_proj": (16, 16) for i in (0, 1)}
+
+
+@pytest.mark.parametrize("kind", ["generation", "language_modelling"])
+def test_distillation_follows_what_the_expert_says(base, texts, make_adapter, kind):
+    """Prompts: the expert's own answers, one by one. Texts: every token. Against whole logits."""
+    adapter = make_adapter("words", shapes=MODULES, rank=2, spread=0.6)
+    read = base.reader.read(texts[:7], 16)
+    batches = [base.reader.batch(read, rows) for rows in by_length(read, 3)]
+    longest = NEW if kind == "generation" else 0
+    inputs = TaskInputs(adapter, batches, None, kind, max_new_tokens=longest)
+    half = Coefficients(own_terms([adapter]), 0.5)
+    objective = Distillation(readout_of(base), END)
+    side = TaskGradients(base.model, half, objective, [inputs], weights={"words": 1.0})
+    told = side.start("words")
+    assert told.base == pytest.approx([1.0])
+    assert told.expert == pytest.approx([0.0], abs=1e-6)
+    divergence = {0.0: 0.0, 0.5: 0.0}
+    for ids in read:
+        with torch.no_grad(), applied(base.model, adapter):
+            said = one_by_one(base, ids)[:-1] if longest else []
+            theirs = base.whole(input_ids=torch.tensor([ids + said])).logits[0].log_softmax(-1)
+        shown = slice(len(ids) - 1, None) if longest else slice(None)
+        for scale in divergence:
+            scaled = replace(
+                adapter,
+                modules={m: LoRAFactors(f.a, f.b * scale) for m, f in adapter.modules.items()},
+            )
+            with torch.no_grad(), applied(base.model, scaled):
+                own = base.whole(input_ids=torch.tensor([ids + said])).logits[0].log_softmax(-1)
+            gaps = (theirs.exp() * (theirs - own)).sum(-1)
+            divergence[scale] += float(gaps[shown].sum())
+    assert told.start == pytest.approx([divergence[0.5] / divergence[0.0]], rel=1e-4)
+    assert side.gradient(("words",), 0).gradients
 
 
 def test_texts_are_scored_as_the_model_scores_them(base, texts, monkeypatch):

@@ -7,7 +7,8 @@ from test_golden import DATA, MANIFEST
 from torch import Tensor, nn
 
 from icm_ray.evidence.batches import Batch
-from icm_ray.learning.decoding import TokenEntropy, greedy
+from icm_ray.evidence.decoding import greedy
+from icm_ray.learning.decoding import TokenEntropy
 from icm_ray.learning.descent import Descent, Optimisation
 from icm_ray.learning.forward import merged
 from icm_ray.learning.gradients import Part, TaskGradients
