@@ -61,6 +61,13 @@ LEARNERS: Mapping[str, LearnSpec] = {
         start=StartSpec(value=0.0, residual="regmean"),
         optimisation=OptimisationSpec(steps=120, lr=0.1, weight_decay=0.0, schedule="cosine"),
     ),
+    # Chosen on validation data of the generation suite; the other suites take it as it is.
+    "distillation": LearnSpec(
+        parameters=ParametersSpec(kind="cores"),
+        objective=ObjectiveSpec(kind="distillation"),
+        start=StartSpec(value=0.0, residual="regmean", rho=0.9),
+        optimisation=OptimisationSpec(steps=120, lr=0.1, weight_decay=0.0, schedule="cosine"),
+    ),
     # Paper: arXiv 2310.02575, layer-wise; coefficients are cut to [0, 1] as in its code.
     "adamerging": LearnSpec(
         parameters=ParametersSpec(link="clamp"),

@@ -343,7 +343,15 @@ METHODS: Mapping[str, Method] = frozen(
             learned,
             formula="U C V + RegMean, C so that each input's task vector is the expert's",
             paper="ours, from Eq. 1 of arXiv 2508.04153",
-            use="Unlabelled inputs, any kind of task: the best result of all where it can be run.",
+            use="Unlabelled inputs, any kind of task; also seen by heads (heads: true).",
+            **_LEARNED,
+        ),
+        "distillation": Method(
+            "distillation",
+            learned,
+            formula="U C V + RegMean, C so that heads say of each input what the expert says",
+            paper="ours, from arXiv 1503.02531 and 1606.07947",
+            use="Unlabelled inputs and the experts' heads, or a language model: the first choice.",
             **_LEARNED,
         ),
         "adamerging": Method(
