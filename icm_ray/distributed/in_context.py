@@ -25,6 +25,9 @@ SHARED = (
 )
 """What both stages take from a recipe; how far and fast each one moves is its own."""
 
+OBJECTIVES = ("task_vector_match", "distillation")
+"""What a latent may descend on: comparisons with the experts."""
+
 
 def context_specs(
     depth: str | None, changes: Mapping[str, Any]
@@ -44,10 +47,10 @@ def context_specs(
             f"learn: in_context moves a latent; of start only {', '.join(sorted(acts))} act."
         )
     latent = changed(IN_CONTEXT, changes, "learn")
-    if latent.objective.kind != "task_vector_match":
+    if latent.objective.kind not in OBJECTIVES:
         raise RecipeError(
             f"learn.objective.kind: {latent.objective.kind!r} but in_context knows "
-            "task_vector_match."
+            f"{' and '.join(OBJECTIVES)}."
         )
     if depth != "direct":
         return latent, None
