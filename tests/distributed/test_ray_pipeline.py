@@ -65,7 +65,11 @@ FUSED = [
         "fusion": FUSION,
         "in_context": "latent",
         "inputs": 8,
-        "learn": {**SHORT, "start": {"residual": "regmean"}},
+        "learn": {
+            **SHORT,
+            "start": {"residual": "regmean"},
+            "objective": {"kind": "distillation"},
+        },
     },
     {
         "label": "one",
@@ -192,9 +196,16 @@ def test_a_fusion_row_s_mistakes_are_named():
     rows = [
         {"method": "soup", "in_context": "latent"},
         {"method": "icm_fusion", "fusion": {"vae": {"width": 3}}},
+        {
+            "label": "asked",
+            "method": "icm_fusion",
+            "in_context": "latent",
+            "learn": {"objective": {"kind": "entropy"}},
+        },
     ]
     recipe = PipelineRecipe.model_validate({**RECIPE, "output": "x", "methods": rows})
-    with pytest.raises(RecipeError, match=r"(?s)soup: .*icm_fusion: fusion\.vae\.width"):
+    words = r"(?s)soup: .*icm_fusion: fusion\.vae\.width.*asked: .*'entropy' but in_context knows"
+    with pytest.raises(RecipeError, match=words):
         check_rows(recipe)
 
 
