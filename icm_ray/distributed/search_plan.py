@@ -184,15 +184,26 @@ def searches_of(plan: Plan, target: Path) -> list[Search]:
 def key_of(plan: Plan, search: Search) -> str:
     """Return whose memory a ledger is: all that decides what trials ask and measure.
 
-    The number of trials, resources and places are left out, so that a search can go on.
+    The number of trials, places and resources but the dtype are left out: a search can go on.
     """
     recipe = plan.recipe
-    names = ("suite", "layer_groups", "objectives", "validation", "sampler", "startup", "seed")
+    names = (
+        "base",
+        "revision",
+        "suite",
+        "layer_groups",
+        "objectives",
+        "validation",
+        "sampler",
+        "startup",
+        "seed",
+    )
     read = {task: expert.head() for task, expert in plan.experts.items()}
     heads = {task: sha256_of(h.weight.tolist()) if h else None for task, h in read.items()}
     return sha256_of(
         {
             "version": VERSION,
+            "dtype": recipe.resources.dtype,
             "trajectories": hashes_of(plan.trajectories),
             "row": search.row.model_dump(mode="json", exclude={"label"}),
             "sampler_seed": search.seed,
