@@ -216,6 +216,12 @@ class RepresentationSpec(Part):
         description="Principal directions kept of a module, the finals' span always among them; "
         "None: all numbers as they are.",
     )
+    checkpoints: int | None = Field(
+        default=None,
+        ge=0,
+        description="Of a task's trajectory, evenly spaced; the finished adapter is always there. "
+        "None: all of them.",
+    )
     task_vectors: Literal["own", "shuffled", "none"] = Field(
         default="own",
         description="What the network is told of a task; to see what it makes of it, the next "

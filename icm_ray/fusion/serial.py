@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,11 +51,24 @@ class Checkpoints:
     def encoded(
         self, spec: RepresentationSpec, adapters: Sequence[Adapter]
     ) -> tuple[Layout, FusionTable]:
-        """Return the layout fitted on all checkpoints, and their table in it."""
+        """Return the layout fitted on the checkpoints a recipe takes, and their table in it."""
+        samples = _taken(self.samples, spec.checkpoints)
         kinds = {path: kind for adapter in adapters for path, kind in adapter.layouts.items()}
-        layout = Layout.fit(spec, self.samples, kinds)
+        layout = Layout.fit(spec, samples, kinds)
         told = told_vectors(self.vectors, spec.task_vectors)
-        return layout, FusionTable.of(layout, self.samples, told)
+        return layout, FusionTable.of(layout, samples, told)
+
+
+def _taken(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+    """Return the finished adapters, and `count` evenly spaced checkpoints of each task."""
+    if count is None:
+        return list(samples)
+    taken = [sample for sample in samples if sample.is_final]
+    for task in dict.fromkeys(sample.task for sample in samples):
+        before = [s for s in samples if s.task == task and not s.is_final]
+        places = np.linspace(0, len(before) - 1, min(count, len(before))).round().astype(int)
+        taken += [before[place] for place in places]
+    return taken
 
 
 def told_vectors(vectors: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:

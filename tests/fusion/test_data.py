@@ -83,3 +83,15 @@ def test_a_task_can_be_told_anothers_vector_or_none(adapters, samples, vectors) 
         torch.equal(shuffled[name], vectors[names[index - 1]]) for index, name in enumerate(names)
     )
     assert not any(vector.any() for vector in told("none").values())
+
+
+@pytest.mark.parametrize(
+    ("count", "steps"),
+    [(None, (1, 2, 3, 4, 5)), (0, (5,)), (1, (1, 5)), (2, (1, 4, 5)), (9, (1, 2, 3, 4, 5))],
+)
+def test_a_recipe_takes_fewer_checkpoints(adapters, samples, vectors, count, steps) -> None:
+    spec = RepresentationSpec(components=8, checkpoints=count)
+    _, table = Checkpoints(samples, vectors).encoded(spec, adapters)
+    for task in table.names:
+        assert tuple(table.steps[row] for row in table.rows_of(task)) == steps
+        assert table.steps[table.final_of(task)] == 5
