@@ -24,11 +24,12 @@ def learned_report(results: PipelineResults) -> dict[str, Any]:
     """Return the fields of `ReportData` that learned rows fill; pictures show the first set."""
     first = results.sets[0]
     tasks_of = {row.name: row.tasks for row in results.recipe.methods}
+    adapted = {r.name: first.fused[r.name] for r in results.recipe.methods if r.in_context}
     ratios = {row: read_ratios(folder) for row, folder in results.ratios.items()}
     return {
         "learned": [
             learned_row(row, folder, first.files(tasks_of[row]))
-            for row, folder in first.learned.items()
+            for row, folder in {**first.learned, **adapted}.items()
         ],
         "state_ratios": {row: found.by_module() for row, found in ratios.items()},
         "quartiles": _quartiles(results, first),
@@ -38,12 +39,14 @@ def learned_report(results: PipelineResults) -> dict[str, Any]:
 
 
 def learned_row(name: str, folder: Path, files: list[AdapterFile]) -> LearnedRow:
-    """Return what one learned merge shows of itself."""
+    """Return what one learned merge shows of itself; of two stages, one loss after the other."""
     learned = load_learned(folder)
+    latent = learned.report.get("latent", {}).get("history", {})
+    history = learned.report["history"]
     shares, core = shares_of(learned, [file.load() for file in files])
     return LearnedRow(
         method=name,
-        history=learned.report["history"],
+        history={task: [*latent.get(task, ()), *losses] for task, losses in history.items()},
         shares=shares,
         core=core,
         unmoved=learned.report["unmoved"],

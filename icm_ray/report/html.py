@@ -159,7 +159,8 @@ def learned_figures(data: ReportData, summary: Summary) -> Iterator[Picture]:
         data.learned,
         key=lambda row: ranked.index(row.method) if row.method in ranked else len(ranked),
     )
-    best = [row.method for row in learned][: learned_pictures.LINES_SHOWN]
+    measured = [row.method for row in learned if row.method in data.state_ratios]
+    best = measured[: learned_pictures.LINES_SHOWN]
     shown = {m: data.state_ratios[m] for m in (EXPERT, *best) if m in data.state_ratios}
     if shown and BASE in data.state_ratios:
         yield Picture(

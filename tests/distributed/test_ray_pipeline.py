@@ -9,13 +9,15 @@ from ray_samples import ROOT, hashes, stamps, write_yaml
 from typer.testing import CliRunner
 
 import icm_ray
-from icm_ray.adapters import load_adapter
+from icm_ray.adapters import load_adapter, open_all
 from icm_ray.cli import app
 from icm_ray.command import run_job
 from icm_ray.config import PipelineRecipe
+from icm_ray.distributed.learned_report import learned_row
 from icm_ray.distributed.pipeline import check_rows
 from icm_ray.errors import RecipeError
 from icm_ray.files import RUN_FILE, read_json, read_manifest
+from icm_ray.fusion.latent import DIRECT
 from icm_ray.learning.store import load_learned
 from icm_ray.recipe_files import load_recipe
 from jobs.pipeline import work
@@ -290,3 +292,14 @@ def test_fusion_rows_share_what_has_one_recipe(out, recipe):
     kept = stamps(out / "fusion"), stamps(out / "learned")
     assert run_job(PipelineRecipe, work, "", ["-c", str(changed)]) == 0
     assert (stamps(out / "fusion"), stamps(out / "learned")) == kept
+
+    # The page shows what was adapted in context as what was learned, both stages in a row.
+    page = (out / "report" / "index.html").read_text()
+    shown = {row["label"]: f"What {row['label']} learned" in page for row in FUSED}
+    assert shown == {row["label"]: "in_context" in row for row in FUSED}
+    folder = out / "learned" / SET / "adapted"
+    experts = [(task, out / "experts" / SET / task / "adapter") for task in RECIPE["tasks"]]
+    history = learned_row("adapted", folder, open_all(experts)).history
+    latent = read_json(folder / "evidence.json")["report"]["latent"]["history"]
+    assert all(history[task][:2] == latent[task] for task in RECIPE["tasks"])
+    assert {len(losses) for losses in history.values()} == {2 + DIRECT.optimisation.steps}
