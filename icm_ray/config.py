@@ -383,7 +383,12 @@ class TrainFusionRecipe(Recipe):
 
     base: str
     revision: str | None = None
-    adapters: list[AdapterRef] = Field(min_length=2)
+    adapters: list[AdapterRef] = Field(min_length=1)
+    joins: str | None = Field(
+        default=None,
+        description="Folder of a trained Fusion-VAE that takes the adapters in; nothing is "
+        "trained, and of `fusion`, `engine` and `heads` nothing acts.",
+    )
     trajectories: str | None = Field(
         default=None, description="Folder of jobs.finetune with <task>/; None: the adapters alone."
     )

@@ -91,7 +91,7 @@ def _table(shard: Any) -> FusionTable:
 def _meta(order: FusionOrder, table: FusionTable) -> MetaTraining:
     side = None
     if order.base is not None:
-        side = BaseSide(rebuild(order.base, order.resources).model, order.tasks)
+        side = BaseSide(rebuild(order.base, order.resources), order.tasks)
     return MetaTraining.build(order.spec, order.layout, table, side, order.seed)
 
 

@@ -31,6 +31,7 @@ from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import TRAJECTORIES
 from icm_ray.files import RUN_FILE, is_done, sha256_of, write_json
+from icm_ray.fusion.latent import check_beneath
 from icm_ray.fusion.serial import (
     FUSES,
     HEAD_LOSSES,
@@ -95,8 +96,10 @@ def check_fusion_row(row: MethodRow) -> None:
     """Raise RecipeError if a row's `fusion` or `in_context` is wrong, or would do nothing."""
     if find_method(row.method).needs != FUSES:
         raise RecipeError("fusion, in_context: only method icm_fusion has a Fusion-VAE.")
-    fusion_spec_of(row.fusion)
-    context_specs(row.in_context, row.learn)
+    spec = fusion_spec_of(row.fusion)
+    latent, _ = context_specs(row.in_context, row.learn)
+    if latent.start.residual:
+        check_beneath(spec.representation.gauge)
     if row.learn and not row.in_context:
         raise RecipeError("learn: changes in_context, which is not set.")
     if row.in_context and {*row.params, *row.grid} - {"scale"}:
@@ -192,7 +195,7 @@ def _train(
     known = Checkpoints.read(adapters, order.trajectories, order.vectors)
     bar = tqdm_ray.tqdm(total=order.spec.steps, desc=f"fusion {label}", flush_interval_s=3.0)
     with kernel_threads(recipe.resources.threads):
-        base = rebuild(shared, recipe.resources).model if runs_base(order.spec) else None
+        base = rebuild(shared, recipe.resources) if runs_base(order.spec) else None
         try:
             model = train_fusion(
                 order.spec,

@@ -18,33 +18,42 @@ from icm_ray.distributed.learn import Readable, task_inputs
 from icm_ray.distributed.merge_jobs import base_folder, readable_of
 from icm_ray.distributed.shared_base import SharedBase, share_base
 from icm_ray.errors import RecipeError
-from icm_ray.files import is_done, refuse_foreign, sha256_of
+from icm_ray.files import MANIFEST, is_done, refuse_foreign, sha256_of, sha256_of_file
 from icm_ray.fusion.meta import MetaTraining
-from icm_ray.fusion.serial import HEAD_LOSSES, reads_heads, runs_base
+from icm_ray.fusion.serial import HEAD_LOSSES, Checkpoints, join, reads_heads, runs_base
 from icm_ray.fusion.store import load_fusion, save_fusion
 from icm_ray.fusion.train import finished
+from icm_ray.linalg.threads import kernel_threads
 from icm_ray.planning import warn, warnings_of
 from icm_ray.report.fusion_page import write_fusion_page
 
-VERSION = 1
+VERSION = 2
 
 
 def train_fusion_and_write(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
-    """Train on the cluster and write the FusionModel that `method: icm_fusion` reads."""
+    """Train on the cluster and write the FusionModel that `method: icm_fusion` reads.
+
+    With `joins`, a trained one takes in the adapters instead.
+    """
     refuse_foreign(target)
-    check_resources(recipe.resources)
+    _check(recipe, target)
     files = open_all([(r.name, Path(r.path)) for r in recipe.adapters], recipe.modules_to_save)
     names = [file.name for file in files]
     inputs = load_inputs(recipe.data, names)
     warn(warnings_of(files))
-    readable = _readable(recipe, files)
+    readable = {} if recipe.joins else _readable(recipe, files)
     base = base_folder(recipe, recipe.base, recipe.revision)
     with connected(recipe.resources):
         shared = share_base(base)
-        world = worker_count(recipe.resources, len(names))
-        key = _key(recipe, files, inputs, readable, shared, world)
+        key = _key(recipe, files, inputs, readable, shared)
         if not is_done(target, key):
-            _train(recipe, files, inputs, readable, base, shared, world, target, key)
+            known = _known(recipe, files, inputs, shared)
+            if recipe.joins:
+                adapters = [file.load() for file in files]
+                model = join(load_fusion(Path(recipe.joins)), adapters, known)
+                save_fusion(model, target, {"key": key})
+            else:
+                _train(recipe, files, inputs, readable, base, shared, known, target, key)
     report = load_fusion(target).report
     warn(report["warnings"])
     errors = report["reconstruction_error"]
@@ -55,7 +64,40 @@ def train_fusion_and_write(recipe: TrainFusionRecipe, target: Path) -> dict[str,
     outputs = {"evidence": str(target), "report": str(page / "index.html")}
     kept = ("reconstruction_error", "kl_total", "against_soup", "bytes", "optimizer_bytes")
     last = {name: values[-1] for name, values in report["history"].items()}
-    return {"outputs": outputs, "last": last, **{name: report[name] for name in kept}}
+    told = {name: report[name] for name in kept if name in report}
+    return {"outputs": outputs, "last": last, **told}
+
+
+def _check(recipe: TrainFusionRecipe, target: Path) -> None:
+    """Raise RecipeError if the recipe asks for nothing, or for what cannot be."""
+    if recipe.joins:
+        if Path(recipe.joins).resolve() == target.resolve():
+            raise RecipeError("output: the folder of joins. Choose another one.")
+        return
+    check_resources(recipe.resources)
+    problems = []
+    if len(recipe.adapters) < 2:
+        problems.append(
+            "adapters: one but two or more are expected, or joins, a Fusion-VAE that takes it in."
+        )
+    if not recipe.fusion.steps:
+        problems.append("fusion: no step. Set vae_steps or meta_steps.")
+    if problems:
+        raise RecipeError(problems)
+
+
+def _known(
+    recipe: TrainFusionRecipe, files: Sequence[AdapterFile], inputs: Inputs, shared: SharedBase
+) -> Checkpoints:
+    with adapter_actors(shared, recipe.resources, len(files)) as actors:
+        return checkpoints_on_ray(
+            actors,
+            files,
+            recipe.modules_to_save,
+            inputs,
+            trajectories_in(recipe.trajectories, files),
+            recipe.resources.timeout_seconds,
+        )
 
 
 def _train(
@@ -65,21 +107,13 @@ def _train(
     readable: Mapping[str, Readable],
     base: Path,
     shared: SharedBase,
-    world: int,
+    known: Checkpoints,
     target: Path,
     key: str,
 ) -> None:
     adapters = [file.load() for file in files]
-    with adapter_actors(shared, recipe.resources, len(files)) as actors:
-        known = checkpoints_on_ray(
-            actors,
-            files,
-            recipe.modules_to_save,
-            inputs,
-            trajectories_in(recipe.trajectories, files),
-            recipe.resources.timeout_seconds,
-        )
-    layout, table = known.encoded(recipe.fusion.representation, adapters)
+    with kernel_threads(recipe.resources.threads):  # or a layout's bits depend on the driver's
+        layout, table = known.encoded(recipe.fusion.representation, adapters)
     through_base = runs_base(recipe.fusion)
     order = FusionOrder(
         recipe.fusion,
@@ -90,7 +124,8 @@ def _train(
         recipe.resources,
         recipe.seed,
     )
-    scratch = target.with_name(f".{target.name}.training-{key[:12]}")
+    world = worker_count(recipe.resources, len(files))
+    scratch = _scratch(target, key, world)
     try:
         trained = train_fusion_on_ray(order, table, scratch, world)
     except RecipeError:  # of other settings there is nothing to resume
@@ -101,6 +136,20 @@ def _train(
     report = {**model.report, "optimizer_bytes": trained.optimizer_bytes}
     save_fusion(replace(model, report=report), target, {"key": key})
     shutil.rmtree(scratch)
+
+
+def _scratch(target: Path, key: str, world: int) -> Path:
+    """Return the folder a training resumes from: DeepSpeed's shards fit one number of workers."""
+    stem = f".{target.name}.training-{key[:12]}-"
+    others = {p.name.removeprefix(stem) for p in target.parent.glob(f"{stem}*")} - {str(world)}
+    if others:
+        warn(
+            [
+                f"fusion: a training on {', '.join(sorted(others))} workers was interrupted, and "
+                f"one on {world} starts anew. Set resources.workers to go on with it."
+            ]
+        )
+    return target.with_name(f"{stem}{world}")
 
 
 def _readable(recipe: TrainFusionRecipe, files: Sequence[AdapterFile]) -> dict[str, Readable]:
@@ -118,19 +167,19 @@ def _key(
     inputs: Inputs,
     readable: Mapping[str, Readable],
     shared: SharedBase,
-    world: int,
 ) -> str:
-    """Return what identifies a trained model. DeepSpeed's shards fit one number of workers."""
+    """Return what identifies a trained model, whatever the number of workers."""
     trajectories = trajectories_in(recipe.trajectories, files)
+    joins = Path(recipe.joins) / MANIFEST if recipe.joins else None
     return sha256_of(
         {
             **content_of(recipe.fusion, files, trajectories, inputs, readable),
             "version": VERSION,
+            "joins": sha256_of_file(joins) if joins and joins.is_file() else recipe.joins,
             "engine": recipe.engine.model_dump(include={"zero_stage", "accumulation", "precision"}),
             "input_batch": recipe.input_batch,
             "base": shared.run_as(recipe.resources),
             "seed": recipe.seed,
-            "world": world,
             "threads": recipe.resources.threads,
         }
     )

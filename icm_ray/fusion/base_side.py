@@ -1,26 +1,26 @@
 """The inner loss of Algorithm 1: what a decoded LoRA does inside of the frozen base."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from icm_ray.config import InnerSpec
+from icm_ray.config import InnerSpec, ObjectiveSpec
 from icm_ray.errors import RecipeError
+from icm_ray.evidence.base import Base
 from icm_ray.evidence.batches import Batch
 from icm_ray.learning.forward import merged, observe
 from icm_ray.learning.gradients import compare, inverse
-from icm_ray.learning.heads import HeadEntropy, Supervised
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives import (
     Memory,
-    NullSpaceRatio,
     Objective,
     Scaling,
     TaskObjective,
-    TaskVectorMatch,
 )
 from icm_ray.learning.parameters import Frame
+from icm_ray.learning.recipes import objective_of
 from icm_ray.vae.layout import Layout
 
 
@@ -55,27 +55,39 @@ class BaseSide:
     Not a module on purpose: its parameters are never trained, saved or sent.
     """
 
-    def __init__(self, model: nn.Module, tasks: Sequence[TaskInputs]) -> None:
+    def __init__(self, base: Base, tasks: Sequence[TaskInputs]) -> None:
         """Take the frozen base and the tasks' inputs; nothing runs yet."""
-        self.model = model
+        self.base, self.model = base, base.model
         self.tasks = {task.name: task for task in tasks}
         self.objectives: dict[str, TaskObjective | None] = {}
         self.kept: dict[str, tuple[list[Memory], Tensor]] = {}
         self.adapted: AdaptedBase | None = None
         self.scaling: Scaling = "none"
 
-    def open(self, layout: Layout, spec: InnerSpec) -> None:
+    def open(self, layout: Layout, spec: InnerSpec, *, new: bool = False) -> None:
         """Choose the objective; "start" of a scaling is the base's own value here.
 
+        Args:
+            layout: What vectors mean.
+            spec: The inner loss.
+            new: Whether a second batch is asked for in a step.
+
         Raises:
-            RecipeError: the inner loss needs labels or heads that no task has.
+            RecipeError: the inner loss needs labels or heads that no task has, or a task has no
+                second batch.
         """
-        objective = inner_objective(spec)
+        objective = inner_objective(spec, self.base)
         made = {name: objective.of(task) for name, task in self.tasks.items()}
         if not any(made.values()):
             raise RecipeError(
                 f"inner.loss: {spec.loss} says nothing about any of the tasks. Give heads and "
                 "labels, or choose task_vector."
+            )
+        single = [n for n, one in made.items() if one and len(self.tasks[n].batches) < 2]
+        if new and single:
+            raise RecipeError(
+                f"query: {', '.join(sorted(single))}: one batch but two are expected, or there are "
+                "no new inputs. Give more inputs, lower input_batch, or set query to 0."
             )
         self.objectives, self.scaling, self.kept = made, objective.scaling, {}
         self.adapted = AdaptedBase(self.model, layout)
@@ -84,21 +96,23 @@ class BaseSide:
         """Say whether the inner loss says anything about a task."""
         return self.objectives.get(task) is not None
 
-    def loss(self, task: str, draw: int, seed: int, vector: Tensor) -> Tensor:
+    def loss(self, task: str, step: int, seed: int, vector: Tensor, *, new: bool) -> Tensor:
         """Return the scaled inner loss of one batch, differentiable in `vector`.
 
         Args:
             task: Whose inputs.
-            draw: Counts the batches of a task; see `TaskInputs.batch_number`.
+            step: Counts the batches of a task; see `TaskInputs.batch_number`.
             seed: Keys the order of batches.
             vector: `(D,)`.
+            new: Another batch than that of the step.
         """
         objective, adapted = self.objectives[task], self.adapted
         assert objective is not None
         assert adapted is not None
         memories, scale = self._kept(task, objective)
-        number = self.tasks[task].batch_number(seed, draw)
-        batch = self.tasks[task].batches[number]
+        batches = self.tasks[task].batches
+        number = (self.tasks[task].batch_number(seed, step) + new) % len(batches)
+        batch = batches[number]
         seen = torch.func.functional_call(adapted, {"vector": vector}, (batch, objective))
         sums, count = objective.measure(batch, seen, memories[number])
         return (sums / count * scale.to(sums)).mean()
@@ -112,12 +126,12 @@ class BaseSide:
         return self.kept[task]
 
 
-def inner_objective(spec: InnerSpec) -> Objective:
-    """Return the learner's objective that an inner loss is."""
-    known: dict[str, Objective] = {
-        "task": Supervised(),
-        "entropy": HeadEntropy(),
-        "null_space_ratio": NullSpaceRatio(),
-        "task_vector": TaskVectorMatch(),
+def inner_objective(spec: InnerSpec, base: Base) -> Objective:
+    """Return the learner's objective that an inner loss is; the base may have the head it reads."""
+    kinds: dict[str, Any] = {
+        "task": "supervised",
+        "entropy": "entropy",
+        "null_space_ratio": "null_space_ratio",
+        "task_vector": "task_vector_match",
     }
-    return known[spec.loss]
+    return objective_of(ObjectiveSpec(kind=kinds[spec.loss]), base)

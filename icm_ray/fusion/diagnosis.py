@@ -39,12 +39,20 @@ def diagnosis(
         "kl_total": float(kl.sum()),
         "against_soup": against_soup(model, adapters),
         "bytes": {
-            "model": sum(t.numel() * t.element_size() for t in model.tensors().values()),
+            "model": _size(model),
             "adapters": sum(_bytes(adapter) for adapter in adapters),
         },
         "parameters": sum(p.numel() for p in model.vae.parameters()),
         "history": {n: [step[n] for step in history] for n in (history[0] if history else ())},
     }
+    report["warnings"] = warnings_of(report)
+    return replace(model, report=report)
+
+
+def with_size(model: FusionModel, joined: Sequence[Adapter]) -> FusionModel:
+    """Return a model whose report counts the bytes of tasks that joined, and warns anew."""
+    held = model.report["bytes"]["adapters"] + sum(_bytes(adapter) for adapter in joined)
+    report = {**model.report, "bytes": {"model": _size(model), "adapters": held}}
     report["warnings"] = warnings_of(report)
     return replace(model, report=report)
 
@@ -108,9 +116,14 @@ def warnings_of(report: Mapping[str, Any]) -> list[str]:
         task, worst = max(blurred.items(), key=lambda item: item[1])
         found.append(
             f"{len(blurred)} reconstructions are off by more than {BLURRED:.0%}, {task} by "
-            f"{worst:.0%}. Raise vae.latent or representation.components, or train longer."
+            f"{worst:.0%}. Raise vae.latent or representation.components, train longer, or on "
+            "all tasks if it joined later."
         )
     return found
+
+
+def _size(model: FusionModel) -> int:
+    return sum(t.numel() * t.element_size() for t in model.tensors().values())
 
 
 def _name(adapter: Adapter) -> str:

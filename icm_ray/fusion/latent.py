@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from icm_ray.config import LearnSpec, ObjectiveSpec, OptimisationSpec
+from icm_ray.errors import RecipeError
+from icm_ray.evidence.base import Base
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Progress, Run, learn
-from icm_ray.learning.objectives import TaskVectorMatch
 from icm_ray.learning.parameters import Frame
 from icm_ray.learning.recipes import Plan
 from icm_ray.learning.store import LearnedMerge
@@ -185,7 +186,10 @@ def latent_plan(
 
     Raises:
         InputError: the model does not know an adapter, or knows another one by its name.
+        RecipeError: `beneath` with a model of factors.
     """
+    if beneath is not None:
+        check_beneath(model.layout.gauge)
     model.check_adapters({adapter.name: adapter.fingerprint for adapter in adapters})
     point = model.point([adapter.name for adapter in adapters])
     constant = None
@@ -199,6 +203,18 @@ def latent_plan(
     terms = own_terms(adapters)
     terms = terms if beneath is None else terms.with_residual(beneath)
     return LatentPlan(spec, terms, 0.0, model, point, constant)
+
+
+def check_beneath(gauge: str) -> None:
+    """Raise RecipeError where a latent could not leave a merge beneath it.
+
+    What is decoded starts at zero there. Factors that are both zero have no gradient.
+    """
+    if gauge != "core":
+        raise RecipeError(
+            f"start.residual: a Fusion-VAE in gauge {gauge} but one in gauge core is expected to "
+            "adapt above another merge. Train one with representation.gauge core."
+        )
 
 
 def direct_plan(
@@ -215,7 +231,7 @@ def direct_plan(
 
 
 def fuse_in_context(
-    base: nn.Module,
+    base: Base,
     tasks: Sequence[TaskInputs],
     model: FusionModel,
     *,
@@ -252,10 +268,10 @@ def fuse_in_context(
         if folder:
             folder.mkdir(exist_ok=True)
         return learn(
-            base,
+            base.model,
             tasks,
             plan.parameters(),
-            TaskVectorMatch(heads=plan.spec.objective.heads),
+            plan.objective(base),
             plan.optimisation(),
             run,
             origin=plan.spec.model_dump(),

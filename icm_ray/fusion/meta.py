@@ -104,7 +104,7 @@ class MetaTraining(nn.Module):
                     f"inner.loss: {spec.inner.loss} needs a base and inputs. Name both, set "
                     "inner.loss to reconstruction, or meta_steps to 0."
                 )
-            base_side.open(layout, spec.inner)
+            base_side.open(layout, spec.inner, new=spec.query > 0)
         start = seed_for("fusion weights", seed)
         vae = build_vae(spec.vae, layout.sizes, table.v.shape[1], start)
         return cls(vae, spec, layout, table, base_side, seed)
@@ -164,7 +164,7 @@ class MetaTraining(nn.Module):
         with exact:
             for number in range(inner.steps):
                 start = x if second and x.requires_grad else x.detach().requires_grad_()
-                loss = self.inner_loss(task, 2 * step, start, wanted)
+                loss = self.inner_loss(task, step, start, wanted)
                 before = loss.detach() if number == 0 else before
                 (slope,) = torch.autograd.grad(loss, start, create_graph=second)
                 length = inner.lr
@@ -173,12 +173,14 @@ class MetaTraining(nn.Module):
                 x = x - length * slope
         return x, before
 
-    def inner_loss(self, task: str, draw: int, x: Tensor, wanted: Tensor) -> Tensor:
-        """Return the inner loss on one batch of a task."""
+    def inner_loss(
+        self, task: str, step: int, x: Tensor, wanted: Tensor, *, new: bool = False
+    ) -> Tensor:
+        """Return the inner loss on a step's batch of a task, or on new inputs."""
         side = self.base_side
         if side is None or self.spec.inner.loss == "reconstruction" or not side.covers(task):
             return mse_loss(x, wanted)
-        return side.loss(task, draw, self.seed, x)
+        return side.loss(task, step, self.seed, x, new=new)
 
     def _batch(self, task: str, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return checkpoints of a task and mixtures of checkpoints of all tasks, with their v."""
@@ -230,7 +232,7 @@ class MetaTraining(nn.Module):
         return (
             self.spec.query
             * torch.stack(
-                [self.inner_loss(task, 2 * step + 1, one, own) for one, own in pairs]
+                [self.inner_loss(task, step, one, own, new=True) for one, own in pairs]
             ).mean()
         )
 

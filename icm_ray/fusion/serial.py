@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from icm_ray.config import FusionSpec, RepresentationSpec, changed
+from icm_ray.errors import InputError
+from icm_ray.evidence.base import Base
 from icm_ray.fusion.base_side import BaseSide
 from icm_ray.fusion.data import FusionTable, Sample, samples_of
+from icm_ray.fusion.diagnosis import with_size
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.train import Progress, check_kept, finished, train
 from icm_ray.learning.inputs import TaskInputs
+from icm_ray.linalg.threads import kernel_threads
 from icm_ray.types import Adapter
 from icm_ray.vae.layout import Layout
 from icm_ray.vae.model import FusionModel
@@ -57,6 +61,29 @@ class Checkpoints:
         layout = Layout.fit(spec, samples, kinds)
         told = told_vectors(self.vectors, spec.task_vectors)
         return layout, FusionTable.of(layout, samples, told)
+
+
+def join(model: FusionModel, adapters: Sequence[Adapter], known: Checkpoints) -> FusionModel:
+    """Return a model that knows some more tasks; nothing is trained.
+
+    Args:
+        model: A trained Fusion-VAE.
+        adapters: The finished adapter of every new task.
+        known: Their checkpoints, which are averaged with them in the latent space, and their task
+            vectors.
+
+    Raises:
+        InputError: the model knows a task already, or a module or a task vector is not of its
+            shape.
+    """
+    twice = sorted({adapter.name for adapter in adapters} & set(model.tasks))
+    if twice:
+        raise InputError(f"adapters: {', '.join(twice)}: known to the Fusion-VAE already.")
+    for adapter in sorted(adapters, key=lambda one: one.name):
+        before = [s.modules for s in known.samples if s.task == adapter.name and not s.is_final]
+        vector = known.vectors[adapter.name]
+        model = model.joined(adapter.name, adapter.modules, vector, adapter.fingerprint, before)
+    return with_size(model, adapters)
 
 
 def _taken(samples: Sequence[Sample], count: int | None) -> list[Sample]:
@@ -105,7 +132,7 @@ def train_fusion(
     adapters: Sequence[Adapter],
     known: Checkpoints,
     *,
-    base: nn.Module | None = None,
+    base: Base | None = None,
     tasks: Sequence[TaskInputs] = (),
     seed: int = 0,
     threads: int = 1,
@@ -130,7 +157,8 @@ def train_fusion(
     Raises:
         RecipeError: the inner loss does not fit the tasks, or the loss is no number any more.
     """
-    layout, table = known.encoded(spec.representation, adapters)
+    with kernel_threads(threads):
+        layout, table = known.encoded(spec.representation, adapters)
     side = BaseSide(base, tasks) if runs_base(spec) and base is not None else None
     meta = MetaTraining.build(spec, layout, table, side, seed)
     history = train(meta, threads=threads, scratch=scratch, key=key, progress=progress)

@@ -35,7 +35,10 @@ def icm_fusion(
     weights: Weights = None,
     rule: Annotated[
         Rule,
-        Field(description="The mean of the tasks' latents, or sums of their differences from 0."),
+        Field(
+            description="The mean of the tasks' latents, sums of their differences from 0, or the "
+            "adapters' plain average, so that validation data may choose it."
+        ),
     ] = "mean",
     temperature: Annotated[
         float | None,
@@ -134,7 +137,11 @@ def prepared(
     if not latent:
         point = replace(point, z=torch.zeros_like(point.z))
     tensors: dict[str, Tensor] = {}
-    for path, part in model.parts(model.fused(point, residual=residual)).items():
+    residual = residual or rule == "soup"
+    fused = torch.zeros(model.layout.size)  # of a residual: the average, bent by nothing
+    if rule != "soup":
+        fused = model.fused(point, residual=residual)
+    for path, part in model.parts(fused).items():
         for name in ("left", "core", "right"):
             tensors[f"{path}.{name}"] = getattr(part, name).contiguous()
         if residual:

@@ -215,7 +215,7 @@ class Measurer:
                 fusion_spec_of(setting.fusion),
                 material.adapters,
                 material.checkpoints,
-                base=self.base.model,
+                base=self.base,
                 tasks=self._inputs(material.input_batch, None),
                 seed=material.seed,
                 threads=material.threads,

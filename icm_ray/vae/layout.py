@@ -395,11 +395,15 @@ def _fitted(
 
 
 def _directions(x: Tensor, is_final: Tensor, components: int) -> Float[Tensor, "numbers c"]:
-    """Return an orthonormal basis: the finals' span by size, then what is left by size."""
+    """Return an orthonormal basis: the finals' span by size, then what is left by size.
+
+    The finals' span is there even where it alone is wider than `components`.
+    """
     floor = lowrank.NUMERICAL_RANK * float(x.norm())
-    first = _principal(x[is_final], components, floor)
+    finals = x[is_final]
+    first = _principal(finals, len(finals), floor)
     rest = x - (x @ first) @ first.T
-    second = _principal(rest, components - first.shape[1], floor)
+    second = _principal(rest, max(components - first.shape[1], 0), floor)
     both, _ = torch.linalg.qr(torch.cat([first, second], 1))
     # QR may turn directions round; the signs carry no meaning but should not surprise.
     signs = (both * torch.cat([first, second], 1)).sum(0).sign()

@@ -15,7 +15,7 @@ from icm_ray.vae.network import FusionVAE, build_vae
 from icm_ray.vae.orientation import fused_direction, leanings, oriented
 
 KIND = "fusion_model"
-Rule = Literal["mean", "arithmetic"]
+Rule = Literal["mean", "arithmetic", "soup"]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,11 @@ class FusionModel:
         return vector.float() / self.v_scale
 
     @torch.no_grad()
-    def encode(self, modules: Modules, vector: Tensor) -> Float[Tensor, " latent"]:
-        """Return the posterior's mean of an adapter with its task vector."""
-        x = self.layout.encode(modules)
+    def encode(
+        self, modules: Modules, vector: Tensor, like: Modules | None = None
+    ) -> Float[Tensor, " latent"]:
+        """Return the posterior's mean of an adapter with its task vector; see `Layout.encode`."""
+        x = self.layout.encode(modules, like)
         return self.vae.encode(x[None], self.unit(vector)[None])[0][0]
 
     @torch.no_grad()
@@ -106,9 +108,18 @@ class FusionModel:
             vector: Its task vector.
             fingerprint: The adapter's.
             checkpoints: Late checkpoints, averaged with it in the latent space.
+
+        Raises:
+            InputError: the vector has another length than those the model knows.
         """
-        every = [self.encode(one, vector) for one in (modules, *checkpoints)]
-        z = torch.stack(every).mean(0)
+        known = next(iter(self.vectors.values())).shape
+        if vector.shape != known:
+            raise InputError(
+                f"task vector of {task}: {tuple(vector.shape)} but {tuple(known)} is expected. "
+                "Gather it with the base of the other tasks."
+            )
+        every = [self.encode(one, vector, modules) for one in checkpoints]
+        z = torch.stack([self.encode(modules, vector), *every]).mean(0)
         lost = self.layout.error(modules, self.decoded(z, self.unit(vector)))
         errors = {**self.report.get("reconstruction_error", {}), task: lost}
         return replace(
@@ -133,7 +144,7 @@ class FusionModel:
         `mean` (F1): the task vectors' conflicts are projected out, their sum is v, and z is the
         mean of the tasks' latents, weighted towards tasks that point where v points. `arithmetic`
         (F2): differences of latents from that of the zero adapter, oriented likewise, are added
-        `strength` times their mean.
+        `strength` times their mean. `soup` is where the latents' plain mean lies.
 
         Args:
             tasks: Any of the model's, in any order.
@@ -153,8 +164,8 @@ class FusionModel:
         z = torch.stack([self.latents[name] for name in names])
         vectors = torch.stack([self.unit(self.vectors[name]) for name in names])
         v = fused_direction(vectors, shares)
-        if rule == "mean":
-            shares = leanings(vectors, v, shares, temperature)
+        if rule != "arithmetic":
+            shares = leanings(vectors, v, shares, temperature if rule == "mean" else None)
             fused = (shares[:, None] * z).sum(0)
         else:
             shares = shares / shares.sum()

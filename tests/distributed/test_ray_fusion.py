@@ -236,6 +236,25 @@ def test_resources_that_do_not_fit_are_all_told(adapters, tmp_path, capsys):
     ]
 
 
+def test_a_training_of_nothing_is_told(adapters, tmp_path, capsys):
+    name, folder = adapters[0]
+    recipe = {
+        "base": "tiny",
+        "adapters": [{"name": name, "path": str(folder)}],
+        "data": {"suite": "text"},
+        "fusion": {"vae_steps": 0, "meta_steps": 0},
+        "output": str(tmp_path / "vae"),
+    }
+    path = write_yaml(tmp_path / "fusion.yaml", recipe)
+    assert run_job(TrainFusionRecipe, work, "", ["-c", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "adapters: one but two or more" in told
+    assert "fusion: no step" in told
+    path = write_yaml(tmp_path / "joins.yaml", {**recipe, "joins": recipe["output"]})
+    assert run_job(TrainFusionRecipe, work, "", ["-c", str(path)]) == 2
+    assert "output: the folder of joins" in capsys.readouterr().err
+
+
 def job_recipe(base, experts, output, **fusion):
     made = experts / "experts" / "shared-seed0"
     tasks = sorted(path.name for path in made.iterdir() if path.is_dir())
@@ -268,6 +287,31 @@ def test_the_job_trains_through_the_base_and_is_found_done(
     assert (tmp_path / "vae" / "manifest.json").stat().st_mtime_ns == before
     assert not list(tmp_path.glob(".*"))
     assert ray.is_initialized()
+
+    # A new task joins without training: here an adapter it knows, by another name.
+    joins = {key: recipe[key] for key in ("base", "data", "resources")} | {
+        "adapters": [{"name": "year", "path": recipe["adapters"][0]["path"]}],
+        "joins": str(tmp_path / "vae"),
+        "output": str(tmp_path / "more"),
+    }
+    path = write_yaml(tmp_path / "joins.yaml", joins)
+    assert run_job(TrainFusionRecipe, work, "", ["-c", str(path)]) == 0
+    more = load_fusion(tmp_path / "more")
+    assert more.tasks == tuple(sorted([*tasks, "year"]))
+    errors = more.report["reconstruction_error"]
+    assert errors["year"] == pytest.approx(errors[tasks[0]], abs=0.1)
+    before = (tmp_path / "more" / "manifest.json").stat().st_mtime_ns
+    assert run_job(TrainFusionRecipe, work, "", ["-c", str(path)]) == 0
+    assert (tmp_path / "more" / "manifest.json").stat().st_mtime_ns == before
+    two = [
+        load_adapter(one["path"], one["name"])
+        for one in (joins["adapters"][0], recipe["adapters"][1])
+    ]
+    assert merge(two, "icm_fusion", evidence=tmp_path / "more").report.modules
+    twice = {**joins, "joins": str(tmp_path / "more"), "output": str(tmp_path / "most")}
+    path = write_yaml(tmp_path / "joins.yaml", twice)
+    assert run_job(TrainFusionRecipe, work, "", ["-c", str(path)]) == 3
+    assert "year: known to the Fusion-VAE already" in capsys.readouterr().err
 
     # What it knows can then be adapted in context, here above RegMean.
     learn = {key: recipe[key] for key in ("base", "adapters", "data", "resources")} | {

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from icm_ray.adapters import open_all, save_adapter
 from icm_ray.distributed.learn import Readable, task_inputs
@@ -30,25 +29,8 @@ TASK = Task("words", "generation", "exact_match", (), 16, "nowhere", "none", max
 
 
 @pytest.fixture(scope="module")
-def base(tiny_bert, tmp_path_factory) -> Base:
-    """A random two-layer Llama with the tiny BERT's words, which ends its answers."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        tie_word_embeddings=True,
-        initializer_range=0.5,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    tokenizer.eos_token = "[SEP]"
-    tokenizer.save_pretrained(folder)
-    return load_base(folder)
+def base(tiny_llama) -> Base:
+    return load_base(tiny_llama)
 
 
 @pytest.fixture

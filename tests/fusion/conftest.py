@@ -101,7 +101,7 @@ def build(samples, vectors, tiny, tasks) -> Callable[..., MetaTraining]:
     def make(seed: int = 0, **changes: Any) -> MetaTraining:
         spec = spec_of(**changes)
         layout = Layout.fit(spec.representation, samples)
-        side = BaseSide(tiny.model, tasks)
+        side = BaseSide(tiny, tasks)
         return MetaTraining.build(
             spec, layout, FusionTable.of(layout, samples, vectors), side, seed
         )

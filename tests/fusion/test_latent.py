@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import icm_ray
-from icm_ray.errors import InputError
+from icm_ray.config import ObjectiveSpec
+from icm_ray.errors import InputError, RecipeError
 from icm_ray.fusion.diagnosis import soup
 from icm_ray.fusion.latent import DIRECT, IN_CONTEXT, fuse_in_context, latent_plan
 from icm_ray.learning.parameters import Parameters, merged_factors
@@ -23,7 +24,7 @@ QUICK = {"latent": short(IN_CONTEXT, 8), "direct": short(DIRECT, 6)}
 
 @pytest.fixture(scope="module")
 def fused(tiny, tasks, model):
-    return fuse_in_context(tiny.model, tasks, model, **QUICK)
+    return fuse_in_context(tiny, tasks, model, **QUICK)
 
 
 def test_it_starts_at_the_average(model, adapters) -> None:
@@ -76,10 +77,10 @@ def test_a_killed_run_continues_to_the_same_bytes(tiny, tasks, model, fused, tmp
 
     options = {**QUICK, "run": Run(save_every=2), "scratch": tmp_path, "key": "k"}
     with pytest.raises(Killed):
-        fuse_in_context(tiny.model, tasks, model, **options, progress=kill)
+        fuse_in_context(tiny, tasks, model, **options, progress=kill)
     seen: list[int] = []
     again = fuse_in_context(
-        tiny.model, tasks, model, **options, progress=lambda step, _loss: seen.append(step)
+        tiny, tasks, model, **options, progress=lambda step, _loss: seen.append(step)
     )
     assert seen[0] == 5
     assert all(torch.equal(again.tensors[n], t) for n, t in fused.tensors.items())
@@ -91,11 +92,31 @@ def test_a_merge_may_lie_beneath(tiny, tasks, model, adapters, tmp_path) -> None
     merged = merged_factors(start)
     assert distance(merged, beneath) <= 1e-4 * norm(beneath)
     found = fuse_in_context(
-        tiny.model, tasks, model, beneath=beneath, latent=QUICK["latent"], direct=None
+        tiny, tasks, model, beneath=beneath, latent=QUICK["latent"], direct=None
     )
     save_learned(found, tmp_path / "fused")
     result = icm_ray.merge(adapters, "icm_fusion", evidence=tmp_path / "fused").adapter
     assert 0 < distance(result.modules, beneath) < norm(beneath)
+
+
+def test_a_latent_can_distil(tiny, tasks, model, fused) -> None:
+    changes = {"objective": ObjectiveSpec(kind="distillation")}
+    how = {name: spec.model_copy(update=changes) for name, spec in QUICK.items()}
+    found = fuse_in_context(tiny, tasks, model, **how)
+    losses = found.report["losses"].values()
+    assert sum(t["end"][0] for t in losses) < sum(t["start"][0] for t in losses)
+    assert found.origin["direct"]["objective"]["kind"] == "distillation"
+    assert any(not torch.equal(found.tensors[name], t) for name, t in fused.tensors.items())
+
+
+@pytest.mark.parametrize("gauge", ["raw", "balanced"])
+def test_factors_cannot_leave_a_merge_beneath(build, adapters, gauge) -> None:
+    from icm_ray.fusion.train import finished
+
+    model = finished(build(representation={"gauge": gauge}), [], adapters)
+    beneath = dict(soup([a.modules for a in adapters]))
+    with pytest.raises(RecipeError, match=f"in gauge {gauge} but one in gauge core"):
+        latent_plan(model, adapters, beneath=beneath)
 
 
 @pytest.mark.parametrize("gauge", ["raw", "balanced"])
@@ -104,6 +125,6 @@ def test_gauges_of_factors_adapt_too(tiny, tasks, build, adapters, gauge) -> Non
 
     changes = {"representation": {"gauge": gauge}, "vae": {"preset": "default"}}
     model = finished(build(**changes), [], adapters)
-    found = fuse_in_context(tiny.model, tasks, model, **QUICK)
+    found = fuse_in_context(tiny, tasks, model, **QUICK)
     losses = found.report["losses"].values()
     assert sum(t["end"][0] for t in losses) < sum(t["start"][0] for t in losses)

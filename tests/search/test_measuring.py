@@ -203,7 +203,7 @@ def test_a_fusion_vae_is_trained_once_for_settings_that_only_use_it_otherwise(me
         fusion_spec_of({**FUSION, "kl_weight": 1.0}),
         adapters,
         material.checkpoints,
-        base=measurer.base.model,
+        base=measurer.base,
         tasks=measurer._inputs(4, None),
     )
     assert model.report["kl_total"] == found["kl_total"]
