@@ -529,7 +529,9 @@ class MethodRow(Part):
     inputs: Positive | None = Field(
         default=None, description="Inputs a task to learn from; None: sizes.calibration."
     )
-    grid: dict[str, list[float]] = Field(default={}, description="Tried on validation data only.")
+    grid: dict[str, list[float | Name]] = Field(
+        default={}, description="Tried on validation data only."
+    )
 
     @property
     def name(self) -> str:

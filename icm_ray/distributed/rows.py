@@ -98,8 +98,12 @@ def variants(row: MethodRow) -> Iterator[Variant]:
     yield Variant(row, row.params, DEFAULT)
     for point in product(*row.grid.values()) if row.grid else ():
         settings = dict(zip(row.grid, point, strict=True))
-        name = ",".join(f"{key}={value:g}" for key, value in settings.items())
+        name = ",".join(f"{key}={_told(value)}" for key, value in settings.items())
         yield Variant(row, {**row.params, **settings}, name)
+
+
+def _told(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def merge_rows(

@@ -51,7 +51,7 @@ LEARNED = {
 FUSION = {"vae": {"hidden": 8, "latent": 2}, "vae_steps": 4, "meta_steps": 1, "batch": 2}
 SHORT = {"optimisation": {"steps": 2, "batch": 4}}
 FUSED = [
-    {"label": "fused", "method": "icm_fusion", "fusion": FUSION},
+    {"label": "fused", "method": "icm_fusion", "fusion": FUSION, "grid": {"rule": ["soup"]}},
     {"label": "summed", "method": "icm_fusion", "fusion": FUSION, "params": {"rule": "arithmetic"}},
     {
         "label": "adapted",
@@ -204,9 +204,18 @@ def test_a_fusion_row_s_mistakes_are_named():
             "in_context": "latent",
             "learn": {"objective": {"kind": "entropy"}},
         },
+        {
+            "label": "factors",
+            "method": "icm_fusion",
+            "fusion": {"representation": {"gauge": "raw"}},
+            "in_context": "latent",
+            "learn": {"start": {"residual": "regmean"}},
+        },
+        {"label": "guarded", "method": "icm_fusion", "grid": {"rule": ["soop"]}},
     ]
     recipe = PipelineRecipe.model_validate({**RECIPE, "output": "x", "methods": rows})
     words = r"(?s)soup: .*icm_fusion: fusion\.vae\.width.*asked: .*'entropy' but in_context knows"
+    words += r".*factors: .*in gauge raw.*guarded: .*'soop'"
     with pytest.raises(RecipeError, match=words):
         check_rows(recipe)
 
@@ -292,6 +301,12 @@ def test_fusion_rows_share_what_has_one_recipe(out, recipe):
     kept = stamps(out / "fusion"), stamps(out / "learned")
     assert run_job(PipelineRecipe, work, "", ["-c", str(changed)]) == 0
     assert (stamps(out / "fusion"), stamps(out / "learned")) == kept
+
+    # Validation data choose between the rule and the average.
+    table = pq.read_table(out / "report" / "results.parquet").to_pylist()
+    tuned = {row["params"] for row in table if row["method"] == "fused" and row["tuned"]}
+    assert tuned <= {"default", "rule=soup"}
+    assert len(tuned) == 1
 
     # The page shows what was adapted in context as what was learned, both stages in a row.
     page = (out / "report" / "index.html").read_text()
