@@ -582,6 +582,17 @@ class StepsBenchmark(Part):
     goal: str = ""
 
 
+class FusionBenchmark(Part):
+    """One size at which a Fusion-VAE's step is timed beside the predecessor's network."""
+
+    label: str
+    layers: dict[str, Shape]
+    copies: Positive = Field(default=1, description="So many times `layers`.")
+    rank: Positive = 8
+    repeats: Positive = 3
+    goal: str = ""
+
+
 class BenchmarkRecipe(Recipe):
     """Recipe of `jobs.benchmark`: ours and peers side by side, and memory over many adapters."""
 
@@ -606,6 +617,9 @@ class BenchmarkRecipe(Recipe):
     many_modules: Positive = 24
     learning: list[StepsBenchmark] = Field(
         default=[], description="Learning steps beside the straightforward loop."
+    )
+    fusion: list[FusionBenchmark] = Field(
+        default=[], description="A Fusion-VAE's steps beside the predecessor's network."
     )
     output: str = Field(min_length=1)
 

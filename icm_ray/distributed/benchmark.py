@@ -14,6 +14,7 @@ import torch
 
 from icm_ray.config import BenchmarkRecipe
 from icm_ray.distributed.benchmark_comparisons import COMPARISONS, NAIVE, Comparison
+from icm_ray.distributed.benchmark_fusion import SIDES, measure_fusion
 from icm_ray.distributed.benchmark_judging import judge
 from icm_ray.distributed.benchmark_learning import compare_steps
 from icm_ray.distributed.benchmark_memory import (
@@ -49,13 +50,19 @@ def run_benchmark(recipe: BenchmarkRecipe, target: Path) -> dict[str, Any]:
     whole = in_fresh_process(whole_model, recipe) if recipe.whole_model else None
     memory = many_adapters(recipe, in_fresh_process) if recipe.many else []
     steps = [row for how in recipe.learning for row in in_fresh_process(compare_steps, how, recipe)]
-    tables = as_tables(recipe, rows, whole, memory, steps)
+    fusion = [
+        in_fresh_process(measure_fusion, how, preset, recipe.seed)
+        for how in recipe.fusion
+        for preset in SIDES
+    ]
+    tables = as_tables(recipe, rows, whole, memory, steps, fusion)
     show(tables)
     found = {
         "peft": [asdict(row) for row in rows],
         "whole_model": whole,
         "many": [asdict(row) for row in memory],
         "learning": [asdict(row) for row in steps],
+        "fusion": [asdict(row) for row in fusion],
     }
     with whole_folder(target) as folder:
         (folder / "benchmark.md").write_text(as_markdown(tables))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from icm_ray.config import BenchmarkRecipe
+from icm_ray.distributed.benchmark_fusion import FusionRow
 from icm_ray.distributed.benchmark_learning import StepRow
 from icm_ray.distributed.benchmark_memory import ManyRow
 
@@ -54,6 +55,7 @@ def as_tables(
     whole: Mapping[str, Any] | None,
     memory: Sequence[ManyRow],
     steps: Sequence[StepRow] = (),
+    fusion: Sequence[FusionRow] = (),
 ) -> list[Table]:
     """Return a table for each part of the benchmark that was run."""
     tables: list[Table] = []
@@ -81,7 +83,23 @@ def as_tables(
         heads = ["comparison", "tokens", "adapters", "ours", "straightforward", "ratio"]
         heads += ["our start", "gradient off", "goal"]
         tables.append((title, heads, [_step_cells(row) for row in steps]))
+    if fusion:
+        title = "A training step of a Fusion-VAE: CPU ms an adapter (median), one thread, float32"
+        heads = ["size", "network", "LoRA numbers", "numbers it sees", "its parameters"]
+        heads += ["layout s", "step ms", "conv / this", "extra MB", "goal"]
+        conv = {row.label: row.seconds for row in fusion if row.preset == "conv"}
+        tables.append((title, heads, [_fusion_cells(row, conv[row.label]) for row in fusion]))
     return tables
+
+
+def _fusion_cells(row: FusionRow, conv: float) -> list[str]:
+    sizes = [f"{value:,}" for value in (row.numbers, row.size, row.parameters)]
+    times = [
+        f"{row.layout_seconds:.1f}",
+        f"{1000 * row.seconds:.2f}",
+        f"{conv / row.seconds:,.0f}x",
+    ]
+    return [row.label, row.preset, *sizes, *times, _mega(row.peak_bytes), row.goal]
 
 
 def _step_cells(row: StepRow) -> list[str]:

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from icm_ray import METHODS, RecipeError
-from icm_ray.config import BenchmarkRecipe
+from icm_ray.config import BenchmarkRecipe, FusionBenchmark
 from icm_ray.distributed import benchmark, benchmark_judging, benchmark_peers
 from icm_ray.distributed.benchmark_comparisons import COMPARISONS, NAIVE, PEFT
+from icm_ray.distributed.benchmark_fusion import SIDES, measure_fusion
 from icm_ray.distributed.benchmark_memory import PeakMemory, random_adapter
+from icm_ray.distributed.benchmark_tables import as_markdown, as_tables
 from icm_ray.recipe_files import load_recipe
 
 LAYERS = {"q_proj": [64, 48], "v_proj": [16, 48]}
@@ -180,7 +182,22 @@ def test_peak_memory_sees_what_is_freed_again():
         assert peak.extra_bytes > 40_000_000
 
 
-@pytest.mark.parametrize("name", ["peft", "many", "methods"])
+def test_a_fusion_vae_s_parameters_do_not_grow_with_the_adapter():
+    layers = {"q_proj": [24, 32], "v_proj": [16, 32]}
+    sizes = [
+        FusionBenchmark(label=str(copies), layers=layers, copies=copies, rank=4, repeats=1)
+        for copies in (2, 8)
+    ]
+    rows = [measure_fusion(how, preset, 0) for how in sizes for preset in SIDES]
+    assert [row.numbers for row in rows] == [832, 832, 3328, 3328]
+    assert [row.size for row in rows] == [2 * 48, 832, 8 * 48, 3328]
+    assert rows[0].parameters == rows[2].parameters
+    assert all(row.seconds > 0 for row in rows)
+    text = as_markdown(as_tables(tiny(), [], None, [], [], rows))
+    assert "| 8 | default | 3,328 | 384 |" in text
+
+
+@pytest.mark.parametrize("name", ["peft", "many", "methods", "fusion"])
 def test_shipped_recipes_load(name):
     recipe = load_recipe(BenchmarkRecipe, f"configs/benchmark/{name}.yaml")
     assert recipe.output
