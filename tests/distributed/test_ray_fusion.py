@@ -120,8 +120,8 @@ def test_every_stage_and_split_trains_the_same_network(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_failures", [3, 0])
-def test_a_lost_worker_changes_nothing(ray_session, material, tmp_path, max_failures):
+@pytest.mark.parametrize(("max_failures", "stage"), [(3, 1), (0, 0), (3, 2)])
+def test_a_lost_worker_changes_nothing(ray_session, material, tmp_path, max_failures, stage):
     layout, table = material
     mark, made = tmp_path / "died", tmp_path / "made"
 
@@ -143,7 +143,7 @@ def test_a_lost_worker_changes_nothing(ray_session, material, tmp_path, max_fail
         fusion_engine._step = last_words
         fusion_engine.train_worker(config)
 
-    order = order_of(layout, zero_stage=1, checkpoint_every=3, max_failures=max_failures)
+    order = order_of(layout, zero_stage=stage, checkpoint_every=3, max_failures=max_failures)
     if max_failures == 0:
         with pytest.raises(ClusterError, match="run the same command"):
             train_fusion_on_ray(order, table, tmp_path / "run", 2, worker=dying)
@@ -287,6 +287,21 @@ def test_the_job_trains_through_the_base_and_is_found_done(
     assert (tmp_path / "vae" / "manifest.json").stat().st_mtime_ns == before
     assert not list(tmp_path.glob(".*"))
     assert ray.is_initialized()
+
+    # One worker makes the same of both tasks' base and inputs.
+    path = write_yaml(
+        tmp_path / "alone.yaml",
+        {
+            **recipe,
+            "resources": {"workers": 1, "cpus_per_worker": 0.5},
+            "output": str(tmp_path / "alone"),
+        },
+    )
+    assert run_job(TrainFusionRecipe, work, "", ["-c", str(path)]) == 0
+    alone = load_fusion(tmp_path / "alone").report["history"]
+    for name, losses in model.report["history"].items():
+        assert alone[name] == pytest.approx(losses, rel=1e-3, abs=1e-7)
+    assert all(loss > 0 for loss in alone["inner"][SPEC.vae_steps :])
 
     # A new task joins without training: here an adapter it knows, by another name.
     joins = {key: recipe[key] for key in ("base", "data", "resources")} | {
