@@ -36,11 +36,16 @@ def context_specs(
 
     Args:
         depth: "latent", "direct", or None for neither.
-        changes: To how the latent moves; both stages minimise the same.
+        changes: To how the latent moves; both stages minimise the same. Under "direct": to how
+            the cores move after it.
 
     Raises:
         RecipeError: `changes` name what does not exist, or what a latent has not.
     """
+    changes = dict(changes)
+    then = changes.pop("direct", {})
+    if then and depth != "direct":
+        raise RecipeError("learn.direct: acts with in_context: direct, which is not set.")
     acts = {"residual", "residual_scale", "rho"}
     if set(changes.get("start", {})) - acts or "parameters" in changes:
         raise RecipeError(
@@ -55,7 +60,7 @@ def context_specs(
     if depth != "direct":
         return latent, None
     same = {name: getattr(latent.optimisation, name) for name in SHARED}
-    how = DIRECT.optimisation.model_copy(update=same)
+    how = changed(DIRECT.optimisation.model_copy(update=same), then, "learn.direct")
     update = {"objective": latent.objective, "optimisation": how}
     return latent, DIRECT.model_copy(update=update)
 

@@ -211,11 +211,24 @@ def test_a_fusion_row_s_mistakes_are_named():
             "in_context": "latent",
             "learn": {"start": {"residual": "regmean"}},
         },
+        {
+            "label": "stages",
+            "method": "icm_fusion",
+            "in_context": "direct",
+            "learn": {"direct": {"stepps": 3}},
+        },
+        {
+            "label": "shallow",
+            "method": "icm_fusion",
+            "in_context": "latent",
+            "learn": {"direct": {"steps": 3}},
+        },
         {"label": "guarded", "method": "icm_fusion", "grid": {"rule": ["soop"]}},
     ]
     recipe = PipelineRecipe.model_validate({**RECIPE, "output": "x", "methods": rows})
     words = r"(?s)soup: .*icm_fusion: fusion\.vae\.width.*asked: .*'entropy' but in_context knows"
-    words += r".*factors: .*in gauge raw.*guarded: .*'soop'"
+    words += r".*factors: .*in gauge raw.*stages: learn\.direct\.stepps.*shallow: .*is not set"
+    words += r".*guarded: .*'soop'"
     with pytest.raises(RecipeError, match=words):
         check_rows(recipe)
 
