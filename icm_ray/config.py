@@ -4,16 +4,24 @@
 command runs in.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from icm_ray.errors import RecipeError
 from icm_ray.types import SavedModulesPolicy
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Positive = Annotated[int, Field(gt=0)]
+
+
+def _setting(value: float | str) -> float | str:
+    """Refuse words that are meant as numbers, or could be no folder's name."""
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_-]+", value):
+        raise ValueError("a number such as 0.5 or 1.0e-3, or a word such as soup, is expected.")
+    return value
 
 
 class Part(BaseModel):
@@ -307,7 +315,10 @@ class FusionSpec(Part):
 
 Overrides = Annotated[
     dict[str, dict[str, Any]],
-    Field(description="Changes to the method's own learning recipe: part: {key: value}."),
+    Field(
+        description="Changes to the method's own learning recipe: part: {key: value}; of "
+        "in_context, direct: {key: value} changes how the LoRA moves after the latent."
+    ),
 ]
 
 
@@ -386,8 +397,9 @@ class TrainFusionRecipe(Recipe):
     adapters: list[AdapterRef] = Field(min_length=1)
     joins: str | None = Field(
         default=None,
-        description="Folder of a trained Fusion-VAE that takes the adapters in; nothing is "
-        "trained, and of `fusion`, `engine` and `heads` nothing acts.",
+        description="Folder of a trained Fusion-VAE that takes the adapters in: nothing is "
+        "trained. Latents are those of the finished adapters, with trajectories the means over "
+        "their checkpoints too.",
     )
     trajectories: str | None = Field(
         default=None, description="Folder of jobs.finetune with <task>/; None: the adapters alone."
@@ -529,7 +541,7 @@ class MethodRow(Part):
     inputs: Positive | None = Field(
         default=None, description="Inputs a task to learn from; None: sizes.calibration."
     )
-    grid: dict[str, list[float | Name]] = Field(
+    grid: dict[str, list[Annotated[float | str, AfterValidator(_setting)]]] = Field(
         default={}, description="Tried on validation data only."
     )
 
@@ -586,7 +598,7 @@ class FusionBenchmark(Part):
     """One size at which a Fusion-VAE's step is timed beside the predecessor's network."""
 
     label: str
-    layers: dict[str, Shape]
+    layers: dict[str, Shape] = Field(min_length=1)
     copies: Positive = Field(default=1, description="So many times `layers`.")
     rank: Positive = 8
     repeats: Positive = 3

@@ -87,8 +87,9 @@ def as_tables(
         title = "A training step of a Fusion-VAE: CPU ms an adapter (median), one thread, float32"
         heads = ["size", "network", "LoRA numbers", "numbers it sees", "its parameters"]
         heads += ["layout s", "step ms", "conv / this", "extra MB", "goal"]
-        conv = {row.label: row.seconds for row in fusion if row.preset == "conv"}
-        tables.append((title, heads, [_fusion_cells(row, conv[row.label]) for row in fusion]))
+        conv = {(r.label, r.numbers): r.seconds for r in fusion if r.preset == "conv"}
+        cells = [_fusion_cells(row, conv[row.label, row.numbers]) for row in fusion]
+        tables.append((title, heads, cells))
     return tables
 
 

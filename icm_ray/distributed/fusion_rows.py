@@ -49,7 +49,7 @@ from icm_ray.methods.merge import find_method
 from icm_ray.planning import warn
 from icm_ray.suites import Suite
 
-VERSION = 1
+VERSION = 2
 
 
 def fusion_rows(recipe: PipelineRecipe) -> list[MethodRow]:

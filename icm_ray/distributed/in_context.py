@@ -46,6 +46,10 @@ def context_specs(
     then = changes.pop("direct", {})
     if then and depth != "direct":
         raise RecipeError("learn.direct: acts with in_context: direct, which is not set.")
+    if shared := sorted({*then} & {*SHARED}):
+        raise RecipeError(
+            f"learn.direct: {', '.join(shared)}: the same in both stages. Set it in optimisation."
+        )
     acts = {"residual", "residual_scale", "rho"}
     if set(changes.get("start", {})) - acts or "parameters" in changes:
         raise RecipeError(

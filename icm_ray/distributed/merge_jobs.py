@@ -27,6 +27,7 @@ from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts
 from icm_ray.evidence.store import save_evidence
 from icm_ray.files import refuse_foreign, whole_folder
+from icm_ray.fusion.latent import check_beneath
 from icm_ray.fusion.serial import FUSES
 from icm_ray.fusion.store import load_fusion
 from icm_ray.learning.recipes import LABELLED, reads_heads, spec_of
@@ -92,7 +93,10 @@ def learn_and_write(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     files = open_all(refs, recipe.modules_to_save)
     if context:  # before any spend; it is read again where it is used
-        load_fusion(context.fusion).check_adapters({f.name: f.fingerprint() for f in files})
+        model = load_fusion(context.fusion)
+        model.check_adapters({f.name: f.fingerprint() for f in files})
+        if spec.start.residual:
+            check_beneath(model.layout.gauge)
     readable = readable_of(recipe.heads, recipe.data, spec, files)
     inputs = load_inputs(recipe.data, [file.name for file in files])
     warn(warnings_of(files))

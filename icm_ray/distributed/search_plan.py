@@ -23,7 +23,7 @@ from icm_ray.search.starting import starts_of
 from icm_ray.search.study import Study
 from icm_ray.suites import SUITES, Suite
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

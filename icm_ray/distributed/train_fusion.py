@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
-from icm_ray.config import LearnSpec, ObjectiveSpec, TrainFusionRecipe
+from icm_ray.config import FusionSpec, LearnSpec, ObjectiveSpec, TrainFusionRecipe
 from icm_ray.distributed.actors import adapter_actors
 from icm_ray.distributed.cluster import connected, worker_count
 from icm_ray.distributed.evidence import Inputs, load_inputs
@@ -17,10 +17,24 @@ from icm_ray.distributed.fusion_trainer import check_resources, train_fusion_on_
 from icm_ray.distributed.learn import Readable, task_inputs
 from icm_ray.distributed.merge_jobs import base_folder, readable_of
 from icm_ray.distributed.shared_base import SharedBase, share_base
-from icm_ray.errors import RecipeError
-from icm_ray.files import MANIFEST, is_done, refuse_foreign, sha256_of, sha256_of_file
+from icm_ray.errors import InputError, RecipeError
+from icm_ray.files import (
+    MANIFEST,
+    is_done,
+    read_manifest,
+    refuse_foreign,
+    sha256_of,
+    sha256_of_file,
+)
 from icm_ray.fusion.meta import MetaTraining
-from icm_ray.fusion.serial import HEAD_LOSSES, Checkpoints, join, reads_heads, runs_base
+from icm_ray.fusion.serial import (
+    HEAD_LOSSES,
+    Checkpoints,
+    check_joins,
+    join,
+    reads_heads,
+    runs_base,
+)
 from icm_ray.fusion.store import load_fusion, save_fusion
 from icm_ray.fusion.train import finished
 from icm_ray.linalg.threads import kernel_threads
@@ -39,19 +53,23 @@ def train_fusion_and_write(recipe: TrainFusionRecipe, target: Path) -> dict[str,
     _check(recipe, target)
     files = open_all([(r.name, Path(r.path)) for r in recipe.adapters], recipe.modules_to_save)
     names = [file.name for file in files]
+    if recipe.joins:  # before any spend; it is read again where it is used
+        check_joins(load_fusion(Path(recipe.joins)), names)
     inputs = load_inputs(recipe.data, names)
     warn(warnings_of(files))
     readable = {} if recipe.joins else _readable(recipe, files)
     base = base_folder(recipe, recipe.base, recipe.revision)
     with connected(recipe.resources):
         shared = share_base(base)
+        if recipe.joins:
+            _check_base(Path(recipe.joins), shared)
         key = _key(recipe, files, inputs, readable, shared)
         if not is_done(target, key):
             known = _known(recipe, files, inputs, shared)
             if recipe.joins:
                 adapters = [file.load() for file in files]
                 model = join(load_fusion(Path(recipe.joins)), adapters, known)
-                save_fusion(model, target, {"key": key})
+                save_fusion(model, target, {"key": key, "base": shared.fingerprint})
             else:
                 _train(recipe, files, inputs, readable, base, shared, known, target, key)
     report = load_fusion(target).report
@@ -84,6 +102,12 @@ def _check(recipe: TrainFusionRecipe, target: Path) -> None:
         problems.append("fusion: no step. Set vae_steps or meta_steps.")
     if problems:
         raise RecipeError(problems)
+
+
+def _check_base(joins: Path, shared: SharedBase) -> None:
+    """Raise InputError if a Fusion-VAE was trained with another base."""
+    if read_manifest(joins).get("base", shared.fingerprint) != shared.fingerprint:
+        raise InputError(f"base: not the one {joins} was trained with. Name that one.")
 
 
 def _known(
@@ -134,22 +158,27 @@ def _train(
     meta = MetaTraining(trained.vae, recipe.fusion, layout, table, None, recipe.seed)
     model = finished(meta, trained.history, adapters)
     report = {**model.report, "optimizer_bytes": trained.optimizer_bytes}
-    save_fusion(replace(model, report=report), target, {"key": key})
-    shutil.rmtree(scratch)
+    save_fusion(replace(model, report=report), target, {"key": key, "base": shared.fingerprint})
+    for folder in target.parent.glob(f"{_stem(target, key)}*"):
+        shutil.rmtree(folder)
 
 
 def _scratch(target: Path, key: str, world: int) -> Path:
     """Return the folder a training resumes from: DeepSpeed's shards fit one number of workers."""
-    stem = f".{target.name}.training-{key[:12]}-"
-    others = {p.name.removeprefix(stem) for p in target.parent.glob(f"{stem}*")} - {str(world)}
-    if others:
+    own = target.with_name(f"{_stem(target, key)}{world}")
+    others = [p.name.rpartition("-")[2] for p in target.parent.glob(f"{_stem(target, key)}*")]
+    if others and not own.exists():
         warn(
             [
                 f"fusion: a training on {', '.join(sorted(others))} workers was interrupted, and "
                 f"one on {world} starts anew. Set resources.workers to go on with it."
             ]
         )
-    return target.with_name(f"{stem}{world}")
+    return own
+
+
+def _stem(target: Path, key: str) -> str:
+    return f".{target.name}.training-{key[:12]}-"
 
 
 def _readable(recipe: TrainFusionRecipe, files: Sequence[AdapterFile]) -> dict[str, Readable]:
@@ -168,17 +197,21 @@ def _key(
     readable: Mapping[str, Readable],
     shared: SharedBase,
 ) -> str:
-    """Return what identifies a trained model, whatever the number of workers."""
+    """Return what identifies a model; of the number of workers only its last digits depend."""
     trajectories = trajectories_in(recipe.trajectories, files)
-    joins = Path(recipe.joins) / MANIFEST if recipe.joins else None
+    fusion = FusionSpec() if recipe.joins else recipe.fusion  # nothing is trained
+    content = {
+        **content_of(fusion, files, trajectories, inputs, readable),
+        "version": VERSION,
+        "base": shared.run_as(recipe.resources),
+    }
+    if recipe.joins:
+        return sha256_of({**content, "joins": sha256_of_file(Path(recipe.joins) / MANIFEST)})
     return sha256_of(
         {
-            **content_of(recipe.fusion, files, trajectories, inputs, readable),
-            "version": VERSION,
-            "joins": sha256_of_file(joins) if joins and joins.is_file() else recipe.joins,
+            **content,
             "engine": recipe.engine.model_dump(include={"zero_stage", "accumulation", "precision"}),
             "input_batch": recipe.input_batch,
-            "base": shared.run_as(recipe.resources),
             "seed": recipe.seed,
             "threads": recipe.resources.threads,
         }

@@ -1,6 +1,6 @@
 """The inner loss of Algorithm 1: what a decoded LoRA does inside of the frozen base."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ from icm_ray.learning.objectives import (
 from icm_ray.learning.parameters import Frame
 from icm_ray.learning.recipes import objective_of
 from icm_ray.vae.layout import Layout
+
+INNER: Mapping[str, Any] = {
+    "task": "supervised",
+    "entropy": "entropy",
+    "null_space_ratio": "null_space_ratio",
+    "task_vector": "task_vector_match",
+}
+"""Inner losses that run the base, and the learner's name of each."""
 
 
 class AdaptedBase(nn.Module):
@@ -128,10 +136,4 @@ class BaseSide:
 
 def inner_objective(spec: InnerSpec, base: Base) -> Objective:
     """Return the learner's objective that an inner loss is; the base may have the head it reads."""
-    kinds: dict[str, Any] = {
-        "task": "supervised",
-        "entropy": "entropy",
-        "null_space_ratio": "null_space_ratio",
-        "task_vector": "task_vector_match",
-    }
-    return objective_of(ObjectiveSpec(kind=kinds[spec.loss]), base)
+    return objective_of(ObjectiveSpec(kind=INNER[spec.loss]), base)

@@ -34,6 +34,7 @@ def diagnosis(
     with torch.no_grad():
         kl = divergence(*model.vae.encode(table.x, model.unit(table.v)))
     report: dict[str, Any] = {
+        **model.report,
         "reconstruction_error": errors,
         "kl": kl.tolist(),
         "kl_total": float(kl.sum()),

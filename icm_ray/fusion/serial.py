@@ -12,12 +12,13 @@ from torch import Tensor
 from icm_ray.config import FusionSpec, RepresentationSpec, changed
 from icm_ray.errors import InputError
 from icm_ray.evidence.base import Base
-from icm_ray.fusion.base_side import BaseSide
+from icm_ray.fusion.base_side import INNER, BaseSide
 from icm_ray.fusion.data import FusionTable, Sample, samples_of
 from icm_ray.fusion.diagnosis import with_size
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.train import Progress, check_kept, finished, train
 from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.recipes import HEADED
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.types import Adapter
 from icm_ray.vae.layout import Layout
@@ -25,7 +26,7 @@ from icm_ray.vae.model import FusionModel
 
 FUSES = "FusionModel"
 """What methods need that merge with a Fusion-VAE, as their METHODS rows say."""
-HEAD_LOSSES: Mapping[str, str] = {"task": "supervised", "entropy": "entropy"}
+HEAD_LOSSES = {loss: kind for loss, kind in INNER.items() if kind in HEADED}
 """Inner losses that read heads, by the learner's name of them."""
 
 
@@ -73,17 +74,28 @@ def join(model: FusionModel, adapters: Sequence[Adapter], known: Checkpoints) ->
             vectors.
 
     Raises:
-        InputError: the model knows a task already, or a module or a task vector is not of its
-            shape.
+        InputError: see `check_joins`, or a module or a task vector is not of the model's shape.
     """
-    twice = sorted({adapter.name for adapter in adapters} & set(model.tasks))
-    if twice:
-        raise InputError(f"adapters: {', '.join(twice)}: known to the Fusion-VAE already.")
+    check_joins(model, [adapter.name for adapter in adapters])
     for adapter in sorted(adapters, key=lambda one: one.name):
         before = [s.modules for s in known.samples if s.task == adapter.name and not s.is_final]
         vector = known.vectors[adapter.name]
         model = model.joined(adapter.name, adapter.modules, vector, adapter.fingerprint, before)
     return with_size(model, adapters)
+
+
+def check_joins(model: FusionModel, tasks: Sequence[str]) -> None:
+    """Raise InputError if a model knows a task already, or was told nothing of its own tasks."""
+    problems = []
+    if twice := sorted({*tasks} & {*model.tasks}):
+        problems.append(f"adapters: {', '.join(twice)}: known to the Fusion-VAE already.")
+    if (told := model.report.get("task_vectors", "own")) != "own":
+        problems.append(
+            f"joins: trained with representation.task_vectors {told} but own is expected, or a "
+            "new task's vector says nothing. Train another one."
+        )
+    if problems:
+        raise InputError(problems)
 
 
 def _taken(samples: Sequence[Sample], count: int | None) -> list[Sample]:
@@ -93,8 +105,8 @@ def _taken(samples: Sequence[Sample], count: int | None) -> list[Sample]:
     taken = [sample for sample in samples if sample.is_final]
     for task in dict.fromkeys(sample.task for sample in samples):
         before = [s for s in samples if s.task == task and not s.is_final]
-        places = np.linspace(0, len(before) - 1, min(count, len(before))).round().astype(int)
-        taken += [before[place] for place in places]
+        back = np.linspace(0, len(before) - 1, min(count, len(before))).round().astype(int)
+        taken += [before[-1 - place] for place in back]  # the latest one first
     return taken
 
 

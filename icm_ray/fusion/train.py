@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -125,7 +126,8 @@ def finished(meta: MetaTraining, history: History, adapters: Sequence[Adapter]) 
         {task: table.v[row] for task, row in rows.items()},
         {adapter.name: adapter.fingerprint for adapter in adapters},
     )
-    return diagnosis(model, table, adapters, history)
+    told = meta.spec.representation.task_vectors
+    return diagnosis(replace(model, report={"task_vectors": told}), table, adapters, history)
 
 
 def _save(

@@ -149,7 +149,7 @@ class FusionModel:
         Args:
             tasks: Any of the model's, in any order.
             weights: Each task's share, zero or more; None: equal ones.
-            rule: Which of the two.
+            rule: Which of the three.
             temperature: Of the weights of `mean`; None: as `weights` says.
             strength: Of `arithmetic`; the number of tasks gives the sum.
 
@@ -200,7 +200,7 @@ class FusionModel:
         if unknown or not weights:
             raise InputError(
                 f"evidence: a Fusion-VAE of {', '.join(self.tasks)} but {', '.join(unknown)} "
-                "is asked for. Let it join with FusionModel.joined, or train again."
+                "is asked for. Let it join with jobs.train_fusion (joins), or train again."
             )
         if min(weights.values()) < 0 or not any(weights.values()):
             raise RecipeError(

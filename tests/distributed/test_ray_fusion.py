@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import ray
 import torch
 from ray import cloudpickle
 from ray_samples import ROOT, environment, write_yaml
+from safetensors.torch import load_file, save_file
 
 from icm_ray.adapters import load_adapter
 from icm_ray.command import run_job
@@ -323,6 +325,13 @@ def test_the_job_trains_through_the_base_and_is_found_done(
         for one in (joins["adapters"][0], recipe["adapters"][1])
     ]
     assert merge(two, "icm_fusion", evidence=tmp_path / "more").report.modules
+    shutil.copytree(tiny_bert, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({n: 2 * t for n, t in weights.items()}, tmp_path / "other" / "model.safetensors")
+    others = {**joins, "base": str(tmp_path / "other"), "output": str(tmp_path / "others")}
+    path = write_yaml(tmp_path / "joins.yaml", others)
+    assert run_job(TrainFusionRecipe, work, "", ["-c", str(path)]) == 3
+    assert "base: not the one" in capsys.readouterr().err
     twice = {**joins, "joins": str(tmp_path / "more"), "output": str(tmp_path / "most")}
     path = write_yaml(tmp_path / "joins.yaml", twice)
     assert run_job(TrainFusionRecipe, work, "", ["-c", str(path)]) == 3

@@ -223,11 +223,18 @@ def test_a_fusion_row_s_mistakes_are_named():
             "in_context": "latent",
             "learn": {"direct": {"steps": 3}},
         },
+        {
+            "label": "sizes",
+            "method": "icm_fusion",
+            "in_context": "direct",
+            "learn": {"direct": {"batch": 3}},
+        },
         {"label": "guarded", "method": "icm_fusion", "grid": {"rule": ["soop"]}},
     ]
     recipe = PipelineRecipe.model_validate({**RECIPE, "output": "x", "methods": rows})
     words = r"(?s)soup: .*icm_fusion: fusion\.vae\.width.*asked: .*'entropy' but in_context knows"
     words += r".*factors: .*in gauge raw.*stages: learn\.direct\.stepps.*shallow: .*is not set"
+    words += r".*sizes: .*batch: the same in both stages"
     words += r".*guarded: .*'soop'"
     with pytest.raises(RecipeError, match=words):
         check_rows(recipe)
@@ -320,6 +327,10 @@ def test_fusion_rows_share_what_has_one_recipe(out, recipe):
     tuned = {row["params"] for row in table if row["method"] == "fused" and row["tuned"]}
     assert tuned <= {"default", "rule=soup"}
     assert len(tuned) == 1
+    tried = {
+        row["params"] for row in table if (row["method"], row["split"]) == ("fused", "validation")
+    }
+    assert "rule=soup" in tried
 
     # The page shows what was adapted in context as what was learned, both stages in a row.
     page = (out / "report" / "index.html").read_text()

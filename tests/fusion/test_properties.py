@@ -1,6 +1,7 @@
 """P1 to P7, P9 and P10 of a Fusion-VAE; P8 and P11 are in test_meta.py."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -200,6 +201,9 @@ def test_tasks_that_join_are_counted_and_warned_about(model, make_adapter, adapt
     assert not model.report["warnings"]
     with pytest.raises(InputError, match="new: known to the Fusion-VAE already"):
         join(more, [new], known)
+    deaf = replace(model, report={**model.report, "task_vectors": "none"})
+    with pytest.raises(InputError, match="task_vectors none but own is expected"):
+        join(deaf, [new], known)
 
 
 def test_a_model_is_the_same_from_disk(model, adapters, tmp_path) -> None:
