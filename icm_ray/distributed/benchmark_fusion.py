@@ -17,18 +17,20 @@ from icm_ray.vae.layout import Layout, Sample
 
 TASKS, CHECKPOINTS, V = 6, 4, 384
 """Trajectories of a few checkpoints; a step costs the same with more of them."""
+FACTORS = FusionSpec(
+    representation=RepresentationSpec(gauge="raw", components=None),
+    meta_steps=0,
+    batch=2,
+    mixtures=0.0,
+    tasks_per_step=1,
+)
 SIDES = {
     "default": FusionSpec(meta_steps=0),
-    "conv": FusionSpec(
-        representation=RepresentationSpec(gauge="raw", components=None),
-        vae=VAESpec(preset="conv", latent=256, hidden=256),
-        meta_steps=0,
-        batch=2,
-        mixtures=0.0,
-        tasks_per_step=1,
-    ),
+    "paper": FACTORS.model_copy(update={"vae": VAESpec(preset="paper", latent=256)}),
+    "conv": FACTORS.model_copy(update={"vae": VAESpec(preset="conv", latent=256, hidden=256)}),
 }
-"""As `jobs.train_fusion` runs it, and on plain factors as the predecessor does: two at a time."""
+"""As `jobs.train_fusion` runs it; and on all numbers of the factors, two adapters a step, as the
+predecessor does."""
 
 
 @dataclass(frozen=True)
