@@ -19,7 +19,7 @@ from icm_ray.distributed.cluster import run_bounded
 from icm_ray.distributed.evidence import EVIDENCE_BATCH
 from icm_ray.distributed.rows import DEFAULT, SetResults
 from icm_ray.files import is_done, read_json, read_manifest, sha256_of, whole_folder, write_json
-from icm_ray.finetuning.trajectory import read_trajectory, unflatten
+from icm_ray.finetuning.trajectory import evenly_spaced, read_trajectory, unflatten
 from icm_ray.report.data import BASE, EXPERT
 from icm_ray.suites import Suite
 from icm_ray.types import Adapter, LoRAFactors
@@ -199,8 +199,7 @@ def training_ratios(
 def _steps(trajectory: Path) -> list[int]:
     """Return up to `CHECKPOINTS` of the kept steps, evenly spaced."""
     steps = read_trajectory(trajectory)[0]["step"].to_pylist()
-    places = np.linspace(0, len(steps) - 1, min(CHECKPOINTS, len(steps))).round().astype(int)
-    return [steps[place] for place in places]
+    return evenly_spaced(steps, CHECKPOINTS)
 
 
 def _call(source: CheckpointSource, given: tuple[Any, ...]) -> Any:

@@ -53,8 +53,9 @@ def train_fusion_and_write(recipe: TrainFusionRecipe, target: Path) -> dict[str,
     _check(recipe, target)
     files = open_all([(r.name, Path(r.path)) for r in recipe.adapters], recipe.modules_to_save)
     names = [file.name for file in files]
-    if recipe.joins:  # before any spend; it is read again where it is used
-        check_joins(load_fusion(Path(recipe.joins)), names)
+    joined = load_fusion(Path(recipe.joins)) if recipe.joins else None
+    if joined:  # before any spend
+        check_joins(joined, names)
     inputs = load_inputs(recipe.data, names)
     warn(warnings_of(files))
     readable = {} if recipe.joins else _readable(recipe, files)
@@ -66,9 +67,8 @@ def train_fusion_and_write(recipe: TrainFusionRecipe, target: Path) -> dict[str,
         key = _key(recipe, files, inputs, readable, shared)
         if not is_done(target, key):
             known = _known(recipe, files, inputs, shared)
-            if recipe.joins:
-                adapters = [file.load() for file in files]
-                model = join(load_fusion(Path(recipe.joins)), adapters, known)
+            if joined:
+                model = join(joined, [file.load() for file in files], known)
                 save_fusion(model, target, {"key": key, "base": shared.fingerprint})
             else:
                 _train(recipe, files, inputs, readable, base, shared, known, target, key)

@@ -6,8 +6,9 @@ ICM-Fusion trains its F-VAE on these rows.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,13 @@ import torch
 from torch import Tensor
 
 FOLDER = "trajectory"
+Item = TypeVar("Item")
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """Return up to `count` items from the first to the last; of one, the first."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[place] for place in places]
 
 
 class Trajectory:

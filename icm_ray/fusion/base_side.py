@@ -13,12 +13,7 @@ from icm_ray.evidence.batches import Batch
 from icm_ray.learning.forward import merged, observe
 from icm_ray.learning.gradients import compare, inverse
 from icm_ray.learning.inputs import Seen, TaskInputs
-from icm_ray.learning.objectives import (
-    Memory,
-    Objective,
-    Scaling,
-    TaskObjective,
-)
+from icm_ray.learning.objectives import Memory, Scaling, TaskObjective
 from icm_ray.learning.parameters import Frame
 from icm_ray.learning.recipes import objective_of
 from icm_ray.vae.layout import Layout
@@ -84,7 +79,7 @@ class BaseSide:
             RecipeError: the inner loss needs labels or heads that no task has, or a task has no
                 second batch.
         """
-        objective = inner_objective(spec, self.base)
+        objective = objective_of(ObjectiveSpec(kind=INNER[spec.loss]), self.base)
         made = {name: objective.of(task) for name, task in self.tasks.items()}
         if not any(made.values()):
             raise RecipeError(
@@ -132,8 +127,3 @@ class BaseSide:
             scale = {"none": None, "energy": energy, "start": base}[self.scaling]
             self.kept[task] = memories, torch.ones_like(base) if scale is None else inverse(scale)
         return self.kept[task]
-
-
-def inner_objective(spec: InnerSpec, base: Base) -> Objective:
-    """Return the learner's objective that an inner loss is; the base may have the head it reads."""
-    return objective_of(ObjectiveSpec(kind=INNER[spec.loss]), base)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from icm_ray.config import FusionSpec, RepresentationSpec, changed
 from icm_ray.errors import InputError
 from icm_ray.evidence.base import Base
+from icm_ray.finetuning.trajectory import evenly_spaced
 from icm_ray.fusion.base_side import INNER, BaseSide
 from icm_ray.fusion.data import FusionTable, Sample, samples_of
 from icm_ray.fusion.diagnosis import with_size
@@ -105,8 +105,7 @@ def _taken(samples: Sequence[Sample], count: int | None) -> list[Sample]:
     taken = [sample for sample in samples if sample.is_final]
     for task in dict.fromkeys(sample.task for sample in samples):
         before = [s for s in samples if s.task == task and not s.is_final]
-        back = np.linspace(0, len(before) - 1, min(count, len(before))).round().astype(int)
-        taken += [before[-1 - place] for place in back]  # the latest one first
+        taken += evenly_spaced(before[::-1], count)  # the latest one first
     return taken
 
 
