@@ -8,8 +8,8 @@ icm_ray.save_adapter(result.adapter, "merged")
 
 from icm_ray.adapters import load_adapter, save_adapter
 from icm_ray.errors import ClusterError, ICMRayError, InputError, RecipeError, ResourceError
+from icm_ray.merging.merge import merge
 from icm_ray.methods import METHODS
-from icm_ray.methods.merge import merge
 from icm_ray.types import Adapter, LoRAFactors, MergeReport, MergeResult
 
 __version__ = "0.1.0"

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from icm_ray.command import guarded, quiet_libraries, run_recipe
 from icm_ray.config import MergeRecipe
+from icm_ray.config.loading import load_recipe
 from icm_ray.errors import one_line
 from icm_ray.methods import METHODS
-from icm_ray.recipe_files import load_recipe
 from icm_ray.types import MergeResult
 
 app = typer.Typer(
@@ -60,7 +60,7 @@ def methods(
     debug: Debug = False,
 ) -> None:
     """List the merge methods by family, or show one: what it does, when, at what cost."""
-    from icm_ray.methods.merge import find_method
+    from icm_ray.methods import find_method
     from icm_ray.report.method_table import method_list, method_page
 
     def work() -> None:
@@ -93,7 +93,7 @@ def import_recipe(
     """
     from icm_ray.importing import import_recipe as read_recipe
     from icm_ray.importing import recipe_text, write_recipe
-    from icm_ray.planning import warn
+    from icm_ray.merging.estimate import warn
 
     def work() -> None:
         imported = read_recipe(source)
@@ -114,7 +114,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show adapters: rank, scaling, size, norm, warnings, and whether they fit together."""
-    from icm_ray.planning import inspect_adapters, warn
+    from icm_ray.merging.estimate import inspect_adapters, warn
 
     def work() -> None:
         found = inspect_adapters(folders)
@@ -143,7 +143,7 @@ def plan(
     config: Config, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Say before any spend whether adapters fit, and what the merge will cost and make."""
-    from icm_ray.planning import plan_recipe, warn
+    from icm_ray.merging.estimate import plan_recipe, warn
 
     def work() -> None:
         recipe = load_recipe(MergeRecipe, config, overrides or [])
@@ -164,8 +164,8 @@ def plan(
 def merge(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Merge in this process, without Ray: data-free and ready-evidence methods."""
     from icm_ray.adapters import AdapterFile
-    from icm_ray.merging import merge_recipe
-    from icm_ray.methods.merge import merge as merge_adapters
+    from icm_ray.merging.merge import merge as merge_adapters
+    from icm_ray.merging.recipe import merge_recipe
 
     def work(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
         def serial(files: list[AdapterFile], order: dict[str, Any]) -> tuple[MergeResult, float]:
@@ -187,7 +187,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check a merged folder: hashes, PEFT's reading, norms, and the forward pass of a base."""
-    from icm_ray.reproduction import verify_folder
+    from icm_ray.merging.proof import verify_folder
     from icm_ray.suites import prepare_base
 
     def work() -> None:
@@ -200,7 +200,7 @@ def verify(
 @app.command()
 def reproduce(folder: Folder, debug: Debug = False) -> None:
     """Merge again from the inputs and compare every file's sha256."""
-    from icm_ray.reproduction import reproduce as rebuild
+    from icm_ray.merging.proof import reproduce as rebuild
 
     def work() -> None:
         names = rebuild(folder)

@@ -13,9 +13,9 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from icm_ray.config import Recipe
+from icm_ray.config.loading import load_recipe
 from icm_ray.errors import ICMRayError, ResourceError, one_line
 from icm_ray.files import RESULTS_FILE, write_json
-from icm_ray.recipe_files import load_recipe
 from icm_ray.storage import fetch, locate, publish
 
 R = TypeVar("R", bound=Recipe)

@@ -184,3 +184,9 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cost_of(folder: Path | None) -> float:
+    """Return the processor time that what a folder holds has taken, in seconds."""
+    run = folder / RUN_FILE if folder else None
+    return float(read_json(run).get("cpu_seconds", 0.0)) if run and run.is_file() else 0.0

@@ -15,7 +15,7 @@ from icm_ray.config import BenchmarkRecipe
 
 def work(recipe: BenchmarkRecipe, target: Path) -> dict[str, Any]:
     """Print the tables and write them to `benchmark.md`."""
-    from icm_ray.distributed.benchmark import run_benchmark
+    from icm_ray.benchmarks.run import run_benchmark
 
     return run_benchmark(recipe, target)
 

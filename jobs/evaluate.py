@@ -13,7 +13,7 @@ from icm_ray.config import EvaluateRecipe
 
 def work(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     """Run on the cluster that RAY_ADDRESS or the submitted job gives, else on a local one."""
-    from icm_ray.distributed.run import evaluate_and_report
+    from icm_ray.workflows.evaluate import evaluate_and_report
 
     return evaluate_and_report(recipe, target)
 

@@ -13,7 +13,7 @@ from icm_ray.config import EvidenceRecipe
 
 def work(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     """Run on the cluster that RAY_ADDRESS or the submitted job gives, else on a local one."""
-    from icm_ray.distributed.merge_jobs import gather_evidence
+    from icm_ray.workflows.evidence import gather_evidence
 
     return gather_evidence(recipe, target)
 

@@ -13,7 +13,7 @@ from icm_ray.config import FinetuneRecipe
 
 def work(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     """Run on the cluster that RAY_ADDRESS or the submitted job gives, else on a local one."""
-    from icm_ray.distributed.run import finetune_and_report
+    from icm_ray.workflows.finetune import finetune_and_report
 
     return finetune_and_report(recipe, target)
 

@@ -13,7 +13,7 @@ from icm_ray.config import LearnRecipe
 
 def work(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     """Learn; returns what was written and the losses before and after."""
-    from icm_ray.distributed.merge_jobs import learn_and_write
+    from icm_ray.workflows.learn import learn_and_write
 
     return learn_and_write(recipe, target)
 

@@ -13,7 +13,7 @@ from icm_ray.config import MergeRecipe
 
 def work(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
     """Run on the cluster that RAY_ADDRESS or the submitted job gives, else on a local one."""
-    from icm_ray.distributed.merge_jobs import merge_and_write
+    from icm_ray.workflows.merge import merge_and_write
 
     return merge_and_write(recipe, target)
 

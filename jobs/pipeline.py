@@ -13,7 +13,7 @@ from icm_ray.config import PipelineRecipe
 
 def work(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
     """Run on the cluster that RAY_ADDRESS or the submitted job gives, else on a local one."""
-    from icm_ray.distributed.run import pipeline_and_report
+    from icm_ray.workflows.pipeline.run import pipeline_and_report
 
     return pipeline_and_report(recipe, target)
 

@@ -21,8 +21,7 @@ def prepare(recipe: PrepareRecipe, target: Path) -> dict[str, Any]:
     spec = recipe.base or (suite.base if suite else None)
     if spec is None:
         raise RecipeError("base: missing. Name a base or a suite.")
-    cache = Path(recipe.cache) if recipe.cache else None
-    path = prepare_base(spec, cache, recipe.revision, progress=print)
+    path = prepare_base(spec, recipe.cache, recipe.revision, progress=print)
     print(f"base {spec}: {path}")
     counts = {}
     if suite is not None:

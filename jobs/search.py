@@ -16,7 +16,7 @@ from icm_ray.config import SearchRecipe
 
 def work(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     """Search; returns the best point, its scores and where its adapter is."""
-    from icm_ray.distributed.search import search_and_write
+    from icm_ray.workflows.search.run import search_and_write
 
     return search_and_write(recipe, target)
 

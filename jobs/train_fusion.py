@@ -13,7 +13,7 @@ from icm_ray.config import TrainFusionRecipe
 
 def work(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
     """Train; returns what was written, the last losses and what the model loses."""
-    from icm_ray.distributed.train_fusion import train_fusion_and_write
+    from icm_ray.workflows.train_fusion import train_fusion_and_write
 
     return train_fusion_and_write(recipe, target)
 

@@ -11,21 +11,21 @@ import torch
 
 from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.adapters.saving import as_stored
+from icm_ray.base_model.loading import fingerprint_weights
+from icm_ray.base_model.readers import Inputs
+from icm_ray.base_model.states import batches_of
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES, request, worker_count
-from icm_ray.distributed.search_trials import measure, measurer_of
 from icm_ray.distributed.shared_base import SharedBase, rebuild
+from icm_ray.distributed.trials import measure, measurer_of
 from icm_ray.errors import InputError
 from icm_ray.evaluation.scoring import TaskData, TaskScore, evaluate
-from icm_ray.evidence.base import fingerprint_weights
-from icm_ray.evidence.batches import batches_of
 from icm_ray.evidence.gather import AdapterEvidence, example_ratios, gather
 from icm_ray.evidence.grams import Grams, gather_grams
-from icm_ray.evidence.readers import Inputs
+from icm_ray.evidence.tensors import given
 from icm_ray.files import sha256_of
 from icm_ray.linalg.threads import kernel_threads
-from icm_ray.methods.given import given
-from icm_ray.methods.merge import merge
+from icm_ray.merging.merge import merge
 from icm_ray.search.measuring import Measurer
 from icm_ray.types import Adapter, SavedModulesPolicy
 

@@ -1,50 +1,19 @@
 """Evidence in parallel: each actor holds one adapter and runs its own unlabelled inputs."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from icm_ray.config import DataSpec
+from icm_ray.adapters import AdapterFile
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.cluster import run_bounded
-from icm_ray.errors import RecipeError
-from icm_ray.evidence import readers
 from icm_ray.evidence.gather import AdapterEvidence
+from icm_ray.evidence.tensors import write_given
 from icm_ray.files import is_done, sha256_of
-from icm_ray.methods.given import write_given
-from icm_ray.suites import SUITES, load_folder
-
-EVIDENCE_BATCH = 32
-MAX_TOKENS = 128
-"""Tokens kept of a user's own text."""
-
-Inputs = Mapping[str, tuple[readers.Inputs, int]]
-"""By task: unlabelled texts or images, and the number of tokens to keep of each text."""
-
-
-def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[readers.Inputs, int]]:
-    """Return each task's unlabelled inputs, from a suite or from a folder of the user's.
-
-    Raises:
-        RecipeError: neither or both of suite and path are named.
-        InputError: a task has no data or too little.
-    """
-    if (data.suite is None) == (data.path is None):
-        raise RecipeError("data: name either a suite or a path.")
-    if data.suite is not None:
-        if data.suite not in SUITES:
-            raise RecipeError(f"data.suite: {data.suite!r} but one of {', '.join(SUITES)}.")
-        suite = SUITES[data.suite]
-        limit = data.inputs_per_task
-        return {
-            t: (suite.load(t, data.split, limit).inputs, suite.tasks[t].max_tokens) for t in tasks
-        }
-    folder = Path(str(data.path))
-    found = {t: load_folder(folder, t).texts for t in tasks}
-    return {t: (texts[: data.inputs_per_task], MAX_TOKENS) for t, texts in found.items()}
+from icm_ray.fusion.material import Trajectories
+from icm_ray.fusion.serial import Checkpoints
+from icm_ray.learning.tasks import EVIDENCE_BATCH, Inputs, inputs_key
+from icm_ray.types import SavedModulesPolicy
 
 
 def gather_on_ray(
@@ -132,8 +101,21 @@ def evidence_key(base: str, sources: Sequence[AdapterSource], inputs: Inputs, ba
     )
 
 
-def inputs_key(inputs: readers.Inputs, max_tokens: int) -> str:
-    """Return what identifies one task's inputs."""
-    if isinstance(inputs, np.ndarray):
-        return sha256_of([list(inputs.shape), hashlib.sha256(inputs.tobytes()).hexdigest()])
-    return sha256_of([list(inputs), max_tokens])
+def checkpoints_on_ray(
+    actors: Sequence[Any],
+    files: Sequence[AdapterFile],
+    policy: SavedModulesPolicy,
+    inputs: Inputs,
+    trajectories: Trajectories,
+    timeout: float,
+) -> Checkpoints:
+    """Return what a Fusion-VAE is trained on, task vectors gathered on the adapter actors."""
+    gathered = gather_on_ray(
+        actors,
+        [AdapterSource.of(file, policy) for file in files],
+        inputs,
+        batch=EVIDENCE_BATCH,
+        timeout=timeout,
+    )
+    vectors = {one.task: one.task_vector for one in gathered}
+    return Checkpoints.read([file.load() for file in files], trajectories, vectors)

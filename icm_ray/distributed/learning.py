@@ -18,12 +18,12 @@ from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES, fetch, request, worker_count
 from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.errors import ClusterError
+from icm_ray.evidence.learned import LearnedMerge
 from icm_ray.learning.descent import Descent
 from icm_ray.learning.gradients import Part, TaskGradients, TaskLosses
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run, covered_tasks, groups_of, report
 from icm_ray.learning.recipes import Plan
-from icm_ray.learning.store import LearnedMerge
 from icm_ray.linalg.threads import kernel_threads
 
 Group = tuple[str, ...]

@@ -1,6 +1,8 @@
 """Merge module shards on Ray: the serial merge, split over workers, equal byte for byte."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from icm_ray.adapters import AdapterFile
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES, request, run_bounded, worker_count
-from icm_ray.methods.merge import MergedModule, MergeOrder, assemble, merge_modules, plan_merge
-from icm_ray.methods.passes import Measured, concluded, measure_modules, passes_of
+from icm_ray.merging.folder import write_merged
+from icm_ray.merging.merge import MergedModule, assemble, merge, merge_modules
+from icm_ray.merging.order import MergeOrder, plan_merge
+from icm_ray.merging.passes import Measured, concluded, measure_modules, passes_of
 from icm_ray.types import LoRAFactors, MergeResult, ModuleReport, RankPolicy
 
 SHARD_BYTES = 64_000_000
@@ -129,3 +133,15 @@ def _factors(pair: Pair) -> LoRAFactors:
     # A copy frees the shard from the object store and makes the tensors writable.
     a, b = (torch.from_numpy(array.copy()) for array in pair)
     return LoRAFactors(a, b)
+
+
+@ray.remote(max_retries=MAX_RETRIES)
+def merge_to_folder(
+    files: list[AdapterFile], order: dict[str, Any], folder: Path, key: str
+) -> None:
+    """Merge in one task and write the verified folder."""
+    started = time.monotonic()
+    result = merge(files, **order)
+    seconds = time.monotonic() - started
+    paths = {file.name: str(file.path) for file in files}
+    write_merged(result, folder, key=key, inputs=paths, seconds=seconds, evidence=order["evidence"])

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from icm_ray.base_model.loading import Base, build_base, fingerprint_weights, load_weights
 from icm_ray.config import Resources
-from icm_ray.evidence.base import Base, build_base, fingerprint_weights, load_weights
 
 SMALL_FILE = 20_000_000
 

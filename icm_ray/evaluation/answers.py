@@ -10,13 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from icm_ray.errors import RecipeError
-from icm_ray.evaluation.generated import SCORERS
-from icm_ray.evaluation.heads import Head, loss
-from icm_ray.evidence.base import Base
-from icm_ray.evidence.batches import hidden_states, in_order, pooled
-from icm_ray.evidence.decoding import counted, greedy, next_token_nats, readout_of
-from icm_ray.evidence.readers import (
+from icm_ray.base_model.decoding import counted, greedy, next_token_nats, readout_of
+from icm_ray.base_model.loading import Base
+from icm_ray.base_model.readers import (
     Answered,
     Batch,
     Read,
@@ -25,6 +21,10 @@ from icm_ray.evidence.readers import (
     by_length,
     pad_batch,
 )
+from icm_ray.base_model.states import hidden_states, in_order, pooled
+from icm_ray.errors import RecipeError
+from icm_ray.evaluation.generated import SCORERS
+from icm_ray.evaluation.heads import Head, loss
 from icm_ray.suites.tasks import Examples, Kind, Task
 
 MakeBatch = Callable[[Sequence[int]], Batch]

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from icm_ray.base_model.loading import Base
+from icm_ray.base_model.low_rank import applied
 from icm_ray.evaluation.answers import answer_of
+from icm_ray.evaluation.experts import Expert
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import Score, score
-from icm_ray.evidence.base import Base
-from icm_ray.evidence.low_rank import applied
 from icm_ray.linalg.threads import kernel_threads
+from icm_ray.suites import Suite
 from icm_ray.suites.tasks import Examples, Task
 from icm_ray.types import Adapter
 
@@ -104,3 +106,13 @@ def standing(
     gains = {t: expert[t] - base[t] for t in tasks}
     kept = {t: (merged[t] - base[t]) / gains[t] if gains[t] else float("nan") for t in tasks}
     return Standing(normalised, kept)
+
+
+def task_data(
+    suite: Suite, experts: Mapping[str, Expert], split: str, limit: int
+) -> dict[str, TaskData]:
+    """Return each task's examples of a split with its expert's head."""
+    return {
+        task: TaskData(suite.tasks[task], suite.load(task, split, limit), expert.head())
+        for task, expert in experts.items()
+    }

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icm_ray.evidence.base import find_module
-from icm_ray.evidence.batches import Batch, pooled
-from icm_ray.evidence.low_rank import applied
+from icm_ray.base_model.loading import find_module
+from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.states import Batch, pooled
 from icm_ray.types import Adapter
 
 

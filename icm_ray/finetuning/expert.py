@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from icm_ray.base_model.loading import Base
 from icm_ray.config import ExpertSet, LoRARecipe, Training
 from icm_ray.evaluation.answers import answer_of
 from icm_ray.evaluation.heads import Head
-from icm_ray.evidence.base import Base
 from icm_ray.finetuning.state import load_state, save_state
 from icm_ray.finetuning.trajectory import Trajectory
 from icm_ray.seeding import generator, seed_for

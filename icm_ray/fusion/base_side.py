@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icm_ray.base_model.loading import Base
+from icm_ray.base_model.states import Batch
 from icm_ray.config import InnerSpec, ObjectiveSpec
 from icm_ray.errors import RecipeError
-from icm_ray.evidence.base import Base
-from icm_ray.evidence.batches import Batch
+from icm_ray.fusion_vae.layout import Layout
 from icm_ray.learning.forward import merged, observe
 from icm_ray.learning.gradients import compare, inverse
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives import Memory, Scaling, TaskObjective
 from icm_ray.learning.parameters import Frame
 from icm_ray.learning.recipes import objective_of
-from icm_ray.vae.layout import Layout
 
 INNER: Mapping[str, Any] = {
     "task": "supervised",

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from icm_ray.errors import InputError
 from icm_ray.finetuning.trajectory import read_trajectory, unflatten
+from icm_ray.fusion_vae.layout import Layout, Sample
 from icm_ray.types import Adapter, LoRAFactors
-from icm_ray.vae.layout import Layout, Sample
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 FINAL, BEFORE = "final", "trajectory"

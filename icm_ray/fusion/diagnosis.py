@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from icm_ray.fusion.data import FusionTable
+from icm_ray.fusion_vae.layout import Modules, cosine, factors_of, norm
+from icm_ray.fusion_vae.model import FusionModel
+from icm_ray.fusion_vae.network import divergence
 from icm_ray.types import Adapter, LoRAFactors
-from icm_ray.vae.layout import Modules, cosine, factors_of, norm
-from icm_ray.vae.model import FusionModel
-from icm_ray.vae.network import divergence
 
 COLLAPSED = 1.0
 """Nats of KL over all latent dimensions below which z says nothing of its adapter."""

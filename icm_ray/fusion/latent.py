@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from icm_ray.base_model.loading import Base
 from icm_ray.config import LearnSpec, ObjectiveSpec, OptimisationSpec
 from icm_ray.errors import RecipeError
-from icm_ray.evidence.base import Base
+from icm_ray.evidence.learned import LearnedMerge
+from icm_ray.fusion_vae.layout import Part
+from icm_ray.fusion_vae.model import FusionModel, Point
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Progress, Run, learn
 from icm_ray.learning.parameters import Frame
 from icm_ray.learning.recipes import Plan
-from icm_ray.learning.store import LearnedMerge
 from icm_ray.learning.terms import Terms, own_terms
 from icm_ray.types import Adapter, LoRAFactors
-from icm_ray.vae.layout import Part
-from icm_ray.vae.model import FusionModel, Point
 
 IN_CONTEXT = LearnSpec(
     objective=ObjectiveSpec(kind="task_vector_match"),

@@ -17,9 +17,9 @@ from icm_ray.config import FusionSpec
 from icm_ray.errors import RecipeError
 from icm_ray.fusion.base_side import BaseSide
 from icm_ray.fusion.data import FusionTable
+from icm_ray.fusion_vae.layout import Layout
+from icm_ray.fusion_vae.network import FusionVAE, build_vae, divergence, sampled
 from icm_ray.seeding import generator, seed_for
-from icm_ray.vae.layout import Layout
-from icm_ray.vae.network import FusionVAE, build_vae, divergence, sampled
 
 PARTS = ("reconstruction", "kl", "inner", "query")
 

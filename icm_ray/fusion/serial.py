@@ -8,24 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icm_ray.base_model.loading import Base
 from icm_ray.config import FusionSpec, RepresentationSpec, changed
 from icm_ray.errors import InputError
-from icm_ray.evidence.base import Base
 from icm_ray.finetuning.trajectory import evenly_spaced
 from icm_ray.fusion.base_side import INNER, BaseSide
 from icm_ray.fusion.data import FusionTable, Sample, samples_of
 from icm_ray.fusion.diagnosis import with_size
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.train import Progress, check_kept, finished, train
+from icm_ray.fusion_vae.layout import Layout
+from icm_ray.fusion_vae.model import FusionModel
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.recipes import HEADED
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.types import Adapter
-from icm_ray.vae.layout import Layout
-from icm_ray.vae.model import FusionModel
 
-FUSES = "FusionModel"
-"""What methods need that merge with a Fusion-VAE, as their METHODS rows say."""
 HEAD_LOSSES = {loss: kind for loss, kind in INNER.items() if kind in HEADED}
 """Inner losses that read heads, by the learner's name of them."""
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.errors import InputError
-from icm_ray.methods.given import given, write_given
-from icm_ray.methods.icm_fusion import model_of
-from icm_ray.vae.model import KIND, FusionModel
+from icm_ray.evidence.tensors import given, model_of, write_given
+from icm_ray.fusion_vae.model import KIND, FusionModel
 
 
 def save_fusion(model: FusionModel, folder: Path, origin: Mapping[str, Any] | None = None) -> None:

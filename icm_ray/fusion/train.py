@@ -15,9 +15,9 @@ from icm_ray.config import FusionSpec
 from icm_ray.errors import RecipeError
 from icm_ray.fusion.diagnosis import diagnosis
 from icm_ray.fusion.meta import MetaTraining
+from icm_ray.fusion_vae.model import FusionModel
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.types import Adapter
-from icm_ray.vae.model import FusionModel
 
 STATE = "fusion_training.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")

@@ -5,11 +5,11 @@ Nothing of a file is ever executed: YAML is read by `safe_load`, Python by its s
 
 from pathlib import Path
 
+from icm_ray.config.loading import MAX_RECIPE_BYTES
 from icm_ray.errors import RecipeError
 from icm_ray.importing.mergekit import read_mergekit
 from icm_ray.importing.peft_call import read_peft_call
 from icm_ray.importing.writing import Imported, checked, recipe_text, write_recipe
-from icm_ray.recipe_files import MAX_RECIPE_BYTES
 
 __all__ = ["Imported", "import_recipe", "recipe_text", "write_recipe"]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from icm_ray.config.loading import read_yaml
 from icm_ray.errors import RecipeError
 from icm_ray.importing.counterparts import COUNTERPARTS, DEFAULTS, TIMES, Counterpart, nearest
 from icm_ray.importing.model_entries import Entry, Findings, Settings, read_entries, reference
 from icm_ray.importing.writing import Imported, adapter_names, to_download
-from icm_ray.recipe_files import read_yaml
 
 NO_BASE = (
     "mergekit loads the base once per adapter, merges each into it and writes a whole model. Here "

@@ -10,8 +10,7 @@ from typing import Any
 
 from icm_ray.config import MergeRecipe
 from icm_ray.errors import RecipeError, one_line
-from icm_ray.methods import METHODS
-from icm_ray.methods.merge import find_method
+from icm_ray.methods import METHODS, find_method
 
 WIDTH = 98
 FILL_IN = "FILL_IN/"

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import nn
 
-from icm_ray.evidence.decoding import Readout, answered
-from icm_ray.evidence.readers import Answered, Batch
+from icm_ray.base_model.decoding import Readout, answered
+from icm_ray.base_model.readers import Answered, Batch
 from icm_ray.learning.heads import entropy
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives import Measured, Memory, Scaling

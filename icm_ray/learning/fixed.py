@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from icm_ray.evidence.low_rank import applied
+from icm_ray.base_model.low_rank import applied
 from icm_ray.learning.forward import observe
 from icm_ray.learning.gradients import TaskGradients
 from icm_ray.learning.inputs import TaskInputs

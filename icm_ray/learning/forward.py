@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from icm_ray.base_model.loading import find_module
+from icm_ray.base_model.states import Batch, hidden_states
 from icm_ray.errors import InputError
-from icm_ray.evidence.base import find_module
-from icm_ray.evidence.batches import Batch, hidden_states
 from icm_ray.learning.inputs import Seen
 from icm_ray.learning.parameters import Frame
 from icm_ray.learning.targets import block_path

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.readers import Batch, join
 from icm_ray.errors import InputError
-from icm_ray.evidence.low_rank import applied
-from icm_ray.evidence.readers import Batch, join
 from icm_ray.learning.forward import merged, observe
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives import Memory, Objective, TaskObjective

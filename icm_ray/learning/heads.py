@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from icm_ray.base_model.decoding import Readout
+from icm_ray.base_model.readers import Answered, Batch
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.heads import Head
-from icm_ray.evidence.decoding import Readout
-from icm_ray.evidence.readers import Answered, Batch
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.likelihood import ExpertsTokens, NextTokens, divergence
 from icm_ray.learning.objectives import Measured, Memory, Scaling, TaskObjective

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from icm_ray.base_model.readers import Batch
 from icm_ray.evaluation.heads import Head
-from icm_ray.evidence.readers import Batch
 from icm_ray.seeding import generator
 from icm_ray.types import Adapter
 

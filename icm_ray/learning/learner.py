@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from icm_ray.errors import RecipeError
+from icm_ray.evidence.learned import LearnedMerge
 from icm_ray.learning.descent import Descent, Optimisation
 from icm_ray.learning.gradients import TaskGradients, TaskLosses
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives import Objective
 from icm_ray.learning.parameters import Parameters
-from icm_ray.learning.store import LearnedMerge
 from icm_ray.linalg.threads import kernel_threads
 
 Progress = Callable[[int, float], None]

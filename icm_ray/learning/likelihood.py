@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from icm_ray.base_model.decoding import TOKENS_AT_ONCE, Readout, answered, counted, next_token_nats
+from icm_ray.base_model.readers import Answered, Batch
 from icm_ray.errors import RecipeError
-from icm_ray.evidence.decoding import TOKENS_AT_ONCE, Readout, answered, counted, next_token_nats
-from icm_ray.evidence.readers import Answered, Batch
 from icm_ray.learning.inputs import Seen
 from icm_ray.learning.objectives import Measured, Memory
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icm_ray.evidence.batches import Batch
+from icm_ray.base_model.states import Batch
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.targets import Targets
 from icm_ray.linalg.subspace import null_space_ratio, row_space

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from icm_ray.evidence.rebuild import added, bases, combined, positions, stacks
 from icm_ray.learning.targets import block_path
 from icm_ray.learning.terms import Terms
-from icm_ray.methods.rebuild import added, bases, combined, positions, stacks
 from icm_ray.types import LoRAFactors
 
 Sharing = Literal["module", "block", "adapter"]

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from icm_ray.adapters import load_adapter
+from icm_ray.base_model.decoding import Readout, readout_of
+from icm_ray.base_model.loading import Base
 from icm_ray.config import (
     LearnSpec,
     ObjectiveSpec,
@@ -22,8 +24,6 @@ from icm_ray.config import (
     changed,
 )
 from icm_ray.errors import InputError, RecipeError
-from icm_ray.evidence.base import Base
-from icm_ray.evidence.decoding import Readout, readout_of
 from icm_ray.learning.decoding import TokenEntropy
 from icm_ray.learning.descent import Optimisation
 from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised

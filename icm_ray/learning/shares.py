@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icm_ray.learning.store import LearnedMerge
+from icm_ray.evidence.learned import LearnedMerge
+from icm_ray.evidence.rebuild import bases
 from icm_ray.linalg.subspace import row_space
-from icm_ray.methods.rebuild import bases
 from icm_ray.types import Adapter, LoRAFactors
 
 Shares = dict[str, dict[str, float]]

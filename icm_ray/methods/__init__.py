@@ -8,6 +8,8 @@ tests and the search space read the row.
 from collections.abc import Mapping
 from typing import Any
 
+from icm_ray.errors import RecipeError, did_you_mean
+from icm_ray.evidence.rebuild import KINDS
 from icm_ray.methods.breadcrumbs import breadcrumbs
 from icm_ray.methods.cat import cat
 from icm_ray.methods.core_space import core_space
@@ -27,7 +29,6 @@ from icm_ray.methods.lora_lego import lora_lego
 from icm_ray.methods.magnitude_prune import magnitude_prune
 from icm_ray.methods.model_stock import model_stock
 from icm_ray.methods.negate_add import negate_add
-from icm_ray.methods.rebuild import KINDS
 from icm_ray.methods.regmean import regmean
 from icm_ray.methods.robust_merge import robust_merge
 from icm_ray.methods.soup import soup
@@ -385,4 +386,15 @@ METHODS: Mapping[str, Method] = frozen(
     }
 )
 
-__all__ = ["METHODS", "Method"]
+
+def find_method(name: str) -> Method:
+    """Return the METHODS row called `name`; RecipeError with the nearest name otherwise."""
+    if name not in METHODS:
+        raise RecipeError(
+            f"method: {name!r} is not known but one of {', '.join(METHODS)} is expected."
+            f"{did_you_mean(name, METHODS)}"
+        )
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Method", "find_method"]

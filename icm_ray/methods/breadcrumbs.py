@@ -6,9 +6,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from icm_ray.methods.parameters import Scale, Weights, task_weights
-from icm_ray.methods.sparse_merge import Density, added, deltas
-from icm_ray.methods.trim import exactly
+from icm_ray.methods.shared.blocks import Density, added, deltas
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.trim import exactly
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 

@@ -15,8 +15,8 @@ from icm_ray.linalg.orthogonal import polar
 from icm_ray.linalg.shared_basis import Basis, basis_of
 from icm_ray.linalg.sparsify import threshold
 from icm_ray.methods.iso_cts import iso_cts
-from icm_ray.methods.parameters import Scale, Weights, task_weights
-from icm_ray.methods.sparse_merge import dropped
+from icm_ray.methods.shared.blocks import dropped
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
 from icm_ray.methods.tsv import shares
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 

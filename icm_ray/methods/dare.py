@@ -7,9 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from icm_ray.methods.factor_wise import Side, dropped_of_each, factor_wise
-from icm_ray.methods.parameters import Scale, Weights, task_weights
-from icm_ray.methods.sparse_merge import Density, added, deltas, dropped
+from icm_ray.methods.shared.blocks import Density, added, deltas, dropped
+from icm_ray.methods.shared.factor_wise import Side, dropped_of_each, factor_wise
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
 from icm_ray.types import Delta, LoRAFactors, ModuleContext, ModuleEvidence
 
 

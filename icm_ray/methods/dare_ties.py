@@ -11,12 +11,20 @@ from torch import Tensor
 
 from icm_ray.errors import RecipeError
 from icm_ray.linalg.consensus import vote
-from icm_ray.methods.factor_wise import Side, dropped_of_each, factor_wise
-from icm_ray.methods.parameters import Scale, Weights, task_weights
-from icm_ray.methods.sparse_merge import Density, deltas, dropped
+from icm_ray.methods.shared.blocks import Density, deltas, dropped
+from icm_ray.methods.shared.factor_wise import Side, dropped_of_each, factor_wise
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.trim import exactly, majority_sign, thresholds, trim_passes
+from icm_ray.methods.shared.votes import (
+    MERGEKIT,
+    NSC,
+    PAPER,
+    PEFT,
+    AggregateChoice,
+    ElectionChoice,
+    voted,
+)
 from icm_ray.methods.table import Pass
-from icm_ray.methods.trim import exactly, majority_sign, thresholds, trim_passes
-from icm_ray.methods.votes import MERGEKIT, NSC, PAPER, PEFT, AggregateChoice, ElectionChoice, voted
 from icm_ray.types import Delta, LoRAFactors, ModuleContext, ModuleEvidence
 
 RULES = {

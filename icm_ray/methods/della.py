@@ -9,9 +9,9 @@ from torch import Tensor
 
 from icm_ray.errors import RecipeError
 from icm_ray.linalg.sparsify import drop_by_rank, row_keys
-from icm_ray.methods.parameters import Scale, Weights, task_weights
-from icm_ray.methods.sparse_merge import Density, deltas
-from icm_ray.methods.votes import PAPER, AggregateChoice, voted
+from icm_ray.methods.shared.blocks import Density, deltas
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.votes import PAPER, AggregateChoice, voted
 from icm_ray.seeding import seed_for
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from icm_ray.linalg.fourier import HighPass
 from icm_ray.linalg.lowrank import NUMERICAL_RANK, norm
-from icm_ray.methods.parameters import Scale
-from icm_ray.methods.weighted_sum import weighted_sum
+from icm_ray.methods.shared.parameters import Scale
+from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 ROWS = 128

@@ -6,15 +6,14 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
 from torch import Tensor
 
 from icm_ray.errors import InputError, RecipeError
+from icm_ray.evidence.tensors import Given, model_of
+from icm_ray.fusion_vae.model import KIND, Rule
 from icm_ray.linalg.lowrank import norm
-from icm_ray.methods.given import Given
-from icm_ray.methods.parameters import Scale, Weights
+from icm_ray.methods.shared.parameters import Scale, Weights
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
-from icm_ray.vae.model import KIND, FusionModel, Rule
 
 FUSED: Mapping[str, str] = {
     "left": "(d_out, p), what a Fusion-VAE decoded: left @ core @ right",
@@ -106,12 +105,6 @@ def _between(left: Tensor, factors: LoRAFactors, right: Tensor) -> Tensor | None
     core = (left.T @ factors.b) @ (factors.a @ right.T)
     whole = norm(factors.b, factors.a) ** 2
     return core if whole - float(core.double().square().sum()) <= 1e-6 * whole else None
-
-
-def model_of(told: Given) -> FusionModel:
-    """Return the Fusion-VAE that evidence of its kind holds."""
-    tensors = load_file(told.file) if told.file else dict(told.tensors)
-    return FusionModel.restored(told.described, tensors, told.adapters)
 
 
 def prepared(

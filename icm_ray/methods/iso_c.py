@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icm_ray.linalg.lowrank import stack, svd
-from icm_ray.methods.parameters import Scale
+from icm_ray.methods.shared.parameters import Scale
 from icm_ray.types import LoRAFactors, ModuleContext
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from icm_ray.linalg.lowrank import NUMERICAL_RANK, norm, svd
 from icm_ray.linalg.orthogonal import polar
 from icm_ray.methods.iso_c import flat, sum_of_deltas
-from icm_ray.methods.parameters import Scale
+from icm_ray.methods.shared.parameters import Scale
 from icm_ray.types import LoRAFactors, ModuleContext
 
 

@@ -7,12 +7,12 @@ from pydantic import Field
 from torch import Tensor
 
 from icm_ray.methods.dare_ties import dare_ties
-from icm_ray.methods.knots_basis import knots
-from icm_ray.methods.parameters import Scale, Weights
-from icm_ray.methods.sparse_merge import Density, dropped
+from icm_ray.methods.shared.blocks import Density, dropped
+from icm_ray.methods.shared.knots_basis import knots
+from icm_ray.methods.shared.parameters import Scale, Weights
+from icm_ray.methods.shared.trim import trim_passes
+from icm_ray.methods.shared.votes import AggregateChoice
 from icm_ray.methods.table import Pass
-from icm_ray.methods.trim import trim_passes
-from icm_ray.methods.votes import AggregateChoice
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 
 RULES = {"knots": "dare_ties", "nsc": "nsc"}

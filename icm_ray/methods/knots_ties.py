@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from icm_ray.methods.knots_basis import coordinate_blocks, knots
-from icm_ray.methods.parameters import Scale, Weights
-from icm_ray.methods.sparse_merge import Density
+from icm_ray.methods.shared.blocks import Density
+from icm_ray.methods.shared.knots_basis import coordinate_blocks, knots
+from icm_ray.methods.shared.parameters import Scale, Weights
+from icm_ray.methods.shared.trim import trim_passes
+from icm_ray.methods.shared.votes import AggregateChoice
 from icm_ray.methods.table import Pass
 from icm_ray.methods.ties import ties
-from icm_ray.methods.trim import trim_passes
-from icm_ray.methods.votes import AggregateChoice
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 
 RULES = {"knots": "ties", "nsc": "nsc", "core": "core"}

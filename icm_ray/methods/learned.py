@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from icm_ray.errors import InputError, RecipeError
-from icm_ray.methods.parameters import Scale
-from icm_ray.methods.rebuild import rebuild
+from icm_ray.evidence.rebuild import rebuild
+from icm_ray.methods.shared.parameters import Scale
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icm_ray.errors import InputError
 from icm_ray.linalg.clusters import averages, lloyd, spread_out
-from icm_ray.methods.parameters import Scale
+from icm_ray.methods.shared.parameters import Scale
 from icm_ray.seeding import generator
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 

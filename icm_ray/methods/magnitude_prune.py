@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from icm_ray.methods.factor_wise import Side, factor_wise, largest_of_each
-from icm_ray.methods.parameters import Scale, Weights, task_weights
-from icm_ray.methods.sparse_merge import Density, added, deltas
-from icm_ray.methods.trim import exactly
+from icm_ray.methods.shared.blocks import Density, added, deltas
+from icm_ray.methods.shared.factor_wise import Side, factor_wise, largest_of_each
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.trim import exactly
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from icm_ray.linalg.gram import inner_products
-from icm_ray.methods.parameters import Scale
-from icm_ray.methods.weighted_sum import weighted_sum
+from icm_ray.methods.shared.parameters import Scale
+from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 

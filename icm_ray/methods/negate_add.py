@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from icm_ray.methods.parameters import Scale
-from icm_ray.methods.weighted_sum import weighted_sum
+from icm_ray.methods.shared.parameters import Scale
+from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 Role = Annotated[str, Field(json_schema_extra={"role": "adapter"})]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from icm_ray.errors import InputError
 from icm_ray.linalg.gram import damped
-from icm_ray.methods.parameters import Scale
-from icm_ray.methods.weighted_sum import weighted_sum
+from icm_ray.methods.shared.parameters import Scale
+from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext, ModuleEvidence
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from icm_ray.methods.linear import sum_of_factors
-from icm_ray.methods.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
 from icm_ray.types import LoRAFactors, ModuleContext
 
 

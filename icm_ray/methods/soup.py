@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from icm_ray.methods.linear import sum_of_factors
-from icm_ray.methods.parameters import Weights, task_weights
-from icm_ray.methods.weighted_sum import weighted_sum
+from icm_ray.methods.shared.parameters import Weights, task_weights
+from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from icm_ray.linalg.gram import inner_products
 from icm_ray.linalg.lowrank import svd
 from icm_ray.methods.linear import sum_of_factors
+from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.methods.table import Pass
-from icm_ray.methods.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 Components = Annotated[

@@ -198,3 +198,14 @@ def frozen(table: dict[str, Method]) -> Mapping[str, Method]:
     """Return the table read-only, checked for rows filed under another name."""
     assert all(name == row.name for name, row in table.items())
     return types.MappingProxyType(table)
+
+
+LEARNED = "LearnedMerge"
+"""What learned methods need, as their METHODS rows say."""
+
+
+FUSES = "FusionModel"
+"""What methods need that merge with a Fusion-VAE, as their METHODS rows say."""
+
+
+GRAMS = "GramStatistics"

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from icm_ray.methods.parameters import Scale, Weights, task_weights
-from icm_ray.methods.weighted_sum import weighted_sum
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 

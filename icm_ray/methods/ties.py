@@ -9,12 +9,26 @@ from pydantic import Field
 from torch import Tensor
 
 from icm_ray.linalg.consensus import Aggregate, Election, vote
-from icm_ray.methods.factor_wise import Side, factor_wise, largest_of_each
-from icm_ray.methods.parameters import Scale, Weights, task_weights
-from icm_ray.methods.sparse_merge import Density, deltas
+from icm_ray.methods.shared.blocks import Density, deltas
+from icm_ray.methods.shared.factor_wise import Side, factor_wise, largest_of_each
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.trim import (
+    exactly,
+    majority_sign,
+    of_module_alone,
+    thresholds,
+    trim_passes,
+)
+from icm_ray.methods.shared.votes import (
+    MERGEKIT,
+    NSC,
+    PAPER,
+    PEFT,
+    AggregateChoice,
+    ElectionChoice,
+    voted,
+)
 from icm_ray.methods.table import Pass
-from icm_ray.methods.trim import exactly, majority_sign, of_module_alone, thresholds, trim_passes
-from icm_ray.methods.votes import MERGEKIT, NSC, PAPER, PEFT, AggregateChoice, ElectionChoice, voted
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 RULES = {"ties": PAPER, "core": PAPER, "nsc": NSC, "peft_svd": PEFT, "mergekit": MERGEKIT}

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from icm_ray.linalg.lowrank import svd
 from icm_ray.linalg.orthogonal import polar
-from icm_ray.methods.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
 from icm_ray.types import LoRAFactors, ModuleContext
 
 

@@ -4,9 +4,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from icm_ray.fusion.serial import FUSES
 from icm_ray.learning.recipes import LEARNERS
-from icm_ray.methods.merge import find_method
+from icm_ray.methods import find_method
+from icm_ray.methods.table import FUSES
 
 SCALES: Mapping[str, str] = {
     # Sums over tasks want less than 1, averages about 1, and these more than that.

@@ -12,31 +12,32 @@ import torch
 from torch import Tensor
 
 from icm_ray.adapters.saving import as_stored
+from icm_ray.base_model.loading import Base
+from icm_ray.base_model.readers import Inputs
+from icm_ray.base_model.states import batches_of
 from icm_ray.config import INPUT_BATCH, ObjectiveSpec
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import score
 from icm_ray.evaluation.scoring import TaskData, evaluate, standing, values
-from icm_ray.evidence.base import Base
-from icm_ray.evidence.batches import batches_of
-from icm_ray.evidence.readers import Inputs
 from icm_ray.files import sha256_of
 from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, train_fusion
 from icm_ray.fusion.store import save_fusion
+from icm_ray.fusion_vae.model import FusionModel
 from icm_ray.learning.fixed import FixedLosses
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run, learn
 from icm_ray.learning.recipes import needs_grams, objective_of, plan_of, spec_of
-from icm_ray.methods.merge import find_method, merge
+from icm_ray.merging.merge import merge
+from icm_ray.methods import find_method
+from icm_ray.methods.table import GRAMS
 from icm_ray.search.coefficients import coefficients_of
 from icm_ray.search.objectives import LABEL_FREE, SCORED
 from icm_ray.search.spaces import Setting
 from icm_ray.suites.tasks import Examples, Task
 from icm_ray.types import Adapter
-from icm_ray.vae.model import FusionModel
 
 BATCH = 64
 LEARN_BATCH = 32
-GRAMS = "GramStatistics"
 
 
 @dataclass(frozen=True)

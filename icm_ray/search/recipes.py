@@ -14,7 +14,7 @@ from icm_ray.config import (
     TrainFusionRecipe,
 )
 from icm_ray.learning.recipes import reads_heads, spec_of
-from icm_ray.methods.merge import find_method
+from icm_ray.methods import find_method
 from icm_ray.search.spaces import Setting
 
 BEST = "best.yaml"

@@ -18,11 +18,11 @@ from typing import Any
 
 from icm_ray.config import SearchRow
 from icm_ray.errors import RecipeError
-from icm_ray.fusion.serial import FUSES, fusion_spec_of
+from icm_ray.fusion.serial import fusion_spec_of
 from icm_ray.learning.recipes import LEARNERS, spec_of
-from icm_ray.methods import METHODS
-from icm_ray.methods.cut import RankRule
-from icm_ray.methods.merge import find_method
+from icm_ray.merging.cut import RankRule
+from icm_ray.methods import METHODS, find_method
+from icm_ray.methods.table import FUSES
 from icm_ray.search.defaults import default_space
 from icm_ray.search.distributions import Dimension, Value, parse
 

@@ -9,10 +9,10 @@ import yaml
 
 from icm_ray.config import MergeRecipe
 from icm_ray.errors import InputError, RecipeError
+from icm_ray.evidence.learned import load_learned
+from icm_ray.evidence.tensors import DESCRIPTION
 from icm_ray.learning.recipes import LEARNERS
-from icm_ray.learning.store import load_learned
 from icm_ray.methods import METHODS
-from icm_ray.methods.given import DESCRIPTION
 from icm_ray.search.coefficients import groups_of
 from icm_ray.search.distributions import Value
 from icm_ray.search.recipes import BEST

@@ -109,7 +109,7 @@ def default_cache() -> Path:
 
 def prepare_base(
     spec: str,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -128,7 +128,7 @@ def prepare_base(
         InputError: There is no such base, or it is not what it should be.
         ResourceError: The cache cannot be written, or a wait took too long.
     """
-    cache = cache or default_cache()
+    cache = Path(cache) if cache else default_cache()
     tell = progress or (lambda line: None)
     local = Path(spec).expanduser()
     if spec in BASES or local.is_dir():
@@ -315,3 +315,8 @@ def _from_hub(spec: str, cache: Path, revision: str | None, tell: Progress) -> P
             f"({reason}).{hint} Check the name and the network, or give a local folder."
         ) from error
     return Path(path)
+
+
+def base_name(spec: str) -> str:
+    """Return what an adapter's config calls this base: a name that means something elsewhere."""
+    return BASES[spec].hub_id if spec in BASES else spec

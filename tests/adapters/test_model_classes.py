@@ -16,12 +16,12 @@ from icm_ray.adapters import (
     verify_forward,
     verify_written,
 )
+from icm_ray.base_model import loading as evidence_base
+from icm_ray.base_model.readers import Batch, TextReader
+from icm_ray.base_model.states import hidden_states
 from icm_ray.errors import InputError
-from icm_ray.evidence import base as evidence_base
-from icm_ray.evidence.batches import hidden_states
 from icm_ray.evidence.gather import gather
 from icm_ray.evidence.grams import gather_grams
-from icm_ray.evidence.readers import Batch, TextReader
 
 
 @dataclass(frozen=True)

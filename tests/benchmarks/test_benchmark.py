@@ -6,13 +6,21 @@ import pytest
 import torch
 
 from icm_ray import METHODS, RecipeError
+from icm_ray.benchmarks import (
+    judging as benchmark_judging,
+)
+from icm_ray.benchmarks import (
+    peers as benchmark_peers,
+)
+from icm_ray.benchmarks import (
+    run as benchmark,
+)
+from icm_ray.benchmarks.comparisons import COMPARISONS, NAIVE, PEFT
+from icm_ray.benchmarks.fusion import SIDES, measure_fusion
+from icm_ray.benchmarks.memory import PeakMemory, random_adapter
+from icm_ray.benchmarks.tables import as_markdown, as_tables
 from icm_ray.config import BenchmarkRecipe, FusionBenchmark
-from icm_ray.distributed import benchmark, benchmark_judging, benchmark_peers
-from icm_ray.distributed.benchmark_comparisons import COMPARISONS, NAIVE, PEFT
-from icm_ray.distributed.benchmark_fusion import SIDES, measure_fusion
-from icm_ray.distributed.benchmark_memory import PeakMemory, random_adapter
-from icm_ray.distributed.benchmark_tables import as_markdown, as_tables
-from icm_ray.recipe_files import load_recipe
+from icm_ray.config.loading import load_recipe
 
 LAYERS = {"q_proj": [64, 48], "v_proj": [16, 48]}
 # What both sides' results may differ by, where that is judged.

@@ -2,9 +2,9 @@
 
 import pytest
 
+from icm_ray.benchmarks.learning import compare_steps
+from icm_ray.benchmarks.tables import as_markdown, as_tables
 from icm_ray.config import BenchmarkRecipe
-from icm_ray.distributed.benchmark_learning import compare_steps
-from icm_ray.distributed.benchmark_tables import as_markdown, as_tables
 from icm_ray.errors import RecipeError
 
 BERT = {

@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from icm_ray.adapters import load_adapter
 from icm_ray.command import run_job
 from icm_ray.config import EngineSpec, FusionSpec, LearnRecipe, Resources, TrainFusionRecipe
-from icm_ray.distributed import fusion_engine
-from icm_ray.distributed.fusion_engine import FusionOrder, check_hashes
+from icm_ray.distributed import fusion_worker as fusion_engine
 from icm_ray.distributed.fusion_trainer import train_fusion_on_ray
+from icm_ray.distributed.fusion_worker import FusionOrder, check_hashes
 from icm_ray.errors import ClusterError, InputError, RecipeError
+from icm_ray.evidence.learned import load_learned
 from icm_ray.fusion.data import FusionTable
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.store import load_fusion
 from icm_ray.fusion.train import train
-from icm_ray.learning.store import load_learned
-from icm_ray.methods.merge import merge
-from icm_ray.vae.layout import Layout, Sample
+from icm_ray.fusion_vae.layout import Layout, Sample
+from icm_ray.merging.merge import merge
 from jobs.learn import work as learn_work
 from jobs.train_fusion import work
 

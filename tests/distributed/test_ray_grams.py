@@ -8,14 +8,14 @@ from ray_samples import hashes, merge_recipe, write_yaml
 from typer.testing import CliRunner
 
 from icm_ray.adapters import load_adapter
+from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.cli import app
 from icm_ray.command import run_job
 from icm_ray.config import EvidenceRecipe, MergeRecipe
-from icm_ray.evidence.base import load_base
-from icm_ray.evidence.batches import make_batches, tokenize
 from icm_ray.evidence.grams import gather_grams
-from icm_ray.methods.given import read_given
-from icm_ray.methods.merge import merge
+from icm_ray.evidence.tensors import read_given
+from icm_ray.merging.merge import merge
 from jobs.evidence import work as evidence_work
 from jobs.merge import work as merge_work
 

@@ -10,18 +10,18 @@ import torch
 from ray_samples import hashes, write_yaml
 
 from icm_ray.adapters import load_adapter
+from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.command import run_job
 from icm_ray.config import LearnRecipe, MergeRecipe, Resources
 from icm_ray.distributed.learning import LearnOrder, TaskActor, learn_on_ray
 from icm_ray.distributed.shared_base import share_base
 from icm_ray.errors import InputError, RecipeError
-from icm_ray.evidence.base import load_base
-from icm_ray.evidence.batches import make_batches, tokenize
+from icm_ray.evidence.learned import load_learned
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run, learn
 from icm_ray.learning.recipes import LEARNERS, plan_of, spec_of
-from icm_ray.learning.store import load_learned
-from icm_ray.methods.merge import merge
+from icm_ray.merging.merge import merge
 from jobs.learn import work as learn_work
 from jobs.merge import work as merge_work
 

@@ -14,7 +14,8 @@ from icm_ray.command import run_job
 from icm_ray.config import MergeRecipe, Resources
 from icm_ray.distributed.merge import merge_on_ray, shard_modules
 from icm_ray.errors import InputError
-from icm_ray.methods.merge import merge, plan_merge
+from icm_ray.merging.merge import merge
+from icm_ray.merging.order import plan_merge
 from jobs.merge import work
 
 METHODS = {

@@ -16,9 +16,9 @@ from ray_samples import finetune_recipe, save_tiny_bert
 
 from icm_ray.config import SearchRecipe
 from icm_ray.distributed.finetune import finetune
-from icm_ray.distributed.search import search_and_write
 from icm_ray.distributed.shared_base import share_base
 from icm_ray.files import read_json
+from icm_ray.workflows.search.run import search_and_write
 
 
 def main(root: Path) -> None:

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from icm_ray.adapters import open_all, save_adapter
-from icm_ray.distributed.learn import Readable, task_inputs
+from icm_ray.base_model import decoding
+from icm_ray.base_model.decoding import greedy, readout_of
+from icm_ray.base_model.loading import Base, load_base
+from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.readers import Answered, by_length
+from icm_ray.base_model.states import hidden_states
 from icm_ray.evaluation.answers import answer_of
-from icm_ray.evidence import decoding
-from icm_ray.evidence.base import Base, load_base
-from icm_ray.evidence.batches import hidden_states
-from icm_ray.evidence.decoding import greedy, readout_of
-from icm_ray.evidence.low_rank import applied
-from icm_ray.evidence.readers import Answered, by_length
 from icm_ray.learning.gradients import TaskGradients
 from icm_ray.learning.heads import Distillation, Supervised
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.parameters import Coefficients
+from icm_ray.learning.tasks import Readable, task_inputs
 from icm_ray.learning.terms import own_terms
 from icm_ray.suites.tasks import Examples, Task
 from icm_ray.types import LoRAFactors

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from icm_ray.base_model.loading import load_base
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.scoring import Standing, TaskData, evaluate, standing
-from icm_ray.evidence.base import load_base
 from icm_ray.suites.tasks import Examples, Task
 from icm_ray.types import LoRAFactors
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from icm_ray.adapters import load_adapter
+from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.states import features, make_batches, pad_batch, pooled, tokenize
 from icm_ray.errors import InputError
-from icm_ray.evidence.base import load_base
-from icm_ray.evidence.batches import features, make_batches, pad_batch, pooled, tokenize
 from icm_ray.evidence.gather import gather
 from icm_ray.linalg.subspace import null_space_ratio, row_space
 from icm_ray.types import LoRAFactors

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from icm_ray.evidence.base import load_base
-from icm_ray.evidence.batches import make_batches, tokenize
+from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.evidence.grams import gather_grams
-from icm_ray.evidence.low_rank import applied
 
 Q, K, OUT = (
     f"encoder.layer.1.attention.{name}" for name in ("self.query", "self.key", "output.dense")

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from icm_ray.adapters import load_adapter
+from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.low_rank import applied
 from icm_ray.config import ExpertSet, LoRARecipe, Training
 from icm_ray.evaluation.heads import Head
-from icm_ray.evidence.base import load_base
-from icm_ray.evidence.low_rank import applied
 from icm_ray.files import sha256_of_file
 from icm_ray.finetuning.expert import (
     ExpertJob,

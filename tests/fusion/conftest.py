@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 import torch
 
+from icm_ray.base_model.loading import Base, load_base
+from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.config import FusionSpec
 from icm_ray.evaluation.heads import Head
-from icm_ray.evidence.base import Base, load_base
-from icm_ray.evidence.batches import make_batches, tokenize
 from icm_ray.fusion.base_side import BaseSide
 from icm_ray.fusion.data import FusionTable
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.train import finished, train
+from icm_ray.fusion_vae.layout import Layout, Sample
+from icm_ray.fusion_vae.model import FusionModel
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.types import Adapter, LoRAFactors
-from icm_ray.vae.layout import Layout, Sample
-from icm_ray.vae.model import FusionModel
 
 PARTS = ("self.query", "self.value", "output.dense")
 MODULES = {f"encoder.layer.{i}.attention.{part}": (16, 16) for i in (0, 1) for part in PARTS}

@@ -9,8 +9,8 @@ from icm_ray.errors import InputError
 from icm_ray.finetuning.trajectory import Trajectory
 from icm_ray.fusion.data import FusionTable, read_table, samples_of, write_table
 from icm_ray.fusion.serial import Checkpoints
+from icm_ray.fusion_vae.layout import Layout, distance, norm
 from icm_ray.types import LoRAFactors
-from icm_ray.vae.layout import Layout, distance, norm
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import torch
 import icm_ray
 from icm_ray.config import ObjectiveSpec
 from icm_ray.errors import InputError, RecipeError
+from icm_ray.evidence.learned import save_learned
 from icm_ray.fusion.diagnosis import soup
 from icm_ray.fusion.latent import DIRECT, IN_CONTEXT, fuse_in_context, latent_plan
+from icm_ray.fusion_vae.layout import distance, norm
 from icm_ray.learning.parameters import Parameters, merged_factors
-from icm_ray.learning.store import save_learned
-from icm_ray.vae.layout import distance, norm
 
 
 def short(spec, steps):

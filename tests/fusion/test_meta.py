@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.errors import RecipeError
-from icm_ray.evidence.base import load_base
-from icm_ray.evidence.batches import make_batches, tokenize
 from icm_ray.fusion.base_side import BaseSide
 from icm_ray.fusion.data import FusionTable
 from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.train import train
+from icm_ray.fusion_vae.layout import Layout, Sample
 from icm_ray.learning.inputs import TaskInputs
-from icm_ray.vae.layout import Layout, Sample
 
 META = {"vae_steps": 0, "meta_steps": 4}
 

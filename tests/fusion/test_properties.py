@@ -13,8 +13,8 @@ from icm_ray.fusion.latent import latent_plan
 from icm_ray.fusion.serial import Checkpoints, join
 from icm_ray.fusion.store import load_fusion, save_fusion
 from icm_ray.fusion.train import STATE, check_kept, finished, learning_rate, train
+from icm_ray.fusion_vae.layout import Sample, cosine, distance, norm
 from icm_ray.types import LoRAFactors
-from icm_ray.vae.layout import Sample, cosine, distance, norm
 
 
 def merged(adapters, model, **params):

@@ -7,8 +7,8 @@ import torch
 from test_golden import MANIFEST, adapters, stored
 
 import icm_ray
-from icm_ray.methods.merge import plan_merge
-from icm_ray.methods.passes import with_statistics
+from icm_ray.merging.order import plan_merge
+from icm_ray.merging.passes import with_statistics
 
 # How each case is asked for here: method, parameters, what of the case is given as evidence.
 OURS: dict[str, tuple[str, dict[str, Any], str]] = {

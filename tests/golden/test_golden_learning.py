@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from test_golden import DATA, MANIFEST
 from torch import Tensor, nn
 
-from icm_ray.evidence.batches import Batch
-from icm_ray.evidence.decoding import greedy
+from icm_ray.base_model.decoding import greedy
+from icm_ray.base_model.states import Batch
 from icm_ray.learning.decoding import TokenEntropy
 from icm_ray.learning.descent import Descent, Optimisation
 from icm_ray.learning.forward import merged

@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from test_golden import DATA, MANIFEST
 from torch import Tensor, nn
 
-from icm_ray.evidence.batches import Batch
+from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.states import Batch
 from icm_ray.evidence.gather import gather
-from icm_ray.evidence.low_rank import applied
 from icm_ray.linalg.subspace import null_space_ratio, row_space
 from icm_ray.types import Adapter, LoRAFactors
 

@@ -8,10 +8,10 @@ import yaml
 
 from icm_ray import METHODS, RecipeError, merge
 from icm_ray.config import MergeRecipe
+from icm_ray.config.loading import load_recipe
 from icm_ray.importing import import_recipe, recipe_text, writing
 from icm_ray.importing.counterparts import COUNTERPARTS
 from icm_ray.importing.mergekit import read_mergekit
-from icm_ray.recipe_files import load_recipe
 
 BASE = "meta/llama"
 

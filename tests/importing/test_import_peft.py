@@ -8,9 +8,9 @@ from command_samples import SHAPES, save_lora
 
 from icm_ray import RecipeError, load_adapter, merge
 from icm_ray.config import MergeRecipe
+from icm_ray.config.loading import load_recipe
 from icm_ray.importing import import_recipe, recipe_text
 from icm_ray.importing.counterparts import COMBINATIONS
-from icm_ray.recipe_files import load_recipe
 
 LOADING = """
 from peft import PeftModel

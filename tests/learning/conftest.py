@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from icm_ray.base_model.loading import Base, load_base
+from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.evaluation.heads import Head
-from icm_ray.evidence.base import Base, load_base
-from icm_ray.evidence.batches import make_batches, tokenize
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.terms import Terms, own_terms
 from icm_ray.types import Adapter

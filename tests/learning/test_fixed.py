@@ -9,7 +9,7 @@ from icm_ray.learning.gradients import TaskGradients
 from icm_ray.learning.heads import HeadEntropy
 from icm_ray.learning.objectives import NullSpaceRatio, RowSpaceMatch, TaskVectorMatch
 from icm_ray.learning.parameters import Coefficients
-from icm_ray.methods.merge import merge
+from icm_ray.merging.merge import merge
 
 
 @pytest.mark.parametrize(

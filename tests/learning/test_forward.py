@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from icm_ray.base_model.loading import find_module
+from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.readers import join
 from icm_ray.errors import InputError
-from icm_ray.evidence.base import find_module
-from icm_ray.evidence.low_rank import applied
-from icm_ray.evidence.readers import join
 from icm_ray.learning.forward import merged, observe
 from icm_ray.learning.parameters import Coefficients, CoreMatrices, merged_factors
 from icm_ray.learning.terms import own_terms, summed, tsv_terms
@@ -126,7 +126,7 @@ def test_nothing_is_left_behind_after_an_error(tiny, terms, make_adapter, make_t
 
 
 def test_half_precision_bases_run_in_their_dtype(tiny_bert, terms, make_tasks) -> None:
-    from icm_ray.evidence.base import load_base
+    from icm_ray.base_model.loading import load_base
 
     half = load_base(tiny_bert, dtype="bfloat16")
     parameters = Coefficients(terms, 0.4)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from icm_ray.base_model.loading import find_module
 from icm_ray.errors import InputError
-from icm_ray.evidence.base import find_module
 from icm_ray.learning.forward import merged
 from icm_ray.learning.gradients import TaskGradients
 from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from icm_ray.base_model.loading import Base, find_module, load_base
+from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.states import batches_of
 from icm_ray.config import ExpertSet, LoRARecipe, Training
 from icm_ray.evaluation.answers import head_features
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.probe import fit_probe
 from icm_ray.evaluation.scoring import TaskData, evaluate
-from icm_ray.evidence.base import Base, find_module, load_base
-from icm_ray.evidence.batches import batches_of
 from icm_ray.evidence.gather import gather
 from icm_ray.evidence.grams import gather_grams
-from icm_ray.evidence.low_rank import applied
 from icm_ray.finetuning.expert import ExpertJob, train_expert
 from icm_ray.learning.gradients import TaskGradients
 from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from icm_ray.errors import InputError
+from icm_ray.evidence.learned import LearnedMerge, load_learned, save_learned
+from icm_ray.evidence.tensors import write_given
 from icm_ray.files import MANIFEST
 from icm_ray.learning.parameters import CoreMatrices
-from icm_ray.learning.store import LearnedMerge, load_learned, save_learned
 from icm_ray.learning.terms import summed, tsv_terms
-from icm_ray.methods.given import write_given
 
 
 @pytest.fixture

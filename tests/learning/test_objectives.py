@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.states import Batch
 from icm_ray.errors import RecipeError
-from icm_ray.evidence.batches import Batch
-from icm_ray.evidence.low_rank import applied
 from icm_ray.learning.forward import observe
 from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised, entropy
 from icm_ray.learning.inputs import Seen, TaskInputs

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from icm_ray.evidence.learned import LearnedMerge
 from icm_ray.learning.parameters import Coefficients, CoreMatrices, merged_factors
-from icm_ray.learning.store import LearnedMerge
 from icm_ray.learning.terms import own_terms, summed, tsv_terms
 
 

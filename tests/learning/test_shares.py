@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from icm_ray.evidence.learned import LearnedMerge
 from icm_ray.learning.parameters import Coefficients, CoreMatrices
 from icm_ray.learning.shares import shares_of
-from icm_ray.learning.store import LearnedMerge
 from icm_ray.learning.terms import own_terms
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import icm_ray
 from icm_ray import METHODS, RecipeError
-from icm_ray.methods.merge import assemble, merge_modules, plan_merge
-from icm_ray.methods.passes import concluded, measure_modules, passes_of
+from icm_ray.merging.merge import assemble, merge_modules
+from icm_ray.merging.order import plan_merge
+from icm_ray.merging.passes import concluded, measure_modules, passes_of
 from icm_ray.seeding import generator
 from icm_ray.types import Adapter, LoRAFactors, MergeResult
 
@@ -372,7 +373,7 @@ def test_reports_and_adapters_travel(abc, method: str, params: dict) -> None:
     import json
     import pickle
 
-    from icm_ray.output import report_as_dict, report_from_dict
+    from icm_ray.merging.folder import report_as_dict, report_from_dict
 
     result = merge(abc, method, params=three(params, method), output_rank="energy:0.9")
     plain = json.loads(json.dumps(report_as_dict(result.report), allow_nan=False))

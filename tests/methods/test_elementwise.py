@@ -14,8 +14,8 @@ import icm_ray
 from icm_ray import METHODS
 from icm_ray.linalg import blocks, kernels
 from icm_ray.linalg.sparsify import largest, threshold
-from icm_ray.methods.sparse_merge import deltas
-from icm_ray.methods.trim import of_module_alone, thresholds, trim_passes
+from icm_ray.methods.shared.blocks import deltas
+from icm_ray.methods.shared.trim import of_module_alone, thresholds, trim_passes
 from icm_ray.types import LoRAFactors, ModuleContext
 
 three = pytest.fixture(three_experts, name="three")

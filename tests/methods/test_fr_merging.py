@@ -60,7 +60,7 @@ def test_squares_give_factors_and_others_a_dense_delta(preset: str) -> None:
 def test_a_dense_sum_of_very_many_adapters_is_filtered_as_well(monkeypatch) -> None:
     factors = [draw_factors(64, 64, 20, seed) for seed in range(4)]
     expected = dense(fr_merging(factors, context=context(4)))
-    monkeypatch.setattr("icm_ray.methods.weighted_sum.STACKED_ENTRIES", 1)
+    monkeypatch.setattr("icm_ray.methods.shared.weighted_sum.STACKED_ENTRIES", 1)
     assert_close(dense(fr_merging(factors, context=context(4))), expected)
 
 

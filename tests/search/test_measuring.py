@@ -5,19 +5,19 @@ import pytest
 import torch
 
 from icm_ray.adapters import fingerprint_of
+from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.states import batches_of
 from icm_ray.config import SearchRow
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.scoring import TaskData, evaluate
-from icm_ray.evidence.base import load_base
-from icm_ray.evidence.batches import batches_of
 from icm_ray.evidence.gather import gather
 from icm_ray.fusion.data import samples_of
 from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, train_fusion
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run, learn
 from icm_ray.learning.recipes import plan_of, spec_of
-from icm_ray.methods.merge import merge
+from icm_ray.merging.merge import merge
 from icm_ray.search.coefficients import coefficients_of, groups_of
 from icm_ray.search.measuring import Material, Measurer, Wanted
 from icm_ray.search.spaces import Setting, space_of
@@ -159,7 +159,7 @@ def test_groups_are_runs_of_blocks():
 
 
 def test_start_points(measurer, adapters, tmp_path):
-    from icm_ray.learning.store import save_learned
+    from icm_ray.evidence.learned import save_learned
 
     row = SearchRow(method="nsc", search={"layers.*.*": "uniform(0, 1)"})
     space = space_of(row, TASKS, 2)

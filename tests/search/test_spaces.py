@@ -7,9 +7,9 @@ import pytest
 
 from icm_ray import METHODS
 from icm_ray.config import SearchRecipe, SearchRow
+from icm_ray.config.loading import load_recipe
 from icm_ray.errors import RecipeError
 from icm_ray.learning.recipes import LEARNERS
-from icm_ray.recipe_files import load_recipe
 from icm_ray.search.defaults import default_space
 from icm_ray.search.distributions import Dimension, parse
 from icm_ray.search.spaces import space_of

@@ -1,0 +1,85 @@
+"""Batches through a model: hidden states, and their mean over each example's tokens."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from icm_ray.base_model.readers import (
+    Batch,
+    Reader,
+    TextReader,
+    batches_of,
+    make_batches,
+    pad_batch,
+    to_device,
+    tokenize,
+)
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "examples tokens d_model"]:
+    """Return the last hidden states; keys of earlier tokens, which serve nobody, are not kept.
+
+    A decoder behind an encoder repeats the text, so its states stand for the same tokens. Where
+    texts and images have a tower each (CLIP), the states are those of the batch's kind, or of
+    the texts if it has both.
+    """
+    inputs: dict = to_device(batch.inputs, model)
+    if hasattr(model, "text_model") and hasattr(model, "vision_model"):
+        if "input_ids" in inputs and "pixel_values" in inputs:
+            return model(**inputs).text_model_output.last_hidden_state
+        tower: Any = model.text_model if "input_ids" in inputs else model.vision_model
+        return tower(**inputs).last_hidden_state
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = _delayed(inputs["input_ids"], model.config)
+    return model(**inputs).last_hidden_state
+
+
+def _delayed(ids: Int[Tensor, "examples tokens"], config: Any) -> Int[Tensor, "examples tokens"]:
+    """Return what a decoder reads to say `ids`: its start token, and then all but the last."""
+    text = config.get_text_config()
+    start = getattr(text, "decoder_start_token_id", None)
+    start = text.pad_token_id if start is None else start
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
+
+
+def pooled(model: nn.Module, batch: Batch) -> Float[Tensor, "examples d_model"]:
+    """Return the last hidden state averaged over each example's real tokens."""
+    hidden = hidden_states(model, batch)
+    mask = batch.mask.to(hidden.device)[..., None].to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+@torch.no_grad()
+def features(model: nn.Module, batches: Sequence[Batch]) -> Float[Tensor, "examples d_model"]:
+    """Return pooled features of every example in its original order, float32 on CPU."""
+    return in_order(batches, [pooled(model, batch).float().cpu() for batch in batches])
+
+
+def in_order(batches: Sequence[Batch], parts: Sequence[Tensor]) -> Tensor:
+    """Return what was computed batch by batch in the examples' original order."""
+    rows = torch.cat([batch.rows for batch in batches])
+    result = torch.empty(len(rows), *parts[0].shape[1:], dtype=parts[0].dtype)
+    result[rows] = torch.cat(list(parts))
+    return result
+
+
+__all__ = [
+    "Batch",
+    "Reader",
+    "TextReader",
+    "batches_of",
+    "features",
+    "hidden_states",
+    "in_order",
+    "make_batches",
+    "pad_batch",
+    "pooled",
+    "tokenize",
+]

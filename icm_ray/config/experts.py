@@ -1,0 +1,96 @@
+"""Recipes of bases and experts: fetched, trained and scored."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from icm_ray.config.parts import AdapterRef, Part, Positive, Recipe
+
+
+class PrepareRecipe(Recipe):
+    """Recipe of `jobs.prepare`: fetch a suite's base and data once."""
+
+    suite: str | None = "text"
+    base: str | None = None
+    revision: str | None = None
+    output: str = "runs/prepare"
+
+
+class LoRARecipe(Part):
+    """Shape of the adapters that `jobs.finetune` trains."""
+
+    rank: Positive = 8
+    alpha: Positive = 16
+    targets: list[str] | str = ["query", "key", "value", "attention.output.dense"]
+
+
+class Training(Part):
+    """How one expert is trained."""
+
+    steps: Positive = 200
+    batch: Positive = 32
+    lora_lr: float = Field(default=5e-3, gt=0)
+    head_lr: float = Field(default=5e-3, gt=0)
+    train_examples: Positive = 4800
+    checkpoints: Positive = Field(
+        default=16, description="Kept from the second half, evenly spaced."
+    )
+    save_every: Positive = Field(
+        default=50, description="Steps between states a killed run resumes from."
+    )
+
+
+class ExpertSet(Part):
+    """One full set of experts: how A starts, and the seed of everything random."""
+
+    init: Literal["shared", "own"] = "shared"
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def label(self) -> str:
+        """Name of the set in folders and tables."""
+        return f"{self.init}-seed{self.seed}"
+
+
+class Sizes(Part):
+    """How many examples each split uses; the same first n for everybody."""
+
+    calibration: Positive = 128
+    validation: Positive = 256
+    test: Positive = 256
+    tuning: Positive | None = Field(
+        default=None, description="Validation examples that choose a setting; None: all of them."
+    )
+
+    def scored(self, split: str) -> int:
+        """Return how many examples of a split merges are scored on."""
+        return self.test if split == "test" else self.tuning or self.validation
+
+
+class FinetuneRecipe(Recipe):
+    """Recipe of `jobs.finetune`: K experts on one base."""
+
+    suite: str = "text"
+    tasks: list[str] | None = Field(default=None, description="None: every task of the suite.")
+    base: str | None = Field(default=None, description="None: the suite's own.")
+    revision: str | None = None
+    lora: LoRARecipe = LoRARecipe()
+    training: Training = Training()
+    sets: list[ExpertSet] = [ExpertSet()]
+    sizes: Sizes = Sizes()
+    dtype: Literal["float32", "float16"] = "float32"
+    output: str = Field(min_length=1)
+
+
+class EvaluateRecipe(Recipe):
+    """Recipe of `jobs.evaluate`: score adapters on a suite's tasks against its experts."""
+
+    suite: str = "text"
+    experts: str = Field(min_length=1, description="Folder of one expert set.")
+    base: str | None = None
+    revision: str | None = None
+    adapters: list[AdapterRef] = Field(min_length=1)
+    split: Literal["validation", "test"] = "test"
+    examples: Positive = 256
+    batch: Positive = 64
+    output: str = Field(min_length=1)

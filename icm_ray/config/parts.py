@@ -1,0 +1,110 @@
+"""What a recipe may say: one class a job, no unknown keys, every range checked.
+
+`recipe_files.load_recipe` reads them from YAML. Relative paths are relative to the folder the
+command runs in.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from icm_ray.errors import RecipeError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Part(BaseModel):
+    """Base of all recipe parts: no unknown keys, no silent conversions, no changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Spec = TypeVar("Spec", bound=Part)
+
+
+def changed(spec: Spec, changes: Mapping[str, Any], where: str) -> Spec:
+    """Return a part of a recipe with changes, parts within parts; `where` names it in errors.
+
+    Raises:
+        RecipeError: changes name what does not exist, or a value is out of range.
+    """
+    try:
+        return type(spec).model_validate(_laid_over(spec.model_dump(), changes))
+    except ValidationError as error:
+        lines = [f"{where}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise RecipeError(lines) from None
+
+
+def _laid_over(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(plain)
+    for name, value in changes.items():
+        inside = found.get(name)
+        both = isinstance(inside, Mapping) and isinstance(value, Mapping)
+        found[name] = _laid_over(inside, value) if both else value  # type: ignore[arg-type]
+    return found
+
+
+class Resources(Part):
+    """What each actor or worker gets, and how the arithmetic is done on it."""
+
+    workers: Positive | None = Field(
+        default=None, description="At most so many; None: as the CPUs allow."
+    )
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0, description="May be a fraction.")
+    memory_per_worker: Positive | None = Field(default=None, description="Bytes to reserve.")
+    custom: dict[str, float] = Field(default={}, description="Custom Ray resources, name: amount.")
+    threads: Positive = Field(
+        default=1, description="Kernel threads; part of what makes bytes equal."
+    )
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?|mps|xpu)$")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    backend: Literal["gloo", "nccl"] = "gloo"
+    timeout_seconds: Positive = Field(
+        default=1800, description="Longest wait for one piece of work."
+    )
+
+
+class AdapterRef(Part):
+    """One adapter of a merge: a name that is its task's, and a PEFT folder."""
+
+    name: Name
+    path: str = Field(min_length=1)
+
+
+class DataSpec(Part):
+    """Which inputs methods that gather evidence may see."""
+
+    suite: str | None = Field(default=None, description="A name in SUITES.")
+    path: str | None = Field(
+        default=None, description="Folder with <task>.jsonl or <task>.parquet."
+    )
+    split: str = "calibration"
+    inputs_per_task: Positive = 64
+
+
+class Output(Part):
+    """Where the merged adapter goes and in which form."""
+
+    path: str = Field(min_length=1)
+    rank: int | str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class Recipe(Part):
+    """What every job's recipe has."""
+
+    storage: str | None = Field(default=None, description="Folder that relative outputs are in.")
+    resources: Resources = Resources()
+    seed: int = Field(default=0, ge=0)
+    cache: str | None = Field(
+        default=None, description="Where bases are kept; default ICM_RAY_CACHE."
+    )
+
+    @property
+    def output_path(self) -> str:
+        """The recipe's output folder as written, relative to the storage root."""
+        output = getattr(self, "output")  # noqa: B009 - declared by the subclasses
+        return output.path if isinstance(output, Output) else output

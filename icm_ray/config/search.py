@@ -1,0 +1,114 @@
+"""Recipe of `jobs.search`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from icm_ray.config.fusion import FusionChanges
+from icm_ray.config.learning import Overrides
+from icm_ray.config.parts import AdapterRef, DataSpec, Name, Part, Positive, Recipe
+from icm_ray.types import SavedModulesPolicy
+
+Searched = Annotated[
+    dict[str, str | list[Any]],
+    Field(description="By name: a distribution such as loguniform(0.05, 2), or a list of choices."),
+]
+
+
+SearchObjective = Literal[
+    "validation_mean",
+    "validation_worst",
+    "null_space_ratio",
+    "row_space_match",
+    "task_vector_match",
+    "entropy",
+    "output_rank",
+    "output_bytes",
+    "reconstruction_error",
+    "kl_total",
+]
+
+
+class SearchRow(Part):
+    """One search: what is fixed, what is searched, and a grid to compare with."""
+
+    label: Name | None = None
+    method: str = "task_arithmetic"
+    params: dict[str, Any] = {}
+    rank: int | str | None = None
+    learn: Overrides = {}
+    fusion: FusionChanges = {}
+    search: Searched = {}
+    space: Literal["default"] | None = Field(
+        default=None, description="default: the method's ready-made space beneath `search`."
+    )
+    grid: dict[str, list[float]] = Field(
+        default={}, description="By searched name: values that are tried as they are, first."
+    )
+
+    @property
+    def name(self) -> str:
+        """Label of the row; the method's name unless given."""
+        return self.label or self.method
+
+
+class Halving(Part):
+    """Successive halving (ASHA): most trials are stopped early, on part of the evidence."""
+
+    by: Literal["examples", "steps"] = Field(
+        default="examples", description="Examples a task, or steps of a learner."
+    )
+    first: Positive = Field(default=32, description="Looked at before any trial is stopped.")
+    factor: int = Field(default=2, ge=2, description="One of so many goes on, so many times on.")
+
+
+class SearchRecipe(Recipe):
+    """Recipe of `jobs.search`: parameters of merges, searched on Ray Tune with Optuna."""
+
+    base: str
+    revision: str | None = None
+    suite: str | None = Field(default=None, description="Whose tasks merges are scored on.")
+    experts: str | None = Field(
+        default=None, description="Folder of experts: heads, and the adapters if none are named."
+    )
+    adapters: list[AdapterRef] = []
+    modules_to_save: SavedModulesPolicy = "refuse"
+    data: DataSpec | None = Field(
+        default=None, description="Unlabelled inputs of label-free objectives and learners."
+    )
+    method: str = "task_arithmetic"
+    params: dict[str, Any] = {}
+    rank: int | str | None = None
+    learn: Overrides = {}
+    fusion: FusionChanges = {}
+    trajectories: str | None = Field(
+        default=None, description="icm_fusion: folder of jobs.finetune with <task>/."
+    )
+    search: Searched = {}
+    space: Literal["default"] | None = None
+    layer_groups: Positive = Field(default=3, description="Runs of blocks that share a number.")
+    objectives: list[SearchObjective] = Field(default=["validation_mean"], min_length=1)
+    validation: Positive = Field(default=128, description="Validation examples a task.")
+    test: Positive | None = Field(
+        default=None, description="Test examples a task that the best is scored on, once."
+    )
+    trials: Positive = 30
+    sampler: Literal["tpe", "gp", "random"] = "tpe"
+    startup: Positive = Field(default=10, description="Trials at random before the sampler looks.")
+    start: list[str | dict[str, Any]] = Field(
+        default=["default"],
+        description="Points tried first: default, uniform, {name: value}, an earlier search's "
+        "output, or a folder of learned coefficients.",
+    )
+    halving: Halving | None = None
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    rows: list[SearchRow] = Field(
+        default=[], description="Several searches for one table; replace method, search and so on."
+    )
+    seeds: list[int] = Field(default=[], description="Seeds of the searches; empty: `seed` alone.")
+    output: str = Field(min_length=1)
+
+    def row(self) -> SearchRow:
+        """Return the recipe's own search as a row."""
+        names = ("method", "params", "rank", "learn", "fusion", "search", "space")
+        return SearchRow(**{name: getattr(self, name) for name in names})

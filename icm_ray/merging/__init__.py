@@ -1,0 +1,1 @@
+"""The engine around the methods: order, inputs, passes, merge, cut, folder and proof."""

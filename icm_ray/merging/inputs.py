@@ -1,0 +1,99 @@
+"""What a method is called with for one module: factors read when asked for, context, evidence."""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+import torch
+
+from icm_ray.errors import InputError
+from icm_ray.linalg import lowrank
+from icm_ray.merging.order import MergeOrder
+from icm_ray.methods import METHODS
+from icm_ray.types import LoRAFactors, ModuleContext
+
+ReadFactors = Callable[[str, str], LoRAFactors]
+"""Gives the factors of `(task, module)`; from memory, or from a file when they are needed."""
+
+
+class Inputs(Sequence[LoRAFactors]):
+    """The present tasks' factors, read one at a time: hundreds of adapters are never held at once.
+
+    Attributes:
+        norms: Frobenius norm of each delta that was read, by task, if they are wanted.
+    """
+
+    def __init__(
+        self, tasks: Sequence[str], module: str, read: ReadFactors, *, with_norms: bool
+    ) -> None:
+        self.tasks, self.module, self.read, self.with_norms = tasks, module, read, with_norms
+        self.norms: dict[str, float] = {}
+
+    def refuse_not_finite(self) -> None:
+        """Raise InputError if a delta that was read holds NaN or infinity; files never do."""
+        for task, norm in self.norms.items():
+            if not math.isfinite(norm):
+                raise InputError(
+                    f"{task}: {self.module}: values that are not finite, or overflow, but finite "
+                    "ones are expected. Check the adapter."
+                )
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @overload
+    def __getitem__(self, index: int) -> LoRAFactors: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LoRAFactors]: ...
+    def __getitem__(self, index: int | slice) -> LoRAFactors | list[LoRAFactors]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        task = self.tasks[index]
+        factors = _plain(self.read(task, self.module))
+        if self.with_norms and task not in self.norms:
+            self.norms[task] = lowrank.norm(factors.b, factors.a)
+        return factors
+
+    def __iter__(self) -> Iterator[LoRAFactors]:
+        return (self[index] for index in range(len(self)))
+
+
+def _plain(factors: LoRAFactors) -> LoRAFactors:
+    """Return float32 factors on the CPU, where merges run; adapters from files are that already."""
+    if all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (factors.a, factors.b)):
+        return factors
+    a, b = (x.detach().to("cpu", torch.float32) for x in (factors.a, factors.b))
+    return LoRAFactors(a, b, factors.scaling)
+
+
+def inputs_of(
+    order: MergeOrder, module: str, read: ReadFactors, *, with_norms: bool
+) -> tuple[Inputs, ModuleContext, dict[str, Any]]:
+    """Return a module's factors, its context, and `evidence=` if the method takes any."""
+    tasks = order.present[module]
+    context = ModuleContext(module, tasks, order.tasks, order.seed, order.statistics)
+    row = METHODS[order.method]
+    extra: dict[str, Any] = {}
+    if "evidence" in inspect.signature(row.function).parameters:
+        found = order.evidence and order.evidence.of(module, row.takes, order.tasks)
+        extra["evidence"] = found or None
+    return Inputs(tasks, module, read, with_norms=with_norms), context, extra
+
+
+@contextlib.contextmanager
+def finite_only(method: str, module: str) -> Iterator[None]:
+    """Tell what a decomposition says of infinities and NaN as what it is: a bad input."""
+    try:
+        yield
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        raise not_finite(method, module) from None
+
+
+def not_finite(method: str, module: str) -> InputError:
+    """Return the error of a merge that came out infinite or NaN."""
+    return InputError(
+        f"module {module}: method {method!r} gave a number that is not finite. Check the adapters' "
+        "largest values and the method's parameters."
+    )

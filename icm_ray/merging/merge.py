@@ -1,0 +1,194 @@
+"""Run a method over the modules of K adapters: the serial path, and the parts Ray reuses."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from icm_ray.adapters import AdapterFile, fingerprint_of
+from icm_ray.linalg import lowrank
+from icm_ray.linalg.threads import kernel_threads
+from icm_ray.merging.cut import cut
+from icm_ray.merging.inputs import ReadFactors, finite_only, inputs_of, not_finite
+from icm_ray.merging.order import MergeOrder, _fingerprint, plan_merge
+from icm_ray.merging.passes import with_statistics
+from icm_ray.methods import METHODS
+from icm_ray.types import (
+    Adapter,
+    LoRAFactors,
+    MergeReport,
+    MergeResult,
+    ModuleReport,
+    PerTask,
+    RankPolicy,
+)
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """One module after the merge and the cut.
+
+    Attributes:
+        factors: The merged change.
+        report: What happened to it.
+        tasks: Each task's own change, for methods that make them.
+    """
+
+    factors: LoRAFactors
+    report: ModuleReport
+    tasks: Mapping[str, LoRAFactors] = field(default_factory=dict)
+
+
+def merge(
+    adapters: Sequence[Adapter | AdapterFile],
+    method: str,
+    *,
+    params: Mapping[str, Any] | None = None,
+    evidence: object | None = None,
+    output_rank: RankPolicy = None,
+    seed: int = 0,
+) -> MergeResult:
+    """Merge K adapters of one base model into one.
+
+    Args:
+        adapters: At least one; names differ, shapes of shared modules agree, ranks may differ. Open
+            files are read one module and task at a time.
+        method: A name in `METHODS`.
+        params: The method's parameters by name; see `icm-ray methods --json`.
+        evidence: What the method is told of models and data: a path, or tensors by name as
+            docs/evidence.md lays them out; None for data-free methods.
+        output_rank: An int, "exact", "energy:0.99", "serving:64", or None for the method's own
+            default: exact for every linear and learned method, the largest input rank for `svd`
+            and for dense results.
+        seed: Keys every random draw, together with task and module.
+
+    Returns:
+        The merged adapter (float32 factors; its `dtype` says how it will be stored), the per-task
+        adapters of methods that make them, and the report.
+
+    Raises:
+        RecipeError: unknown method, parameter or rank policy.
+        InputError: the adapters do not fit together.
+    """
+    order = plan_merge(adapters, method, params, evidence, output_rank, seed)
+    by_name = {adapter.name: adapter for adapter in adapters}
+
+    def read(task: str, module: str) -> LoRAFactors:
+        one = by_name[task]
+        return one.factors(module) if isinstance(one, AdapterFile) else one.modules[module]
+
+    order = with_statistics(order, read)
+    return assemble(order, merge_modules(order, order.present, read), adapters)
+
+
+def merge_modules(
+    order: MergeOrder, modules: Sequence[str] | Mapping[str, Any], read: ReadFactors
+) -> dict[str, MergedModule]:
+    """Merge some modules of an order; any split over workers gives the same bytes."""
+    with kernel_threads(1), torch.no_grad():
+        merged = {}
+        for module in modules:
+            with finite_only(order.method, module):
+                merged[module] = _merge_module(order, module, read)
+        return merged
+
+
+def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedModule:
+    factors, context, extra = inputs_of(order, module, read, with_norms=True)
+    try:
+        result = METHODS[order.method].function(factors, context=context, **extra, **order.params)
+    finally:
+        factors.refuse_not_finite()  # says more than whatever NaN did inside of the method
+    of_tasks = result.tasks if isinstance(result, PerTask) else {}
+    done = cut(result.unified if isinstance(result, PerTask) else result, order.rule)
+    of_tasks = {task: cut(one, order.rule) for task, one in of_tasks.items()}
+    for task in set(context.tasks) - set(factors.norms):  # a weight of zero: never asked for
+        _ = factors[context.tasks.index(task)]
+    report = ModuleReport(
+        rank=done.factors.rank,
+        exact_rank=done.exact_rank,
+        input_norms={task: factors.norms[task] for task in context.tasks},
+        output_norm=lowrank.norm(done.factors.b, done.factors.a),
+        retained_energy=done.retained_energy,
+        truncation_error=max(1.0 - done.retained_energy, 0.0) ** 0.5,
+        absent=tuple(task for task in order.tasks if task not in context.tasks),
+        cut=done.route,
+    )
+    _refuse_not_finite(order, module, report.output_norm)
+    tasks = {task: one.factors for task, one in of_tasks.items()}
+    energies = {task: one.retained_energy for task, one in of_tasks.items()}
+    return MergedModule(done.factors, replace(report, task_energy=energies), tasks)
+
+
+def _refuse_not_finite(order: MergeOrder, module: str, norm: float) -> None:
+    # The norm of a product is not finite as soon as one entry of either factor is not.
+    if not math.isfinite(norm):
+        raise not_finite(order.method, module)
+
+
+def assemble(
+    order: MergeOrder, merged: Mapping[str, MergedModule], adapters: Sequence[Any]
+) -> MergeResult:
+    """Put merged modules together; `adapters` (loaded or open) give names, dtype and config."""
+    inputs = sorted(adapters, key=lambda adapter: adapter.name)
+    report = MergeReport(
+        method=order.method,
+        formula=METHODS[order.method].formula,
+        params=order.params,
+        seed=order.seed,
+        output_rank=order.output_rank,
+        inputs={a.name: _fingerprint(a) for a in inputs},
+        modules={module: merged[module].report for module in order.present},
+        evidence=order.evidence.identity if order.evidence else None,
+        per_task=_kept_of_tasks(merged),
+    )
+    together = {module: merged[module].factors for module in order.present}
+    adapter = _adapter(f"{order.method}-of-{len(inputs)}", together, inputs)
+    per_task = {
+        task: _adapter(
+            task, {m: one.tasks[task] for m, one in merged.items() if task in one.tasks}, inputs
+        )
+        for task in report.per_task
+    }
+    return MergeResult(adapter, per_task, report)
+
+
+def _adapter(name: str, modules: Mapping[str, LoRAFactors], inputs: Sequence[Any]) -> Adapter:
+    dtypes = {adapter.dtype for adapter in inputs}
+    layouts = {m: kind for adapter in inputs for m, kind in adapter.layouts.items()}
+    return Adapter(
+        name=name,
+        base_model=next((a.base_model for a in inputs if a.base_model), None),
+        modules=modules,
+        config=merged_config([a.config for a in inputs]),
+        fingerprint=fingerprint_of(modules),
+        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        layouts={m: kind for m, kind in layouts.items() if m in modules},
+    )
+
+
+def _kept_of_tasks(merged: Mapping[str, MergedModule]) -> dict[str, float]:
+    """Return the share of each task's own change that the cut kept, over all its modules."""
+    kept: dict[str, float] = {}
+    before: dict[str, float] = {}
+    for _, one in sorted(merged.items()):
+        for task, factors in sorted(one.tasks.items()):
+            square = lowrank.norm(factors.b, factors.a) ** 2
+            share = one.report.task_energy[task]
+            kept[task] = kept.get(task, 0.0) + square
+            before[task] = before.get(task, 0.0) + (square / share if share else 0.0)
+    return {task: kept[task] / before[task] if before[task] else 1.0 for task in sorted(kept)}
+
+
+def merged_config(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the PEFT settings the result inherits: what every input agrees on."""
+    kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "target_modules")
+    # PEFT keeps lists of names as sets, so their order says nothing.
+    plain = [
+        {k: sorted(v) if isinstance(v, list) else v for k, v in c.items() if k in kept}
+        for c in configs
+    ]
+    first = plain[0]
+    return {k: first[k] for k in kept if k in first and all(c.get(k) == first[k] for c in plain)}

@@ -1,0 +1,1 @@
+"""What several methods use: trimming, votes, sums, bases and kinds of parameters."""

@@ -1,0 +1,224 @@
+"""Which entries magnitude keeps, over a whole adapter or one module, without holding either."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from icm_ray.linalg import radix
+from icm_ray.linalg.consensus import sum_of_signs
+from icm_ray.methods.shared.parameters import task_weights
+from icm_ray.methods.table import Pass
+from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
+
+Entries = Callable[..., Iterator[Tensor]]
+"""`(factors, context, evidence, **params)` yielding one module's values block by block: float32
+`(tasks, rows, cols)`, tasks in the order of the factors, weights not yet applied. Every call yields
+the same bits, and a block is read before the next one is asked for."""
+
+
+def trim_passes(entries: Entries, density: float) -> tuple[Pass, ...]:
+    """Return the passes of the original TIES over values of any space.
+
+    They leave in `context.statistics`
+
+        threshold   float32 `(all tasks,)`: a task keeps `abs(value) >= threshold`. With D values
+                    over all modules, those of modules it lacks counted as zeros, the threshold is
+                    its k-th smallest magnitude, `k = D - int(D * density)`; 0 if k is 0.
+        majority    int64 scalar: over all values of all modules, the sum of the signs of
+                    `sum_k weight_k * kept_k`. Its sign stands in where kept values cancel.
+
+    `weights` among the method's parameters multiply after the trim and before the election; none
+    are ones. Use it as `passes=lambda *, density, **_: trim_passes(my_entries, density)`; in the
+    method, `thresholds(context)` and `majority_sign(context)` read what was found.
+
+    Args:
+        entries: Yields a module's values; called with the method's own parameters.
+        density: Share to keep, in [0, 1]; 1 spares the two passes that find the threshold.
+    """
+    last = Pass(partial(_count_signs, entries), partial(_conclude_signs, density < 1))
+    if density >= 1:
+        return (last,)
+    first = Pass(partial(_count_high, entries), partial(_conclude_high, density))
+    second = Pass(partial(_count_low, entries), _conclude_low)
+    return first, second, last
+
+
+def thresholds(context: ModuleContext) -> Float[Tensor, " tasks"]:
+    """Return the threshold of each present task; 0, which keeps all, before any was found."""
+    found = context.statistics.get("threshold")
+    return torch.zeros(len(context.tasks)) if found is None else found[context.rows]
+
+
+def majority_sign(context: ModuleContext) -> int:
+    """Return the sign most entries elected: -1, 0 or 1."""
+    return int(context.statistics["majority"].sign())
+
+
+def of_module_alone(
+    passes: Sequence[Pass],
+    factors: Sequence[LoRAFactors],
+    context: ModuleContext,
+    evidence: ModuleEvidence | None = None,
+    **params: Any,
+) -> ModuleContext:
+    """Return a context whose statistics are those of this module and no other."""
+    for one in passes:
+        measured = one.measure(factors, context=context, evidence=evidence, **params)
+        known = context.statistics
+        found = one.conclude(measured, tasks=context.all_tasks, statistics=known, **params)
+        context = replace(context, statistics={**known, **found})
+    return context
+
+
+def _count_high(
+    entries: Entries,
+    /,
+    factors: Sequence[LoRAFactors],
+    *,
+    context: ModuleContext,
+    evidence: ModuleEvidence | None = None,
+    **params: Any,
+) -> dict[str, Tensor]:
+    blocks = entries(factors, context, evidence, **params)
+    counts = sum_counts(blocks, len(factors), radix.HIGH_BINS, radix.count_high)
+    total = radix.no_counts(len(context.all_tasks), radix.HIGH_BINS)
+    total[:, 0] = counts[0].sum()  # a task without the module has as many zeros
+    total[context.rows] = counts
+    return {"high_counts": total}
+
+
+def _conclude_high(
+    density: float, /, total: Mapping[str, Tensor], *, tasks: Sequence[str], **_params: Any
+) -> dict[str, Tensor]:
+    size = int(total["high_counts"][0].sum())
+    place = torch.full((len(tasks),), size - int(size * density))
+    high, place = radix.pick(total["high_counts"], place)
+    return {"high": high, "place": place}
+
+
+def _count_low(
+    entries: Entries,
+    /,
+    factors: Sequence[LoRAFactors],
+    *,
+    context: ModuleContext,
+    evidence: ModuleEvidence | None = None,
+    **params: Any,
+) -> dict[str, Tensor]:
+    high, size = context.statistics["high"], 0
+
+    def count(block: Tensor, total: Tensor) -> None:
+        nonlocal size
+        size += block[0].numel()
+        radix.count_low(block, high[context.rows], total)
+
+    blocks = entries(factors, context, evidence, **params)
+    counts = sum_counts(blocks, len(factors), radix.LOW_BINS, count)
+    total = radix.no_counts(len(context.all_tasks), radix.LOW_BINS)
+    total[high == 0, 0] = size
+    total[context.rows] = counts
+    return {"low_counts": total}
+
+
+def _conclude_low(
+    total: Mapping[str, Tensor], *, statistics: Mapping[str, Tensor], **_params: Any
+) -> dict[str, Tensor]:
+    low, _ = radix.pick(total["low_counts"], statistics["place"])
+    return {"threshold": radix.magnitude(statistics["high"], low)}
+
+
+def _count_signs(
+    entries: Entries,
+    /,
+    factors: Sequence[LoRAFactors],
+    *,
+    context: ModuleContext,
+    evidence: ModuleEvidence | None = None,
+    **params: Any,
+) -> dict[str, Tensor]:
+    least, by = thresholds(context), params.get("election") or "values"
+    numbers = task_weights(context, params.get("weights"), default=1.0)
+    weights = torch.tensor(numbers, dtype=torch.float32)
+    blocks = entries(factors, context, evidence, **params)
+    return {
+        "majority": torch.tensor(sum(sum_of_signs(block, least, weights, by) for block in blocks))
+    }
+
+
+def _conclude_signs(
+    trimmed: bool, /, total: Mapping[str, Tensor], *, tasks: Sequence[str], **_params: Any
+) -> dict[str, Tensor]:
+    nothing = {} if trimmed else {"threshold": torch.zeros(len(tasks))}
+    return {"majority": total["majority"], **nothing}
+
+
+@dataclass(frozen=True)
+class ExactTrim:
+    """The same number of entries of each task.
+
+    Attributes:
+        least: Threshold of each task.
+        equal: How many of the entries equal to the threshold are kept, the first ones; -1 for all.
+    """
+
+    least: Float[Tensor, " tasks"]
+    equal: Int[Tensor, " tasks"]
+
+    def of(self, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Yield blocks with 0 in place of all that is not kept; they are changed in place."""
+        least = self.least[:, None, None]
+        for block in self.without_surplus(blocks):
+            yield block.masked_fill_(block.abs() < least, 0.0)
+
+    def without_surplus(self, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Yield blocks in which dropping what is below `least` is all that is left to do."""
+        left = self.equal.tolist()
+        limited = [task for task, count in enumerate(left) if count >= 0]
+        for block in blocks:
+            for task in limited:
+                entries = block[task].view(-1)
+                equal = (entries.abs() == self.least[task]).nonzero()[:, 0]
+                entries[equal[left[task] :]] = 0.0
+                left[task] -= min(left[task], len(equal))
+            yield block
+
+
+def exactly(
+    blocks: Callable[[], Iterator[Tensor]], tasks: int, count_of: Callable[[int], int]
+) -> ExactTrim:
+    """Find the thresholds that keep exactly so many entries of each task of one module.
+
+    Args:
+        blocks: Starts a pass over the module's values, `(tasks, rows, cols)` each, the same bits
+            every time.
+        tasks: Number of tasks.
+        count_of: Gives the number to keep, from 0 to the number of values it is called with.
+    """
+    high_counts = sum_counts(blocks(), tasks, radix.HIGH_BINS, radix.count_high)
+    size = int(high_counts[0].sum())
+    count = count_of(size)
+    if count == 0:
+        return ExactTrim(torch.full((tasks,), torch.inf), torch.full((tasks,), -1))
+    high, place = radix.pick(high_counts, torch.full((tasks,), size - count + 1))
+    low_counts = sum_counts(
+        blocks(), tasks, radix.LOW_BINS, lambda block, total: radix.count_low(block, high, total)
+    )
+    low, place = radix.pick(low_counts, place)
+    equal = low_counts.gather(1, low[:, None])[:, 0]
+    # Places count from the smallest, so the first one in its bin keeps all that are equal.
+    return ExactTrim(radix.magnitude(high, low), torch.where(place == 1, -1, equal - place + 1))
+
+
+def sum_counts(
+    blocks: Iterator[Tensor], tasks: int, bins: int, count: Callable[[Tensor, Tensor], None]
+) -> Int[Tensor, "tasks bins"]:
+    """Return the counts of all blocks of a module."""
+    total = radix.no_counts(tasks, bins)
+    for block in blocks:
+        count(block, total)
+    return total

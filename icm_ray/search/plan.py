@@ -1,0 +1,248 @@
+"""A search's recipe, checked against methods, adapters and what there is to judge trials by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from icm_ray.adapters import AdapterFile, open_all
+from icm_ray.config import AdapterRef, SearchRecipe, SearchRow
+from icm_ray.errors import RecipeError
+from icm_ray.evaluation.experts import Expert, find_experts
+from icm_ray.files import sha256_of
+from icm_ray.fusion.material import hashes_of, trajectories_in
+from icm_ray.fusion.serial import HEAD_LOSSES, fusion_spec_of
+from icm_ray.learning.recipes import LABELLED, LEARNERS, needs_grams, reads_heads, spec_of
+from icm_ray.methods import find_method
+from icm_ray.methods.table import FUSES, GRAMS
+from icm_ray.search.ledger import Ledger
+from icm_ray.search.objectives import AIMS
+from icm_ray.search.spaces import Space, space_of
+from icm_ray.search.starting import starts_of
+from icm_ray.search.study import Study
+from icm_ray.suites import SUITES, Suite
+
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe.
+
+    Attributes:
+        recipe: The recipe.
+        files: The adapters, opened and checked.
+        refs: The same, as recipes name them.
+        experts: Experts by task; empty without heads.
+        rows: What is searched, each with its space.
+    """
+
+    recipe: SearchRecipe
+    files: list[AdapterFile]
+    refs: list[AdapterRef]
+    experts: Mapping[str, Expert]
+    rows: list[tuple[SearchRow, Space]]
+
+    @property
+    def suite(self) -> Suite:
+        """The suite merges are scored on."""
+        return SUITES[str(self.recipe.suite)]
+
+    @property
+    def trajectories(self) -> dict[str, Path]:
+        """Folders of the adapters' checkpoints by task, if the recipe names some."""
+        return trajectories_in(self.recipe.trajectories, self.files)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the best merge can be scored."""
+        return self.recipe.suite is not None and bool(self.experts)
+
+    def needs(self, what: str) -> bool:
+        """Say whether something asks for grams, inputs, heads, labels, validation or fusion."""
+        methods = {m for _, space in self.rows for m in space.methods}
+        learners = [
+            spec_of(m, row.learn)
+            for row, space in self.rows
+            for m in space.methods
+            if m in LEARNERS and not any(n.startswith("layers.") for n in space.dimensions)
+        ]
+        grams = any(find_method(m).needs == GRAMS for m in methods)
+        grams |= any(map(needs_grams, learners))
+        fused = [
+            fusion_spec_of(row.fusion)
+            for row, space in self.rows
+            if any(find_method(m).needs == FUSES for m in space.methods)
+        ]
+        inner = {spec.inner.loss for spec in fused} & set(HEAD_LOSSES)
+        aims = {AIMS[name].needs for name in self.recipe.objectives}
+        return {
+            "grams": grams,
+            "inputs": grams or bool(learners or fused) or bool(aims & {"inputs", "heads"}),
+            "heads": "heads" in aims or any(map(reads_heads, learners)) or bool(inner),
+            "labels": any(spec.objective.kind in LABELLED for spec in learners) or "task" in inner,
+            "validation": "validation" in aims,
+            "fusion": bool(fused),
+        }[what]
+
+
+@dataclass(frozen=True)
+class Search:
+    """One of a recipe's searches.
+
+    Attributes:
+        row: What is fixed and searched.
+        space: The same, checked.
+        seed: Seed of the sampler; None for the grid, which draws nothing.
+        folder: Where it is kept.
+        output: The same as recipes name it.
+    """
+
+    row: SearchRow
+    space: Space
+    seed: int | None
+    folder: Path
+    output: str
+
+
+def plan_of(recipe: SearchRecipe) -> Plan:
+    """Check a recipe against methods, adapters and what is there to judge trials by.
+
+    Raises:
+        RecipeError: all that does not go together.
+        InputError: adapters or experts are missing or broken.
+    """
+    if recipe.suite is not None and recipe.suite not in SUITES:
+        raise RecipeError(f"suite: {recipe.suite!r} but one of {', '.join(SUITES)} is expected.")
+    experts = find_experts(Path(recipe.experts)) if recipe.experts else {}
+    refs = recipe.adapters or [
+        AdapterRef(name=task, path=str(expert.adapter)) for task, expert in experts.items()
+    ]
+    if not refs:
+        raise RecipeError("adapters: none. Name some, or experts: a folder that holds them.")
+    files = open_all([(ref.name, Path(ref.path)) for ref in refs], recipe.modules_to_save)
+    tasks = [file.name for file in files]
+    given = recipe.rows or [recipe.row()]
+    rows = [(row, space_of(row, tasks, recipe.layer_groups)) for row in given]
+    plan = Plan(recipe, files, refs, {t: experts[t] for t in tasks if t in experts}, rows)
+    if problems := _problems(plan, tasks):
+        raise RecipeError(problems)
+    return plan
+
+
+def _problems(plan: Plan, tasks: Sequence[str]) -> list[str]:
+    recipe, found = plan.recipe, []
+    names = [row.name for row, _ in plan.rows]
+    found += [f"rows: {n!r} twice. Set labels." for n in sorted(set(names)) if names.count(n) > 1]
+    if len(set(recipe.objectives)) < len(recipe.objectives):
+        found.append("objectives: one is named twice.")
+    heads = plan.needs("validation") or plan.needs("heads") or recipe.test is not None
+    if heads and (recipe.suite is None or set(plan.experts) != set(tasks)):
+        missing = ", ".join(sorted(set(tasks) - set(plan.experts))) or "suite"
+        found.append(
+            f"suite, experts: scores and heads are asked for, but {missing} has none. Name a suite "
+            "and a folder of experts with every adapter's task."
+        )
+    if plan.needs("inputs") and recipe.data is None:
+        found.append("data: missing but an objective or method looks at unlabelled inputs.")
+    only = {find_method(m).needs for _, space in plan.rows for m in space.methods} == {FUSES}
+    if not only and (aims := [o for o in recipe.objectives if AIMS[o].needs == "fusion"]):
+        found.append(f"objectives: {', '.join(aims)}: only method icm_fusion has a Fusion-VAE.")
+    if missing := [task for task, folder in plan.trajectories.items() if not folder.is_dir()]:
+        found.append(f"trajectories: {recipe.trajectories} has no {', '.join(missing)}.")
+    if recipe.halving and len(recipe.objectives) > 1:
+        found.append("halving: stops trials by one objective, but several are named.")
+    if recipe.halving and recipe.halving.by == "steps":
+        methods = {m for _, space in plan.rows for m in space.methods}
+        if strange := sorted(methods - set(LEARNERS)):
+            found.append(f"halving.by: steps, but {', '.join(strange)} learns nothing.")
+    return found
+
+
+def searches_of(plan: Plan, target: Path) -> list[Search]:
+    """Return the searches: one, or for every row its grid and each seed."""
+    recipe = plan.recipe
+    if not recipe.rows:
+        ((row, space),) = plan.rows
+        return [Search(row, space, recipe.seed, target, recipe.output)]
+    found = []
+    tasks = [file.name for file in plan.files]
+    for row, space in plan.rows:
+        runs: dict[str, tuple[Space, int | None]] = {}
+        if row.grid:  # its names alone; all others stay at what the row or the method says
+            choices: dict[str, str | list[Any]] = {name: list(v) for name, v in row.grid.items()}
+            alone = row.model_copy(update={"search": choices, "space": None})
+            runs["grid"] = space_of(alone, tasks, recipe.layer_groups), None
+        runs |= {f"seed{seed}": (space, seed) for seed in recipe.seeds or [recipe.seed]}
+        for name, (searched, seed) in runs.items():
+            part = f"{row.name}/{name}"
+            found.append(Search(row, searched, seed, target / part, f"{recipe.output}/{part}"))
+    return found
+
+
+def key_of(plan: Plan, search: Search) -> str:
+    """Return whose memory a ledger is: all that decides what trials ask and measure.
+
+    The number of trials, places and resources but the dtype are left out: a search can go on.
+    """
+    recipe = plan.recipe
+    names = (
+        "base",
+        "revision",
+        "suite",
+        "layer_groups",
+        "objectives",
+        "validation",
+        "sampler",
+        "startup",
+        "seed",
+    )
+    read = {task: expert.head() for task, expert in plan.experts.items()}
+    heads = {task: sha256_of(h.weight.tolist()) if h else None for task, h in read.items()}
+    return sha256_of(
+        {
+            "version": VERSION,
+            "dtype": recipe.resources.dtype,
+            "trajectories": hashes_of(plan.trajectories),
+            "row": search.row.model_dump(mode="json", exclude={"label"}),
+            "sampler_seed": search.seed,
+            "adapters": {file.name: file.fingerprint() for file in plan.files},
+            "heads": heads,
+            "data": recipe.data.model_dump() if recipe.data else None,
+            "start": recipe.start,
+            "halving": recipe.halving.model_dump() if recipe.halving else None,
+            **{name: getattr(recipe, name) for name in names},
+        }
+    )
+
+
+def study_of(plan: Plan, search: Search, ledger: Ledger) -> Study:
+    """Return a search's study, as far as its ledger goes."""
+    recipe = plan.recipe
+    modules = sorted({module for file in plan.files for module in file.shapes})
+    starts = (
+        [("grid", point) for point in grid_of(search)]
+        if search.seed is None
+        else starts_of(recipe.start, search.space, modules, recipe.layer_groups)
+    )
+    return Study(
+        ledger,
+        search.space,
+        recipe.objectives,
+        sampler="random" if search.seed is None else recipe.sampler,
+        startup=recipe.startup,
+        seed=search.seed or 0,
+        starts=starts,
+    )
+
+
+def trials_of(recipe: SearchRecipe, search: Search, study: Study) -> int:
+    """Return how many trials a search has: the grid's points, or what the recipe says."""
+    return len(study.starts) if search.seed is None else recipe.trials
+
+
+def grid_of(search: Search) -> list[dict[str, float]]:
+    """Return the points of a row's grid."""
+    grid = search.row.grid
+    return [dict(zip(grid, point, strict=True)) for point in product(*grid.values())]

@@ -1,0 +1,1 @@
+"""What each job does once its recipe is read: one verb, one file a job."""

@@ -1,0 +1,1 @@
+"""From a base and its tasks to one proven adapter, stage by stage."""

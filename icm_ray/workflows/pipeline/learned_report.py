@@ -1,0 +1,125 @@
+"""What the report shows of learned rows: what they learned, and whether it paid."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from icm_ray.evaluation.metrics import Answers, mean_difference
+from icm_ray.evaluation.scoring import standing, values
+from icm_ray.report import BASE, EXPERT, Gap
+from icm_ray.report.data import OF_TASKS
+from icm_ray.report.summary import init_of
+from icm_ray.report.text import method_label
+from icm_ray.workflows.learn import learned_row
+from icm_ray.workflows.pipeline.ratios import read_ratios
+from icm_ray.workflows.pipeline.results import DEFAULT, PipelineResults, SetResults
+
+
+def learned_report(results: PipelineResults) -> dict[str, Any]:
+    """Return the fields of `ReportData` that learned rows fill; pictures show the first set."""
+    first = results.sets[0]
+    tasks_of = {row.name: row.tasks for row in results.recipe.methods}
+    adapted = {r.name: first.fused[r.name] for r in results.recipe.methods if r.in_context}
+    ratios = {row: read_ratios(folder) for row, folder in results.ratios.items()}
+    return {
+        "learned": [
+            learned_row(row, folder, first.files(tasks_of[row]))
+            for row, folder in {**first.learned, **adapted}.items()
+        ],
+        "state_ratios": {row: found.by_module() for row, found in ratios.items()},
+        "quartiles": _quartiles(results, first),
+        "training_ratios": results.training_ratios,
+        "gaps": list(_gaps(results)),
+    }
+
+
+def _quartiles(results: PipelineResults, one: SetResults) -> dict[str, dict[str, list[float]]]:
+    """Return accuracy by row and classification, from the lowest quarter of ratios up."""
+    kinds = {name: task.kind for name, task in results.suite.tasks.items()}
+    found: dict[str, dict[str, list[float]]] = {}
+    for row, folder in results.ratios.items():
+        ratios = read_ratios(folder)
+        scores = one.scores[row, DEFAULT, "test"]
+        found[row] = {}
+        for task in (task for task in ratios.values if kinds[task] == "classification"):
+            right = scores[task].predictions == _targets(results, task)
+            found[row][task] = [float(right[part].mean()) for part in ratios.quarters(task)]
+    return found
+
+
+def _targets(results: PipelineResults, task: str) -> np.ndarray:
+    return results.suite.load(task, "test", results.recipe.sizes.test).targets
+
+
+def _gaps(results: PipelineResults) -> Iterator[Gap]:
+    """Yield each learned row beside the best that learns nothing from the same experts' merge."""
+    tasks_of = {row.name: tuple(row.tasks or ()) for row in results.recipe.methods}
+    inits: dict[str, list[SetResults]] = {}
+    for one in results.sets:
+        inits.setdefault(init_of(one.label), []).append(one)
+    for init, sets in inits.items():
+        means = _means(sets)
+        learned = [*sets[0].learned, *sets[0].fused]
+        for name in learned:
+            others = {
+                key: mean
+                for key, mean in means.items()
+                if key[0] not in learned and tasks_of[key[0]] == tasks_of[name]
+            }
+            if others:
+                best = max(others, key=lambda key: others[key])
+                yield _gap(results, sets, init, name, best)
+
+
+def _means(sets: list[SetResults]) -> dict[tuple[str, bool], float]:
+    """Return the mean normalised test score of every merge, by row and whether it was tuned.
+
+    The chosen setting may differ from set to set.
+    """
+    found: dict[tuple[str, bool], list[float]] = {}
+    for one in sets:
+        expert = values(one.scores[EXPERT, DEFAULT, "test"])
+        base = values(one.scores[BASE, DEFAULT, "test"])
+        for row, variant in one.merged:
+            if not row.endswith(OF_TASKS):
+                mean = standing(values(one.scores[row, variant, "test"]), expert, base).mean
+                # The default can be the best setting, and then it is both.
+                for tuned in {variant != DEFAULT, one.chosen.get(row) == variant}:
+                    found.setdefault((row, tuned), []).append(mean)
+    return {key: sum(m) / len(m) for key, m in found.items() if len(m) == len(sets)}
+
+
+def _gap(
+    results: PipelineResults,
+    sets: list[SetResults],
+    init: str,
+    name: str,
+    best: tuple[str, bool],
+) -> Gap:
+    other, tuned = best
+    answers = []
+    for one in sets:
+        expert = one.scores[EXPERT, DEFAULT, "test"]
+        ours = one.scores[name, DEFAULT, "test"]
+        theirs = one.scores[other, one.chosen[other] if tuned else DEFAULT, "test"]
+        answers += [
+            Answers(
+                results.suite.tasks[task],
+                ours[task].predictions,
+                theirs[task].predictions,
+                _targets(results, task),
+                expert[task].score.value,
+            )
+            for task in ours
+            if expert[task].score.value > 0
+        ]
+    difference, low, high = mean_difference(answers)
+    return Gap(
+        init=init,
+        method=name,
+        baseline=method_label(other, tuned),
+        difference=difference,
+        low=low,
+        high=high,
+    )

@@ -1,0 +1,1 @@
+"""From a search's recipe to the best merge, proven."""

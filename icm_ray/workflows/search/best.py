@@ -1,0 +1,179 @@
+"""The best of a search: always on disk as a recipe, in the end merged, verified and scored."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from icm_ray.adapters import open_adapter
+from icm_ray.config import SearchRecipe
+from icm_ray.distributed.actors import AdapterSource, adapter_actors
+from icm_ray.distributed.scores import ScoreItem, is_scored, score_on_ray
+from icm_ray.distributed.shared_base import SharedBase
+from icm_ray.evaluation.scoring import Standing, standing, task_data, values
+from icm_ray.evidence.learned import save_learned
+from icm_ray.files import sha256_of
+from icm_ray.learning.recipes import needs_grams, spec_of
+from icm_ray.search.coefficients import coefficients_of
+from icm_ray.search.ledger import Trial
+from icm_ray.search.measuring import BATCH
+from icm_ray.search.plan import Plan, Search
+from icm_ray.search.recipes import (
+    BEST,
+    EVIDENCE,
+    MERGED,
+    fusion_recipe,
+    is_learned_apart,
+    learn_recipe,
+    merge_recipe,
+    write_recipe,
+)
+from icm_ray.search.study import Study
+from icm_ray.workflows.learn import learn_and_write
+from icm_ray.workflows.merge import merge_and_write
+from icm_ray.workflows.search.report import publish, publish_table
+from icm_ray.workflows.train_fusion import train_fusion_and_write
+
+FRONT = "front"
+
+
+def note_best(plan: Plan, search: Search, study: Study) -> None:
+    """Write the best complete trial as a recipe that runs, unless it is there already."""
+    best = study.best()
+    if best is not None:
+        _write_recipes(plan, search, best, search.folder / BEST)
+
+
+def _write_recipes(plan: Plan, search: Search, trial: Trial, path: Path) -> None:
+    setting, recipe = search.space.setting(trial.point), _recipe(plan, search)
+    name = plan.recipe.objectives[0]
+    note = f"Trial {trial.number}: {name} {trial.metrics[name]:.6g}."
+    if path.is_file() and path.read_text(encoding="utf-8").startswith(f"# {note}"):
+        return
+    if setting.layers and path.name == BEST:
+        modules = sorted({module for file in plan.files for module in file.shapes})
+        prints = {file.name: file.fingerprint() for file in plan.files}
+        given = coefficients_of(setting, modules, prints, plan.recipe.layer_groups)
+        save_learned(given, search.folder / EVIDENCE, {"key": sha256_of(repr(setting))})
+    note += " Run it with python -m jobs.merge -c this file."
+    if is_learned_apart(setting):
+        apart = learn_recipe(setting, recipe, plan.refs)
+        place = path.with_suffix(".learn.yaml")
+        write_recipe(place, apart, "Run this one first, with jobs.learn.")
+    if setting.fuses:
+        apart = fusion_recipe(setting, recipe, plan.refs)
+        place = path.with_suffix(".train_fusion.yaml")
+        write_recipe(place, apart, "Run this one first, with jobs.train_fusion.")
+    write_recipe(path, merge_recipe(setting, recipe, plan.refs), note)
+
+
+def _recipe(plan: Plan, search: Search) -> SearchRecipe:
+    return plan.recipe.model_copy(update={"output": search.output})
+
+
+def finish(
+    plan: Plan,
+    searches: Sequence[Search],
+    studies: Sequence[Study],
+    shared: SharedBase,
+    target: Path,
+) -> dict[str, Any]:
+    """Merge and score what won, write the pages, and say what was found."""
+    for search, study in zip(searches, studies, strict=True):
+        note_best(plan, search, study)
+        _merge_best(plan, search, study, target)
+        for trial in study.front() if len(study.objectives) > 1 else ():
+            (search.folder / FRONT).mkdir(exist_ok=True)
+            place = search.folder / FRONT / f"{trial.number:05d}.yaml"
+            _write_recipes(plan, search, trial, place)
+    found = _scored(plan, searches, shared, target) if plan.is_scored else {}
+    scores: dict[str, Any] = {}
+    for search, study in zip(searches, studies, strict=True):
+        scores[search.output] = _told(study, found.get(search.output, {}))
+        publish(search, study, scores[search.output])
+    outputs = {"adapter": str(target / MERGED), "report": str(target / "report" / "index.html")}
+    if plan.recipe.rows:
+        outputs = {"table": str(publish_table(plan, searches, studies, scores, target))}
+    return {"outputs": outputs, "scores": scores}
+
+
+def _merge_best(plan: Plan, search: Search, study: Study, target: Path) -> None:
+    """Merge as jobs.merge does with best.yaml; a merge that is there and right is kept."""
+    best = study.best()
+    assert best is not None, "a search without a complete trial has ended before"
+    setting, recipe = search.space.setting(best.point), _recipe(plan, search)
+    mark = search.folder / f".{MERGED}.trial"
+    key = sha256_of([best.number, repr(setting)])
+    if mark.is_file() and mark.read_text() == key and (search.folder / MERGED).is_dir():
+        return
+    grams = target.with_name(f"{target.name}.grams")
+    if grams.is_dir():
+        learned = setting.learns and needs_grams(spec_of(setting.method, setting.learn))
+        place = search.folder / (f"{EVIDENCE}.grams" if learned else EVIDENCE)
+        if not place.exists() and not setting.layers:
+            shutil.copytree(grams, place, copy_function=os.link)
+    if is_learned_apart(setting):
+        learn_and_write(learn_recipe(setting, recipe, plan.refs), search.folder / EVIDENCE)
+    if setting.fuses:
+        train_fusion_and_write(fusion_recipe(setting, recipe, plan.refs), search.folder / EVIDENCE)
+    merge = merge_recipe(setting, recipe, plan.refs)
+    if merge.evidence is not None:  # as the output is: where this run has it
+        merge = merge.model_copy(update={"evidence": str(search.folder / EVIDENCE)})
+    merge_and_write(merge, search.folder / MERGED)
+    mark.write_text(key)
+
+
+def _scored(
+    plan: Plan, searches: Sequence[Search], shared: SharedBase, target: Path
+) -> dict[str, dict[str, Standing]]:
+    """Return where each search's merge stands on validation data, and once on test data."""
+    recipe, tasks = plan.recipe, tuple(sorted(plan.experts))
+    sizes = {"validation": recipe.validation, **({"test": recipe.test} if recipe.test else {})}
+    own = [AdapterSource.of(file, recipe.modules_to_save) for file in plan.files]
+    items = [ScoreItem("base", None, tasks)]
+    items += [ScoreItem(f"expert {s.name}", s, (s.name,)) for s in own]
+    for search in searches:
+        folder = search.folder / MERGED
+        source = AdapterSource(MERGED, str(folder), open_adapter(folder).fingerprint())
+        items.append(ScoreItem(search.output, source, tasks))
+    found: dict[str, dict[str, Standing]] = {search.output: {} for search in searches}
+    data = {s: task_data(plan.suite, plan.experts, s, size) for s, size in sizes.items()}
+    places = {"validation": target / "scores", "test": target / "scores" / "test"}
+    how: Any = {"base": shared.run_as(recipe.resources), "batch": BATCH}
+    with contextlib.ExitStack() as stack:
+        actors: list[Any] = []
+        if not all(is_scored(items, data[split], places[split], **how) for split in sizes):
+            pool = adapter_actors(shared, recipe.resources, len(items))
+            actors = stack.enter_context(pool)
+        for split in sizes:
+            how["timeout"] = recipe.resources.timeout_seconds
+            scores = score_on_ray(actors, items, data[split], places[split], **how)
+            expert = {t: scores[f"expert {t}"][t].score.value for t in tasks}
+            for search in searches:
+                mine = values(scores[search.output])
+                found[search.output][split] = standing(mine, expert, values(scores["base"]))
+    return found
+
+
+def _told(study: Study, found: Mapping[str, Standing]) -> dict[str, Any]:
+    best = study.best()
+    assert best is not None
+    told: dict[str, Any] = {
+        "trial": best.number,
+        "point": dict(best.point),
+        "metrics": dict(best.metrics),
+        "trials": {
+            state: sum(t.state == state for t in study.finished())
+            for state in ("complete", "stopped", "failed")
+        },
+        "failed": {t.number: t.error for t in study.finished() if t.state == "failed"},
+    }
+    for split, where in found.items():
+        told[split] = {
+            "mean": where.mean,
+            "worst": where.worst,
+            "normalised": dict(where.normalised),
+        }
+    return told
