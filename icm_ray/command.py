@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import math
 import os
 import signal
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from icm_ray.config import Recipe
 from icm_ray.config.loading import load_recipe
@@ -24,6 +25,26 @@ INTERRUPTED, TERMINATED = 130, 143
 
 class _Terminated(BaseException):
     """SIGTERM, raised so that temporary folders are removed on the way out."""
+
+
+class Job:
+    """One entry point: a recipe's class, and the module whose `run(recipe, target)` does it.
+
+    The module is imported when the job runs, so that `--help` and a wrong recipe are told at once.
+    """
+
+    def __init__(self, kind: type[Recipe], workflow: str) -> None:
+        """Take the recipe's class and the module's full name."""
+        self.kind, self.workflow = kind, workflow
+
+    def __call__(self, recipe: Any, target: Path) -> dict[str, Any]:
+        """Run on the cluster that RAY_ADDRESS or the submitted job gives, else on a local one."""
+        return importlib.import_module(self.workflow).run(recipe, target)
+
+    def main(self, usage: str | None) -> NoReturn:
+        """Run from this process's command line, and end it with the exit code."""
+        quiet_libraries()
+        sys.exit(run_job(self.kind, self, usage or ""))
 
 
 def run_job(

@@ -248,6 +248,10 @@ class MergeResult:
     report: MergeReport
 
 
+EvidenceKind = Literal["task_vectors", "gram_statistics", "learned_merge", "fusion_model"]
+"""What evidence says: how adapters change the base, second moments of inputs, what was learned
+between the adapters' factors, or a trained Fusion-VAE."""
+
 SavedModulesPolicy = Literal["refuse", "drop", "keep"]
 """What to do with `modules_to_save`: refuse the adapter, leave them out, or keep them per task."""
 

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "icm_ray"
 
 # Each room and the rooms it may import. Leaves come first; a new arrow is a decision.
-BASICS = {"errors", "types", "files", "seeding"}
+BASICS = {"errors", "types", "files", "seeding", "checkpoint"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
+    "checkpoint": set(),
     "linalg": set(),
     "types": {"errors"},
     "files": {"errors"},
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "base_model", "config", "evaluation", "evidence", "finetuning", "fusion"}
     | {"fusion_vae", "learning", "linalg", "merging", "search", "suites"},
     "workflows": BASICS
-    | {"adapters", "config", "distributed", "evaluation", "evidence", "finetuning"}
+    | {"adapters", "base_model", "config", "distributed", "evaluation", "evidence", "finetuning"}
     | {"fusion", "learning", "linalg", "merging", "methods", "report", "search", "suites"},
     "benchmarks": BASICS
     | {"adapters", "base_model", "config", "distributed", "fusion", "fusion_vae", "learning"}
@@ -55,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "command", "config", "importing", "merging", "methods", "report", "suites"},
     "__init__": {"adapters", "errors", "merging", "methods", "types"},
     "__main__": {"cli"},
-    "jobs": {"benchmarks", "command", "config", "errors", "suites", "workflows"},
+    "jobs": {"command", "config"},
 }
 # Methods see evidence as named tensors alone; how it is gathered is none of their business.
 METHODS_SEE = {"icm_ray.evidence.tensors", "icm_ray.evidence.rebuild"}

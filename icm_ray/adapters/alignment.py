@@ -31,7 +31,7 @@ def open_all(
     for name, path in refs:
         try:
             file = open_adapter(path, name, saved_modules=saved_modules)
-            file.fingerprint()  # finds NaN and infinity; the result is kept for later
+            _ = file.fingerprint  # finds NaN and infinity; the result is kept for later
             files.append(file)
         except InputError as error:
             problems += error.problems
@@ -172,7 +172,7 @@ def _compare_values(adapters: Sequence[Adapter | AdapterFile], warnings: list[st
     norms: dict[str, float] = {}
     for adapter in adapters:
         if isinstance(adapter, AdapterFile):
-            fingerprint, norm = adapter.fingerprint(), adapter.norm
+            fingerprint, norm = adapter.fingerprint, adapter.norm
         else:
             fingerprint = adapter.fingerprint
             norm = sum(map(squared_norm, adapter.modules.values())) ** 0.5

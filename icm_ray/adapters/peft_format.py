@@ -93,8 +93,9 @@ class AdapterFile:
         """Frobenius norm of all deltas together. Cost: reads the file once."""
         return self._scan.norm
 
+    @property
     def fingerprint(self) -> str:
-        """Return `fingerprint_of` the factors without holding them. Cost: reads the file once.
+        """`fingerprint_of` the factors, which are not held. Cost: reads the file once.
 
         Raises:
             InputError: naming every tensor that holds NaN or infinity.
@@ -129,7 +130,7 @@ class AdapterFile:
         Raises:
             InputError: naming every tensor that holds NaN or infinity.
         """
-        fingerprint = self.fingerprint()
+        fingerprint = self.fingerprint
         with open_tensors(self.file) as handle:
             saved = {key.removeprefix(PREFIX): handle.get_tensor(key) for key in self.saved}
         return Adapter(

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any, Literal
 
 from icm_ray.benchmarks import peers
-from icm_ray.benchmarks.peers import DENSITY, Evidence, Layers, Maker
+from icm_ray.benchmarks.peers import DENSITY, EvidenceTensors, Layers, Maker
 
 PEFT, PEFT_FUNCTION, NAIVE = "PEFT", "PEFT's function", "naive"
 
 
-def no_evidence(_layers: Layers, _rank: int) -> Evidence:
+def no_evidence(_layers: Layers, _rank: int) -> EvidenceTensors:
     """Say that neither side is told anything beyond the adapters."""
     return {}
 
@@ -41,7 +41,7 @@ class Comparison:
     judged: Literal["truth", "peer", "residual", "noise"]
     result: Literal["cut", "whole", "dense"] = "whole"
     layers: tuple[str, ...] | None = None
-    evidence: Callable[[Layers, int], Evidence] = no_evidence
+    evidence: Callable[[Layers, int], EvidenceTensors] = no_evidence
     goal: str = ""
 
 

@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from icm_ray.base_model.loading import find_module
 from icm_ray.base_model.states import make_batches
 from icm_ray.benchmarks.memory import random_adapter
-from icm_ray.config import BenchmarkRecipe, ObjectiveSpec, StepsBenchmark
+from icm_ray.config import BenchmarkRecipe, ObjectiveSpec, OptimisationSpec, StepsBenchmark
 from icm_ray.errors import RecipeError
-from icm_ray.learning.decoding import TokenEntropy
-from icm_ray.learning.gradients import TaskGradients
+from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import TaskInputs
-from icm_ray.learning.objectives import Objective
+from icm_ray.learning.objectives import objective_of
+from icm_ray.learning.objectives.protocol import Objective
+from icm_ray.learning.objectives.token_entropy import TokenEntropy
 from icm_ray.learning.parameters import Coefficients
-from icm_ray.learning.recipes import objective_of
 from icm_ray.learning.terms import own_terms
 from icm_ray.linalg.subspace import null_space_ratio, row_space
 from icm_ray.seeding import generator
@@ -84,9 +84,8 @@ def _compared(
     tasks = _tasks(how, recipe, model, tokens, count)
     started = time.process_time()
     parameters = Coefficients(own_terms([task.adapter for task in tasks]), 1 / count)
-    weights = {task.name: 1 / count for task in tasks}
-    objective = _objective(how.objective, model)
-    side = TaskGradients(model, parameters, objective, tasks, weights=weights)
+    learning = Learning(parameters, _objective(how.objective, model), OptimisationSpec())
+    side = TaskGradients(model, learning, tasks, covered=[task.name for task in tasks])
     for task in tasks:
         side.start(task.name)
     start = time.process_time() - started

@@ -15,6 +15,7 @@ from icm_ray.adapters import fingerprint_of, load_adapter, save_adapter
 from icm_ray.config import BenchmarkRecipe
 from icm_ray.distributed.memory import ManyRow, merge_many
 from icm_ray.merging.merge import merge
+from icm_ray.merging.order import MergeRequest
 from icm_ray.seeding import generator
 from icm_ray.types import Adapter, LoRAFactors
 
@@ -104,10 +105,13 @@ def many_adapters(
         for name in names:
             adapter = random_adapter(layers, name, recipe.rank, recipe.seed)
             save_adapter(adapter, Path(folder) / name)
-        for method in recipe.many_methods:
+        paths = [Path(folder) / name for name in names]
+        for row in recipe.many_methods:
+            request = MergeRequest(row.method, row.params, None, row.rank, recipe.seed)
+            label = f"{row.name} {row.rank}" if row.rank else row.name
             found = [
-                in_fresh_process(merge_many, recipe, method, folder, names[:count])
+                in_fresh_process(merge_many, paths[:count], request, recipe.resources, label)
                 for count in sorted(recipe.many)
             ]
-            rows += [ManyRow(**{**vars(row), "growth": row.net / found[0].net}) for row in found]
+            rows += [ManyRow(**{**vars(one), "growth": one.net / found[0].net}) for one in found]
     return rows

@@ -23,7 +23,7 @@ Merged = tuple[Tensor, Tensor] | Tensor
 """One layer's result: factors `(b, a)`, or the dense matrix."""
 Found = dict[str, Merged]
 """Results by layer."""
-Evidence = Mapping[str, Tensor]
+EvidenceTensors = Mapping[str, Tensor]
 Layers = Mapping[str, Sequence[LoRAFactors]]
 """Every task's factors by layer."""
 
@@ -36,11 +36,11 @@ class Side:
     tidy: Callable[[], object] = lambda: None
 
 
-Maker = Callable[[Layers, int, Evidence], Side]
+Maker = Callable[[Layers, int, EvidenceTensors], Side]
 """Makes a peer's side of every task's factors, the output rank and evidence."""
 
 
-def peft_call(kind: str, layers: Layers, rank: int, _evidence: Evidence) -> Side:
+def peft_call(kind: str, layers: Layers, rank: int, _evidence: EvidenceTensors) -> Side:
     """Return PEFT's merge on a module of plain linear layers that holds every adapter."""
     from peft import LoraConfig, get_peft_model
 
@@ -69,7 +69,7 @@ def peft_call(kind: str, layers: Layers, rank: int, _evidence: Evidence) -> Side
     return Side(call, tidy=lambda: model.delete_adapter("merged"))
 
 
-def peft_function(name: str, layers: Layers, _rank: int, _evidence: Evidence) -> Side:
+def peft_function(name: str, layers: Layers, _rank: int, _evidence: EvidenceTensors) -> Side:
     """Return PEFT's element-wise function on dense deltas, which exist before the clock starts."""
     from peft.utils import merge_utils
 
@@ -88,10 +88,10 @@ def peft_function(name: str, layers: Layers, _rank: int, _evidence: Evidence) ->
 
 
 def naive(
-    merge: Callable[[Sequence[LoRAFactors], Evidence], Tensor],
+    merge: Callable[[Sequence[LoRAFactors], EvidenceTensors], Tensor],
     layers: Layers,
     _rank: int,
-    evidence: Evidence,
+    evidence: EvidenceTensors,
 ) -> Side:
     """Return a merge of dense matrices, layer by layer."""
 
@@ -107,7 +107,7 @@ def naive(
     return Side(call)
 
 
-def knots_ties(factors: Sequence[LoRAFactors], _evidence: Evidence) -> Tensor:
+def knots_ties(factors: Sequence[LoRAFactors], _evidence: EvidenceTensors) -> Tensor:
     """KnOTS (arXiv 2410.19735): SVD of the deltas side by side, TIES on the tasks' parts of V."""
     deltas = [one.b.double() @ one.a.double() for one in factors]
     u, s, vh = torch.linalg.svd(torch.cat(deltas, dim=1), full_matrices=False)
@@ -116,7 +116,7 @@ def knots_ties(factors: Sequence[LoRAFactors], _evidence: Evidence) -> Tensor:
     return u[:, kept] @ ties(torch.stack(parts), DENSITY)
 
 
-def core_space(factors: Sequence[LoRAFactors], _evidence: Evidence) -> Tensor:
+def core_space(factors: Sequence[LoRAFactors], _evidence: EvidenceTensors) -> Tensor:
     """Core Space: bases from SVDs of the stacked factors, TIES on the tasks' core matrices.
 
     In float64: an entry at the edge of the trim falls to the other side where rounding turns the
@@ -144,7 +144,7 @@ def ties(values: Tensor, density: float) -> Tensor:
     return merged.view(values.shape[1:])
 
 
-def lora_lego(factors: Sequence[LoRAFactors], evidence: Evidence) -> Tensor:
+def lora_lego(factors: Sequence[LoRAFactors], evidence: EvidenceTensors) -> Tensor:
     """LoRA-LEGO (arXiv 2409.16167): k-means of rank-one units in the space they live in."""
     units = torch.cat([torch.cat([one.a, one.b.T], dim=1) for one in factors])
     centres = units[evidence["init_idx"]]
@@ -163,7 +163,7 @@ def lora_lego(factors: Sequence[LoRAFactors], evidence: Evidence) -> Tensor:
     return total * (factors[0].rank / len(centres)) ** 0.5
 
 
-def tsv(factors: Sequence[LoRAFactors], _evidence: Evidence) -> Tensor:
+def tsv(factors: Sequence[LoRAFactors], _evidence: EvidenceTensors) -> Tensor:
     """TSV-Merge (arXiv 2412.00081): SVD of each delta, stacks made orthogonal by their polars."""
     spectra = [torch.linalg.svd(one.delta(), full_matrices=False) for one in factors]
     ranks = [one.rank for one in factors]
@@ -175,7 +175,7 @@ def tsv(factors: Sequence[LoRAFactors], _evidence: Evidence) -> Tensor:
     return (p @ q) * s @ (r @ t)
 
 
-def regmean(factors: Sequence[LoRAFactors], evidence: Evidence) -> Tensor:
+def regmean(factors: Sequence[LoRAFactors], evidence: EvidenceTensors) -> Tensor:
     """RegMean (arXiv 2212.09849): `(sum_k delta_k G_k)(sum_k G_k)^-1` on dense deltas, float64."""
     total = torch.zeros(factors[0].shape[1], factors[0].shape[1], dtype=torch.float64)
     right = torch.zeros(factors[0].shape, dtype=torch.float64)
@@ -189,7 +189,7 @@ def regmean(factors: Sequence[LoRAFactors], evidence: Evidence) -> Tensor:
     return torch.linalg.solve(total, right, left=False)
 
 
-def first_units(layers: Layers, rank: int) -> Evidence:
+def first_units(layers: Layers, rank: int) -> EvidenceTensors:
     """Return units to start k-means from, the same on both sides."""
     found = {}
     for layer, factors in layers.items():
@@ -199,7 +199,7 @@ def first_units(layers: Layers, rank: int) -> Evidence:
     return found
 
 
-def input_grams(layers: Layers, rank: int) -> Evidence:
+def input_grams(layers: Layers, rank: int) -> EvidenceTensors:
     """Return a Gram matrix for each task: few strong directions over an uneven diagonal."""
     found = {}
     for layer, factors in layers.items():

@@ -24,8 +24,8 @@ from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.files import refuse_foreign, whole_folder, write_json
 from icm_ray.merging.cut import cut
 from icm_ray.merging.inputs import inputs_of
-from icm_ray.merging.merge import merge
-from icm_ray.merging.order import MergeOrder, plan_merge
+from icm_ray.merging.merge import merge_as_asked
+from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
 from icm_ray.merging.passes import with_statistics
 from icm_ray.methods import METHODS
 from icm_ray.types import Adapter, Delta, LoRAFactors, PerTask
@@ -34,7 +34,7 @@ OURS, ALONE, DENSE = "merge", "its arithmetic", "its matrix"
 """The whole call with checks, norms and hashes; the method and the cut in it; the method alone."""
 
 
-def run_benchmark(recipe: BenchmarkRecipe, target: Path) -> dict[str, Any]:
+def run(recipe: BenchmarkRecipe, target: Path) -> dict[str, Any]:
     """Run the parts the recipe names, print their tables and write `benchmark.md`.
 
     Every measurement runs in a fresh process, so that none inherits another's memory.
@@ -172,14 +172,14 @@ def _sides(
         params["weights"] = {adapter.name: 1 / len(adapters) for adapter in adapters}
     kept = rank if comparison.result == "cut" else None
     method = comparison.method
-    order = plan_merge(adapters, method, params, evidence, kept, seed)
+    request = MergeRequest(method, params, evidence, kept, seed)
+    order = plan_merge(adapters, request)
     peer = comparison.peer, comparison.make(layers, rank, evidence or {})
     if comparison.result == "dense":
         return [(DENSE, Side(partial(dense_of, order, adapters))), peer], order
 
     def ours() -> Found:
-        told = {"params": params, "evidence": evidence, "seed": seed}
-        merged = merge(adapters, method, output_rank=kept, **told).adapter
+        merged = merge_as_asked(adapters, request).adapter
         return {layer: (f.b, f.a) for layer, f in merged.modules.items()}
 
     def alone() -> Found:

@@ -20,6 +20,7 @@ from icm_ray.config.fusion import (
     FusionChanges,
     FusionSpec,
     InContext,
+    InnerLoss,
     InnerSpec,
     RepresentationSpec,
     TrainFusionRecipe,
@@ -28,6 +29,7 @@ from icm_ray.config.fusion import (
 from icm_ray.config.learning import (
     LearnRecipe,
     LearnSpec,
+    ObjectiveKind,
     ObjectiveSpec,
     OptimisationSpec,
     Overrides,
@@ -48,7 +50,14 @@ from icm_ray.config.parts import (
     changed,
 )
 from icm_ray.config.pipeline import MethodRow, PipelineRecipe
-from icm_ray.config.search import Halving, Searched, SearchObjective, SearchRecipe, SearchRow
+from icm_ray.config.search import (
+    Halving,
+    Searched,
+    SearchedMethod,
+    SearchObjective,
+    SearchRecipe,
+    SearchRow,
+)
 
 __all__ = [
     "INPUT_BATCH",
@@ -65,6 +74,7 @@ __all__ = [
     "FusionSpec",
     "Halving",
     "InContext",
+    "InnerLoss",
     "InnerSpec",
     "LearnRecipe",
     "LearnSpec",
@@ -72,6 +82,7 @@ __all__ = [
     "MergeRecipe",
     "MethodRow",
     "Name",
+    "ObjectiveKind",
     "ObjectiveSpec",
     "OptimisationSpec",
     "Output",
@@ -88,6 +99,7 @@ __all__ = [
     "SearchRecipe",
     "SearchRow",
     "Searched",
+    "SearchedMethod",
     "Shape",
     "Sizes",
     "Spec",

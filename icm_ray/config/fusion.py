@@ -51,10 +51,14 @@ class VAESpec(Part):
     )
 
 
+InnerLoss = Literal["task", "reconstruction", "entropy", "null_space_ratio", "task_vector"]
+"""Besides reconstruction: what rows of `learning.objectives.OBJECTIVES` call themselves here."""
+
+
 class InnerSpec(Part):
     """The inner adaptation of Algorithm 1: the decoded LoRA descends through the frozen base."""
 
-    loss: Literal["task", "reconstruction", "entropy", "null_space_ratio", "task_vector"] = Field(
+    loss: InnerLoss = Field(
         default="task_vector", description="Only reconstruction needs neither base nor inputs."
     )
     steps: Positive = 1

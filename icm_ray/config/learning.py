@@ -1,5 +1,7 @@
 """Recipe of a learned merge: what is learned, what is minimised, how it moves."""
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -27,18 +29,22 @@ class ParametersSpec(Part):
     )
 
 
+ObjectiveKind = Literal[
+    "null_space_ratio",
+    "row_space_match",
+    "task_vector_match",
+    "entropy",
+    "token_entropy",
+    "distillation",
+    "supervised",
+]
+"""Names in `learning.objectives.OBJECTIVES`."""
+
+
 class ObjectiveSpec(Part):
     """What is minimised, and which module inputs it looks at."""
 
-    kind: Literal[
-        "null_space_ratio",
-        "row_space_match",
-        "task_vector_match",
-        "entropy",
-        "token_entropy",
-        "distillation",
-        "supervised",
-    ]
+    kind: ObjectiveKind
     names: Literal["output", "all"] | list[str] = Field(
         default="output", description="Ends of target modules' paths; output is attention's."
     )
@@ -89,7 +95,21 @@ class OptimisationSpec(Part):
     batch: Positive = Field(default=8, description="Examples of each task a step.")
     tasks_per_forward: Positive = 1
     save_memory: bool = Field(default=False, description="Recompute blocks in the backward pass.")
-    save_every: Positive = 50
+    save_every: Positive = Field(default=50, description="Steps between saved states.")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        done = step / self.steps
+        if self.schedule == "linear":
+            return self.lr * (1 - done)
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * done)) / 2
+        return self.lr
+
+    def weights(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Return what each task's loss is multiplied by."""
+        share = 1 / len(tasks) if self.reduction == "mean" else 1.0
+        return {task: share * (self.task_weights or {}).get(task, 1.0) for task in tasks}
 
 
 class LearnSpec(Part):

@@ -5,6 +5,7 @@ command runs in.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -72,6 +73,11 @@ class AdapterRef(Part):
 
     name: Name
     path: str = Field(min_length=1)
+
+    @property
+    def pair(self) -> tuple[str, Path]:
+        """Name and folder."""
+        return self.name, Path(self.path)
 
 
 class DataSpec(Part):

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from icm_ray.config.experts import ExpertSet, LoRARecipe, Sizes, Training
+from icm_ray.config.experts import FinetuneRecipe
 from icm_ray.config.fusion import FusionChanges, InContext
 from icm_ray.config.learning import Overrides
-from icm_ray.config.parts import Name, Part, Positive, Recipe
+from icm_ray.config.parts import Name, Part, Positive
 
 
 def _setting(value: float | str) -> float | str:
@@ -49,19 +49,10 @@ class MethodRow(Part):
         return self.label or self.method
 
 
-class PipelineRecipe(Recipe):
+class PipelineRecipe(FinetuneRecipe):
     """Recipe of `jobs.pipeline`: prepare, finetune, evidence, merge, evaluate, report."""
 
     name: Name
-    suite: str = "text"
-    base: str | None = None
-    revision: str | None = None
-    tasks: list[str] | None = None
-    lora: LoRARecipe = LoRARecipe()
-    training: Training = Training()
-    sets: list[ExpertSet] = [ExpertSet()]
-    sizes: Sizes = Sizes()
-    dtype: Literal["float32", "float16"] = "float32"
     experts: str | None = Field(
         default=None, description="Ready experts of this very recipe, if any."
     )
@@ -70,4 +61,3 @@ class PipelineRecipe(Recipe):
         default="each set",
         description="Choose settings for each set of experts, or with the first of each init.",
     )
-    output: str = Field(min_length=1)

@@ -29,10 +29,9 @@ SearchObjective = Literal[
 ]
 
 
-class SearchRow(Part):
-    """One search: what is fixed, what is searched, and a grid to compare with."""
+class SearchedMethod(Part):
+    """What is fixed, and what is searched."""
 
-    label: Name | None = None
     method: str = "task_arithmetic"
     params: dict[str, Any] = {}
     rank: int | str | None = None
@@ -42,6 +41,12 @@ class SearchRow(Part):
     space: Literal["default"] | None = Field(
         default=None, description="default: the method's ready-made space beneath `search`."
     )
+
+
+class SearchRow(SearchedMethod):
+    """One search of a table, and a grid to compare with."""
+
+    label: Name | None = None
     grid: dict[str, list[float]] = Field(
         default={}, description="By searched name: values that are tried as they are, first."
     )
@@ -62,7 +67,7 @@ class Halving(Part):
     factor: int = Field(default=2, ge=2, description="One of so many goes on, so many times on.")
 
 
-class SearchRecipe(Recipe):
+class SearchRecipe(Recipe, SearchedMethod):
     """Recipe of `jobs.search`: parameters of merges, searched on Ray Tune with Optuna."""
 
     base: str
@@ -76,16 +81,9 @@ class SearchRecipe(Recipe):
     data: DataSpec | None = Field(
         default=None, description="Unlabelled inputs of label-free objectives and learners."
     )
-    method: str = "task_arithmetic"
-    params: dict[str, Any] = {}
-    rank: int | str | None = None
-    learn: Overrides = {}
-    fusion: FusionChanges = {}
     trajectories: str | None = Field(
         default=None, description="icm_fusion: folder of jobs.finetune with <task>/."
     )
-    search: Searched = {}
-    space: Literal["default"] | None = None
     layer_groups: Positive = Field(default=3, description="Runs of blocks that share a number.")
     objectives: list[SearchObjective] = Field(default=["validation_mean"], min_length=1)
     validation: Positive = Field(default=128, description="Validation examples a task.")
@@ -110,5 +108,4 @@ class SearchRecipe(Recipe):
 
     def row(self) -> SearchRow:
         """Return the recipe's own search as a row."""
-        names = ("method", "params", "rank", "learn", "fusion", "search", "space")
-        return SearchRow(**{name: getattr(self, name) for name in names})
+        return SearchRow(**{name: getattr(self, name) for name in SearchedMethod.model_fields})

@@ -1,63 +1,69 @@
 """Actors that hold the shared base and, one at a time, a task's adapter."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import torch
 
-from icm_ray.adapters import AdapterFile, open_adapter
+from icm_ray.adapters import AdapterFile
 from icm_ray.adapters.saving import as_stored
-from icm_ray.base_model.loading import fingerprint_weights
 from icm_ray.base_model.readers import Inputs
 from icm_ray.base_model.states import batches_of
 from icm_ray.config import Resources
-from icm_ray.distributed.cluster import MAX_RETRIES, request, worker_count
+from icm_ray.distributed.cluster import MAX_RETRIES
 from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.distributed.trials import measure, measurer_of
 from icm_ray.errors import InputError
 from icm_ray.evaluation.scoring import TaskData, TaskScore, evaluate
 from icm_ray.evidence.gather import AdapterEvidence, example_ratios, gather
 from icm_ray.evidence.grams import Grams, gather_grams
-from icm_ray.evidence.tensors import given
 from icm_ray.files import sha256_of
+from icm_ray.finetuning.trajectory import checkpoints_of
 from icm_ray.linalg.threads import kernel_threads
-from icm_ray.merging.merge import merge
+from icm_ray.merging.merge import merge_as_asked
+from icm_ray.merging.order import MergeRequest
 from icm_ray.search.measuring import Measurer
-from icm_ray.types import Adapter, SavedModulesPolicy
+from icm_ray.types import Adapter
+
+
+class Source(Protocol):
+    """Where an actor gets an adapter from; equal sources give equal adapters."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the adapter."""
+        ...
+
+    def load(self) -> Adapter:
+        """Read or make the adapter."""
+        ...
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where an actor finds its adapter.
+    """An adapter that was opened and checked already, in a folder that the actor's node sees."""
 
-    Attributes:
-        name: The adapter's name.
-        path: PEFT folder, visible on the actor's node.
-        fingerprint: What it must be; None skips the check.
-        saved_modules: Policy for `modules_to_save`.
-    """
+    file: AdapterFile
 
-    name: str
-    path: str
-    fingerprint: str | None = None
-    saved_modules: SavedModulesPolicy = "refuse"
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.file.name
 
-    @classmethod
-    def of(cls, file: AdapterFile, saved_modules: SavedModulesPolicy = "refuse") -> "AdapterSource":
-        """Return where to find an adapter that was opened and checked already."""
-        return cls(file.name, str(file.path.absolute()), file.fingerprint(), saved_modules)
+    @property
+    def fingerprint(self) -> str:
+        """What the adapter was when it was opened."""
+        return self.file.fingerprint
 
     def load(self) -> Adapter:
         """Read the adapter; an InputError if it is not the one that was meant."""
-        # Opened, not `load_adapter`ed: its warnings were told once, before Ray started.
-        policy = self.saved_modules
-        adapter = open_adapter(Path(self.path), self.name, saved_modules=policy).load()
-        if self.fingerprint and adapter.fingerprint != self.fingerprint:
-            raise InputError(f"{self.path}: the adapter changed while the job ran. Run it again.")
+        adapter = replace(self.file).load()  # without what was remembered of the file
+        if adapter.fingerprint != self.fingerprint:
+            path = self.file.path
+            raise InputError(f"{path}: the adapter changed while the job ran. Run it again.")
         return adapter
 
 
@@ -67,25 +73,48 @@ class MergeSource:
 
     Attributes:
         files: The adapters to merge.
-        order: What `merge` is called with besides.
-        fingerprint: sha256 of all that; the same merge always gives the same adapter.
+        request: What is asked for.
+        fingerprint: Identifies all that; the same merge always gives the same adapter.
     """
 
     files: tuple[AdapterFile, ...]
-    order: Mapping[str, Any]
+    request: MergeRequest
     fingerprint: str
 
     @classmethod
-    def of(cls, files: Sequence[AdapterFile], order: Mapping[str, Any]) -> "MergeSource":
-        """Return the source of `merge(files, **order)`."""
-        told = given(order["evidence"])
-        plain = {**order, "evidence": told.identity if told else None}
-        prints = {file.name: file.fingerprint() for file in files}
-        return cls(tuple(files), order, sha256_of(["merge", plain, prints]))
+    def of(cls, files: Sequence[AdapterFile], request: MergeRequest) -> "MergeSource":
+        """Return the source of a merge."""
+        return cls(tuple(files), request, request.key(files))
 
     def load(self) -> Adapter:
         """Merge, and round as a written adapter would."""
-        return as_stored(merge(self.files, **self.order).adapter)
+        return as_stored(merge_as_asked(self.files, self.request).adapter)
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """An expert as it was at one step of its training.
+
+    Attributes:
+        expert: The finished expert, which gives everything but the weights.
+        trajectory: Folder of its checkpoints.
+        step: Which one.
+    """
+
+    expert: AdapterSource
+    trajectory: Path
+    step: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the checkpoint."""
+        return sha256_of([self.expert.fingerprint, self.step])
+
+    def load(self) -> Adapter:
+        """Read the checkpoint."""
+        expert = self.expert.load()
+        modules = dict(checkpoints_of(expert, self.trajectory))[self.step]
+        return replace(expert, modules=modules, fingerprint=self.fingerprint)
 
 
 @ray.remote(max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES)
@@ -99,17 +128,17 @@ class AdapterActor:
         torch.set_num_threads(resources.threads)
         self.base = rebuild(shared, resources)
         self.threads = resources.threads
-        self.held: tuple[AdapterSource | MergeSource, Adapter] | None = None
+        self.held: tuple[Source, Adapter] | None = None
         self.measurer: tuple[Any, Measurer] | None = None
 
-    def hold(self, source: AdapterSource | MergeSource) -> Adapter:
+    def hold(self, source: Source) -> Adapter:
         """Load the adapter unless it is the one already held."""
         if self.held is None or self.held[0] != source:
             self.held = (source, source.load())
         return self.held[1]
 
     def evidence(
-        self, source: AdapterSource, inputs: Inputs, max_tokens: int, batch: int
+        self, source: Source, inputs: Inputs, max_tokens: int, batch: int
     ) -> AdapterEvidence:
         """Return task vector and null-space ratios of one adapter on its own inputs."""
         batches = batches_of(self.base.reader, inputs, max_tokens, batch)
@@ -117,7 +146,7 @@ class AdapterActor:
 
     def ratios(
         self,
-        features: AdapterSource | MergeSource | None,
+        features: Source | None,
         judge: AdapterSource,
         inputs: Inputs,
         max_tokens: int,
@@ -131,7 +160,7 @@ class AdapterActor:
 
     def grams(
         self,
-        source: AdapterSource,
+        source: Source,
         modules: Sequence[str],
         inputs: Inputs,
         max_tokens: int,
@@ -144,7 +173,7 @@ class AdapterActor:
 
     def scores(
         self,
-        source: AdapterSource | MergeSource | None,
+        source: Source | None,
         data: Mapping[str, TaskData],
         only: Sequence[str],
         batch: int,
@@ -164,27 +193,3 @@ class AdapterActor:
         if self.measurer is None or self.measurer[0] != material[0]:
             self.measurer = (material[0], measurer_of(self.base, ray.get(material[0])))
         return measure(self.measurer[1], **order)
-
-    def base_fingerprint(self) -> str:
-        """Return the sha256 of the base as this actor sees it now."""
-        return fingerprint_weights({n: t.numpy() for n, t in self.base.weights().items()})
-
-
-def start_actors(shared: SharedBase, resources: Resources, items: int) -> list[Any]:
-    """Start a bounded pool of actors: one for each adapter while they fit, else as many as fit."""
-    options = request(resources)
-    return [
-        AdapterActor.options(**options).remote(shared, resources)
-        for _ in range(worker_count(resources, items))
-    ]
-
-
-@contextlib.contextmanager
-def adapter_actors(shared: SharedBase, resources: Resources, items: int) -> Iterator[list[Any]]:
-    """Start a pool for the body; it ends with it, so that what comes next finds its CPUs free."""
-    actors = start_actors(shared, resources, items)
-    try:
-        yield actors
-    finally:
-        for actor in actors:
-            ray.kill(actor)

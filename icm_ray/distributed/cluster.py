@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from icm_ray.config import Resources
+from icm_ray.distributed.progress import bar
 from icm_ray.errors import ClusterError, ICMRayError
 
 Key = TypeVar("Key", bound=Hashable)
@@ -135,7 +136,7 @@ def check_fits(resources: Resources) -> None:
     )
 
 
-def request(resources: Resources) -> dict[str, Any]:
+def worker_options(resources: Resources) -> dict[str, Any]:
     """Return what one worker asks Ray for, as `.options(...)` takes it."""
     options: dict[str, Any] = {
         "num_cpus": resources.cpus_per_worker,
@@ -173,7 +174,7 @@ def _fitting(node: Mapping[str, float], demand: Mapping[str, float]) -> int:
 
 
 def _demand(resources: Resources) -> dict[str, float]:
-    need = request(resources)
+    need = worker_options(resources)
     amounts = {"CPU": need["num_cpus"], "GPU": need["num_gpus"], "memory": need.get("memory", 0)}
     return {**amounts, **need.get("resources", {})}
 
@@ -183,6 +184,7 @@ def run_bounded(
     calls: Mapping[Key, Callable[[Any], Any]],
     *,
     timeout: float,
+    label: str = "",
     done: Callable[[Key, Any], None] | None = None,
 ) -> dict[Key, Any]:
     """Give each idle worker the next call until all are done; at most one call a worker in flight.
@@ -191,6 +193,7 @@ def run_bounded(
         workers: Actor handles, or None for plain tasks (one slot each).
         calls: By key: takes a worker and returns an ObjectRef.
         timeout: Longest wait, in seconds, for any one call to finish.
+        label: Of the progress bar; without one, or without calls, none is drawn.
         done: Given each key and its result at once, in order of completion.
 
     Returns:
@@ -200,11 +203,24 @@ def run_bounded(
         ICMRayError: as raised by a call.
         ClusterError: a worker died more often than Ray retries, or the time-out passed.
     """
+    results: dict[Key, Any] = {}
+    with bar(len(calls), label) if label and calls else contextlib.nullcontext() as drawn:
+        for key, result in _completed(workers, calls, timeout):
+            results[key] = result
+            if done:
+                done(key, result)
+            if drawn:
+                drawn.add()
+    return {key: results[key] for key in calls}
+
+
+def _completed(
+    workers: Sequence[Any], calls: Mapping[Key, Callable[[Any], Any]], timeout: float
+) -> Iterator[tuple[Key, Any]]:
     import ray
 
     waiting, idle = list(calls), list(workers)
     flying: dict[Any, tuple[Key, Any]] = {}
-    results: dict[Key, Any] = {}
     try:
         while waiting or flying:
             while waiting and idle:
@@ -219,16 +235,40 @@ def run_bounded(
                 )
             key, worker = flying.pop(ready[0])
             idle.append(worker)
-            results[key] = fetch(ready[0], key)
-            if done:
-                done(key, results[key])
+            yield key, fetch(ready[0], key)
     finally:
         # The end of a session ends its calls. Cancelling them before can end this very process:
         # in Ray a cancelled task races with its own reply, and the loser fails a check.
         for reference in () if _session_ends_with_us else flying:
             with contextlib.suppress(Exception):  # best effort: the worker may be gone already
                 ray.cancel(reference)
-    return {key: results[key] for key in calls}
+
+
+def run_tasks(
+    function: Any,
+    arguments: Mapping[Key, tuple[Any, ...]],
+    resources: Resources,
+    *,
+    label: str = "",
+) -> dict[Key, Any]:
+    """Run a remote function once for each key, as many at a time as fit; see `run_bounded`.
+
+    Args:
+        function: Made by `ray.remote`.
+        arguments: What it is called with, by key.
+        resources: What each call gets.
+        label: Of the progress bar; without one none is drawn.
+    """
+    if not arguments:
+        return {}
+    remote = function.options(**worker_options(resources)).remote
+
+    def call(given: tuple[Any, ...]) -> Callable[[Any], Any]:
+        return lambda _slot: remote(*given)
+
+    slots = [None] * worker_count(resources, len(arguments))
+    calls = {key: call(given) for key, given in arguments.items()}
+    return run_bounded(slots, calls, timeout=resources.timeout_seconds, label=label)
 
 
 def fetch(reference: Any, what: object) -> Any:

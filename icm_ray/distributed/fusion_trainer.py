@@ -1,4 +1,4 @@
-"""Ray Train around the workers of `fusion_engine`: storage, time-outs, retries, resuming.
+"""Ray Train around the workers of `fusion_worker`: storage, time-outs, retries, resuming.
 
 A trial of Ray Tune may call `train_fusion_on_ray` too, with Tune's TuneReportCallback. The trial
 then must hold none of the CPUs its workers wait for: let it ask for a custom resource alone.
@@ -7,9 +7,7 @@ then must hold none of the CPUs its workers wait for: let it ask for a custom re
 import contextlib
 import logging
 import os
-import shutil
 import stat
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +19,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 from safetensors.torch import load_file
-from torch import Tensor
 
-from icm_ray.adapters import AdapterFile
-from icm_ray.config import FusionSpec, PipelineRecipe, Resources
-from icm_ray.distributed.cluster import MAX_RETRIES
+from icm_ray.config import Resources
 from icm_ray.distributed.fusion_worker import TABLE, VAE, FusionOrder, check_hashes, train_worker
-from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.errors import ClusterError, ICMRayError, InputError, RecipeError
-from icm_ray.files import RUN_FILE, read_json, write_json
+from icm_ray.files import read_json
 from icm_ray.fusion.data import FusionTable, write_table
-from icm_ray.fusion.serial import Checkpoints, runs_base, train_fusion
-from icm_ray.fusion.store import save_fusion
 from icm_ray.fusion.train import History, check_kept
 from icm_ray.fusion_vae.network import FusionVAE, build_vae
-from icm_ray.learning.inputs import TaskInputs
-from icm_ray.linalg.threads import kernel_threads
 
 START_SECONDS = "600"
 """How long workers may take to start; Ray Train's own minute is short on a busy machine."""
@@ -253,52 +243,3 @@ def _settings() -> Iterator[None]:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
-
-
-@dataclass(frozen=True)
-class OneWorkerOrder:
-    """One training, as its worker gets it."""
-
-    spec: FusionSpec
-    files: Sequence[AdapterFile]
-    trajectories: Mapping[str, Path]
-    vectors: Mapping[str, Tensor]
-    tasks: Sequence[TaskInputs]
-    key: str
-
-
-@ray.remote(max_retries=MAX_RETRIES)
-def train_on_one_worker(
-    shared: SharedBase, recipe: PipelineRecipe, order: OneWorkerOrder, folder: Path, label: str
-) -> None:
-    """Train a whole Fusion-VAE in one task, without DeepSpeed, and write it; resumable."""
-    from ray.experimental import tqdm_ray
-
-    started = time.process_time()
-    scratch = folder.with_name(f".{folder.name}.training-{order.key[:12]}")
-    scratch.mkdir(parents=True, exist_ok=True)
-    adapters = [file.load() for file in order.files]
-    known = Checkpoints.read(adapters, order.trajectories, order.vectors)
-    bar = tqdm_ray.tqdm(total=order.spec.steps, desc=f"fusion {label}", flush_interval_s=3.0)
-    with kernel_threads(recipe.resources.threads):
-        base = rebuild(shared, recipe.resources) if runs_base(order.spec) else None
-        try:
-            model = train_fusion(
-                order.spec,
-                adapters,
-                known,
-                base=base,
-                tasks=order.tasks,
-                seed=recipe.seed,
-                threads=recipe.resources.threads,
-                scratch=scratch,
-                key=order.key,
-                progress=lambda step, _loss: bar.update(step - bar._x),
-            )
-        except RecipeError:  # of other settings there is nothing to resume
-            shutil.rmtree(scratch)
-            raise
-    bar.close()
-    save_fusion(model, folder, {"key": order.key})
-    write_json(folder / RUN_FILE, {"cpu_seconds": time.process_time() - started})
-    shutil.rmtree(scratch)

@@ -6,6 +6,7 @@ are pickles: they are read from the run's own storage alone, and only if every f
 sha256 its writer noted.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from icm_ray.config import EngineSpec, FusionSpec, Resources
+from icm_ray.distributed.progress import bar
 from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.errors import InputError
 from icm_ray.files import read_json, sha256_of_file, write_json
@@ -134,26 +136,24 @@ def _train(
     engine: Any, meta: MetaTraining, order: FusionOrder, history: History, rank: int
 ) -> None:
     from ray import train
-    from ray.experimental import tqdm_ray
 
     steps, options = order.spec.steps, order.engine
-    bar = tqdm_ray.tqdm(total=steps, desc="train fusion") if rank == 0 else None
-    if bar:
-        bar.update(len(history))
-    while len(history) < steps and not is_lost(history):  # on every worker; the driver says so
-        history.append(_step(engine, meta, len(history)))
-        done = len(history)
-        if bar:
-            bar.update(1)
-        if is_lost(history) or done % options.checkpoint_every == 0 or done == steps:
-            _report(engine, meta, history, rank)
-        elif done % options.report_every == 0:
-            train.report({"step": done, **history[-1]})
-        if bar and (done % options.report_every == 0 or done == steps):
-            told = ", ".join(f"{name} {history[-1][name]:.4g}" for name in COLUMNS)
-            print(f"step {done}/{steps}: {told}")
-    if bar:
-        bar.close()
+    shown = bar(steps, "train fusion") if rank == 0 else contextlib.nullcontext()
+    with shown as drawn:
+        if drawn:
+            drawn.reach(len(history))
+        while len(history) < steps and not is_lost(history):  # on every worker; the driver says so
+            history.append(_step(engine, meta, len(history)))
+            done = len(history)
+            if is_lost(history) or done % options.checkpoint_every == 0 or done == steps:
+                _report(engine, meta, history, rank)
+            elif done % options.report_every == 0:
+                train.report({"step": done, **history[-1]})
+            if drawn:
+                drawn.reach(done)
+                if done % options.report_every == 0 or done == steps:
+                    parts = ", ".join(f"{name} {history[-1][name]:.4g}" for name in COLUMNS)
+                    print(f"step {done}/{steps}: {parts}")
 
 
 def _step(engine: Any, meta: MetaTraining, step: int) -> dict[str, float]:

@@ -8,21 +8,22 @@ values and step alone, so any number of actors gives the bytes of `learning.lear
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from icm_ray.config import Resources
-from icm_ray.distributed.cluster import MAX_RETRIES, fetch, request, worker_count
-from icm_ray.distributed.shared_base import SharedBase, rebuild
+from icm_ray.distributed.cluster import MAX_RETRIES, fetch, worker_count, worker_options
+from icm_ray.distributed.progress import Bar, bar
+from icm_ray.distributed.session import Session
+from icm_ray.distributed.shared_base import rebuild
 from icm_ray.errors import ClusterError
 from icm_ray.evidence.learned import LearnedMerge
 from icm_ray.learning.descent import Descent
-from icm_ray.learning.gradients import Part, TaskGradients, TaskLosses
+from icm_ray.learning.gradients import Learning, Share, TaskGradients, TaskLosses
 from icm_ray.learning.inputs import TaskInputs
-from icm_ray.learning.learner import Run, covered_tasks, groups_of, report
+from icm_ray.learning.learner import Run, covered_tasks, groups_of, learned_merge, report
+from icm_ray.learning.objectives import objective_of
 from icm_ray.learning.recipes import Plan
 from icm_ray.linalg.threads import kernel_threads
 
@@ -37,7 +38,7 @@ class LearnOrder:
     Attributes:
         plan: What is learned, minimised and started from.
         tasks: Adapters and inputs of every task.
-        run: Seed, threads and what shares a forward pass.
+        run: Seed, threads, and where the driver keeps its state.
     """
 
     plan: Plan
@@ -53,33 +54,27 @@ class TaskActor:
     replaced without a trace.
     """
 
-    def __init__(
-        self, shared: SharedBase, resources: Resources, order: LearnOrder, groups: Sequence[Group]
-    ) -> None:
+    def __init__(self, session: Session, order: LearnOrder, groups: Sequence[Group]) -> None:
         torch.set_num_threads(order.run.threads)
-        base = rebuild(shared, resources)
+        base = rebuild(session.shared, session.resources)
         mine = {task for group in groups for task in group}
         self.groups, self.threads = groups, order.run.threads
         with kernel_threads(self.threads):
-            objective = order.plan.objective(base)
+            learning = order.plan.learning(base)
             self.side = TaskGradients(
                 base.model,
-                order.plan.parameters(),
-                objective,
+                learning,
                 [task for task in order.tasks if task.name in mine],
-                weights=order.plan.optimisation().task_weights(
-                    covered_tasks(order.tasks, objective)
-                ),
+                covered=covered_tasks(order.tasks, learning.objective),
                 seed=order.run.seed,
-                save_memory=order.run.save_memory,
             )
-            self.found = {task: self.side.start(task) for task in sorted(mine)}
+            self.losses = {task: self.side.start(task) for task in sorted(mine)}
 
     def starts(self) -> dict[str, TaskLosses]:
         """Return what each task's objective says of base, expert and start."""
-        return self.found
+        return self.losses
 
-    def step(self, values: Values, number: int) -> list[Part]:
+    def step(self, values: Values, number: int) -> list[Share]:
         """Return losses and gradients of this actor's groups at `values`."""
         with kernel_threads(self.threads):
             self.side.load(values)
@@ -89,80 +84,68 @@ class TaskActor:
         """Return each task's components at `values`."""
         with kernel_threads(self.threads):
             self.side.load(values)
-            return {task: self.side.components(task) for task in self.found}
+            return {task: self.side.components(task) for task in self.losses}
 
     def cpu_seconds(self) -> float:
         """Return the processor time this actor has used so far."""
         return time.process_time()
 
 
-def learn_on_ray(
-    shared: SharedBase,
-    order: LearnOrder,
-    covered: Sequence[str],
-    resources: Resources,
-    *,
-    origin: Mapping[str, Any],
-    scratch: Path,
-    key: str,
-    label: str,
-) -> tuple[LearnedMerge, float]:
+def learn_on_ray(session: Session, order: LearnOrder, label: str) -> tuple[LearnedMerge, float]:
     """Return a merge learned over the cluster and its cost; see `learning.learner.learn`.
 
     The cost is the processor time of all actors in seconds, from the start or the last resumption.
 
     Args:
-        shared: The base.
+        session: The base, and what each actor gets.
         order: The run.
-        covered: Names of the tasks the objective says something about.
-        resources: What each actor gets.
-        origin: How it was learned, as plain data.
-        scratch: Existing folder for resumable state.
-        key: Identifies the run in `scratch`.
         label: Shown by the progress bar.
 
     Raises:
+        RecipeError: a loss is no number any more.
         ClusterError: an actor died more often than it is restarted, or the time-out passed.
     """
-    from ray.experimental import tqdm_ray
-
-    options = order.plan.optimisation()
-    groups = list(groups_of(covered, order.run, options))
-    count = worker_count(resources, len(groups))
-    held, wants = ray.put(order), request(resources)
+    how = order.plan.spec.optimisation
+    covered = covered_tasks(order.tasks, objective_of(order.plan.spec.objective, None))
+    groups = list(groups_of(covered, how))
+    count = worker_count(session.resources, len(groups))
+    held, wants = ray.put(order), worker_options(session.resources)
     kind: Any = TaskActor  # what `ray.remote` returns is not what type checkers see
-    actors = [
-        kind.options(**wants).remote(shared, resources, held, groups[i::count])
-        for i in range(count)
-    ]
-    timeout = resources.timeout_seconds
-    bar = tqdm_ray.tqdm(total=options.steps, desc=f"learn {label}")
+    actors = [kind.options(**wants).remote(session, held, groups[i::count]) for i in range(count)]
     try:
-        starts = _joined(_all([a.starts.remote() for a in actors], timeout, "start"))
-        parameters = order.plan.parameters()
-        descent = Descent(parameters.tensors(), options)
-        descent.resume(scratch, key)
-        bar.update(descent.step)
-        while descent.step < options.steps:
-            values = ray.put(descent.values())
-            calls = [actor.step.remote(values, descent.step) for actor in actors]
-            parts = _all(calls, timeout, f"step {descent.step}")
-            descent.move([part for mine in parts for part in mine])
-            bar.update(1)
-            if descent.step % order.plan.spec.optimisation.save_every == 0:
-                descent.save(scratch, key)
-        values = ray.put(descent.values())
-        ends = _joined(_all([a.ends.remote(values) for a in actors], timeout, "end"))
-        seconds = sum(_all([a.cpu_seconds.remote() for a in actors], timeout, "cost"))
+        with bar(how.steps, f"learn {label}") as drawn:
+            return _learned(actors, order, covered, session.resources.timeout_seconds, drawn)
     finally:
-        bar.close()
         for actor in actors:
             ray.kill(actor)
+
+
+def _learned(
+    actors: Sequence[Any], order: LearnOrder, covered: Sequence[str], timeout: float, drawn: Bar
+) -> tuple[LearnedMerge, float]:
+    """Make every step that is missing; the driver's half of `learn_on_ray`."""
+    how, checkpoint = order.plan.spec.optimisation, order.run.checkpoint
+    starts = _joined(_all([a.starts.remote() for a in actors], timeout, "start"))
+    # Only the parameters move here: the objective is the actors'.
+    learning = Learning(order.plan.parameters(), objective_of(order.plan.spec.objective, None), how)
+    descent = Descent(learning.parameters.tensors(), how)
+    if checkpoint:
+        descent.resume(checkpoint)
+    drawn.reach(descent.step)
+    while descent.step < how.steps:
+        values = ray.put(descent.values())
+        calls = [actor.step.remote(values, descent.step) for actor in actors]
+        shares = _all(calls, timeout, f"step {descent.step}")
+        descent.move([share for mine in shares for share in mine])
+        drawn.add()
+        if checkpoint and descent.step % how.save_every == 0:
+            descent.save(checkpoint)
+    values = ray.put(descent.values())
+    ends = _joined(_all([a.ends.remote(values) for a in actors], timeout, "end"))
+    seconds = sum(_all([a.cpu_seconds.remote() for a in actors], timeout, "cost"))
     before = {task: starts[task] for task in covered}
-    told = report(parameters, descent, before, {task: ends[task] for task in covered})
-    adapters = {task.name: task.adapter.fingerprint for task in order.tasks}
-    learned = parameters.learned()
-    return LearnedMerge(learned, parameters.terms.tasks, adapters, dict(origin), told), seconds
+    told = report(descent, before, {task: ends[task] for task in covered})
+    return learned_merge(learning, order.tasks, told), seconds
 
 
 def _all(calls: Sequence[Any], timeout: float, what: str) -> list[Any]:

@@ -11,9 +11,10 @@ import psutil
 import ray
 
 from icm_ray.adapters import open_all
-from icm_ray.config import BenchmarkRecipe, MethodRow
+from icm_ray.config import Resources
 from icm_ray.distributed.cluster import connected
 from icm_ray.distributed.merge import merge_on_ray
+from icm_ray.merging.order import MergeRequest
 
 INTERVAL = 0.15
 """Seconds between two samples: weighing walks page tables, and a module takes longer than this."""
@@ -51,28 +52,28 @@ class ManyRow:
 
 
 def merge_many(
-    recipe: BenchmarkRecipe, method: MethodRow, folder: str, names: Sequence[str]
+    folders: Sequence[Path], request: MergeRequest, resources: Resources, label: str
 ) -> ManyRow:
-    """Merge some of the adapters in `folder` on a local cluster while memory is sampled."""
-    with connected(recipe.resources):
-        bare = _bare_workers(recipe.resources.workers or 1)
+    """Merge adapters on a local cluster while memory is sampled.
+
+    Args:
+        folders: The adapters; each is named after its folder.
+        request: What is asked for.
+        resources: What each worker gets.
+        label: What the row calls the merge.
+    """
+    with connected(resources):
+        bare = _bare_workers(resources.workers or 1)
         with Sampler() as sampler:
             started = time.monotonic()
-            files = open_all([(name, Path(folder) / name) for name in names])
-            merge_on_ray(
-                files,
-                method.method,
-                resources=recipe.resources,
-                params=method.params,
-                output_rank=method.rank,
-                seed=recipe.seed,
-            )
+            files = open_all([(folder.name, folder) for folder in folders])
+            merge_on_ray(files, request, resources)
             seconds = time.monotonic() - started
         workers = max(sampler.workers, 1)
-        print(f"{method.name}: {len(names)} adapters, peak {sampler.peak / 1e6:.0f} MB", flush=True)
+        print(f"{label}: {len(files)} adapters, peak {sampler.peak / 1e6:.0f} MB", flush=True)
         return ManyRow(
-            method=f"{method.name} {method.rank}" if method.rank else method.name,
-            adapters=len(names),
+            method=label,
+            adapters=len(files),
             input_bytes=sum(file.file.stat().st_size for file in files),
             seconds=seconds,
             peak=sampler.peak,

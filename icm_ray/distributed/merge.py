@@ -1,7 +1,7 @@
 """Merge module shards on Ray: the serial merge, split over workers, equal byte for byte."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 
 from icm_ray.adapters import AdapterFile
 from icm_ray.config import Resources
-from icm_ray.distributed.cluster import MAX_RETRIES, request, run_bounded, worker_count
-from icm_ray.merging.folder import write_merged
-from icm_ray.merging.merge import MergedModule, assemble, merge, merge_modules
-from icm_ray.merging.order import MergeOrder, plan_merge
+from icm_ray.distributed.cluster import MAX_RETRIES, run_bounded, worker_count, worker_options
+from icm_ray.distributed.progress import bar
+from icm_ray.merging.folder import Origin, write_merged
+from icm_ray.merging.merge import MergedModule, assemble, merge_as_asked, merge_modules
+from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
 from icm_ray.merging.passes import Measured, concluded, measure_modules, passes_of
-from icm_ray.types import LoRAFactors, MergeResult, ModuleReport, RankPolicy
+from icm_ray.types import LoRAFactors, MergeResult, ModuleReport
 
 SHARD_BYTES = 64_000_000
 """Factors one task reads at least: small modules are merged together, as a task costs 2 ms."""
@@ -28,54 +29,54 @@ Shipped = dict[str, tuple[Pair, ModuleReport, dict[str, Pair]]]
 
 def merge_on_ray(
     files: Sequence[AdapterFile],
-    method: str,
-    *,
+    request: MergeRequest,
     resources: Resources,
-    params: Mapping[str, Any] | None = None,
-    evidence: object | None = None,
-    output_rank: RankPolicy = None,
-    seed: int = 0,
+    *,
     shard_bytes: int = SHARD_BYTES,
 ) -> MergeResult:
-    """Merge open adapter files over the cluster; see `icm_ray.merge` for the arguments.
+    """Merge open adapter files over the cluster.
 
     Workers read only their own modules, straight from the files, so the driver never holds the
     inputs and memory does not grow with their number. A method that must know the whole adapter
     first has every shard measured before any is merged.
-    """
-    from ray.experimental import tqdm_ray
 
-    order = plan_merge(files, method, params, evidence, output_rank, seed)
+    Args:
+        files: The adapters.
+        request: What is asked for.
+        resources: What each worker gets.
+        shard_bytes: Factors that one task reads at least.
+    """
+    order = plan_merge(files, request)
     shards = shard_modules(order, files, shard_bytes)
     by_name = ray.put({file.name: file for file in files})
-    options = request(resources)
+    options = worker_options(resources)
     slots = [None] * worker_count(resources, len(shards))
     passes = len(passes_of(order))
-    bar = tqdm_ray.tqdm(total=(passes + 1) * len(shards), desc=f"merge {method}")
 
-    def everywhere(
-        start: Callable[[Sequence[str]], Any], done: Callable[[Any], None] = lambda _part: None
-    ) -> list[Any]:
-        def finished(_key: int, part: Any) -> None:
-            done(part)
-            bar.update(1)
+    with bar((passes + 1) * len(shards), f"merge {order.method}") as drawn:
 
-        calls = {
-            i: lambda _slot, modules=modules: start(modules) for i, modules in enumerate(shards)
-        }
-        found = run_bounded(slots, calls, timeout=resources.timeout_seconds, done=finished)
-        return list(found.values())
+        def everywhere(
+            start: Callable[[Sequence[str]], Any], done: Callable[[Any], None] = lambda _part: None
+        ) -> list[Any]:
+            def finished(_key: int, part: Any) -> None:
+                done(part)
+                drawn.add()
 
-    for number in range(passes):
-        shared = ray.put(order)
-        measure, total = _measure_shard.options(**options), Measured()
-        parts = everywhere(
-            lambda m, s=shared, n=number, f=measure: f.remote(s, n, m, by_name), total.take
-        )
-        order = concluded(order, number, [total, *parts])
-    shared, merge = ray.put(order), _merge_shard.options(**options)
-    parts = everywhere(lambda modules: merge.remote(shared, modules, by_name))
-    bar.close()
+            calls = {
+                i: lambda _slot, modules=modules: start(modules) for i, modules in enumerate(shards)
+            }
+            timeout = resources.timeout_seconds
+            return list(run_bounded(slots, calls, timeout=timeout, done=finished).values())
+
+        for number in range(passes):
+            shared = ray.put(order)
+            measure, total = _measure_shard.options(**options), Measured()
+            parts = everywhere(
+                lambda m, s=shared, n=number, f=measure: f.remote(s, n, m, by_name), total.take
+            )
+            order = concluded(order, number, [total, *parts])
+        shared, merge = ray.put(order), _merge_shard.options(**options)
+        parts = everywhere(lambda modules: merge.remote(shared, modules, by_name))
     merged = {m: _unship(item) for part in parts for m, item in part.items()}
     return assemble(order, merged, files)
 
@@ -137,11 +138,11 @@ def _factors(pair: Pair) -> LoRAFactors:
 
 @ray.remote(max_retries=MAX_RETRIES)
 def merge_to_folder(
-    files: list[AdapterFile], order: dict[str, Any], folder: Path, key: str
+    files: list[AdapterFile], request: MergeRequest, folder: Path, key: str
 ) -> None:
     """Merge in one task and write the verified folder."""
     started = time.monotonic()
-    result = merge(files, **order)
+    result = merge_as_asked(files, request)
     seconds = time.monotonic() - started
-    paths = {file.name: str(file.path) for file in files}
-    write_merged(result, folder, key=key, inputs=paths, seconds=seconds, evidence=order["evidence"])
+    evidence: Any = request.evidence  # a folder, as a row of a table has it
+    write_merged(result, folder, Origin(files, key, seconds, evidence))

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from icm_ray.distributed.actors import AdapterSource, MergeSource
-from icm_ray.distributed.cluster import run_bounded
+from icm_ray.adapters import AdapterFile
+from icm_ray.distributed.actors import AdapterSource, Source
+from icm_ray.distributed.session import Pool
 from icm_ray.evaluation.metrics import Score
-from icm_ray.evaluation.scoring import TaskData, TaskScore
+from icm_ray.evaluation.scoring import BATCH, Standing, TaskData, TaskScore, standing, values
 from icm_ray.files import is_done, read_json, sha256_of, whole_folder, write_json
 
 VERSION = 1
@@ -30,7 +31,7 @@ class ScoreItem:
     """
 
     label: str
-    source: AdapterSource | MergeSource | None
+    source: Source | None
     tasks: tuple[str, ...]
 
     def key(self, base: str, data: Mapping[str, TaskData], batch: int) -> str:
@@ -57,63 +58,69 @@ def _data_key(item: TaskData) -> list[Any]:
 
 
 def score_on_ray(
-    actors: Sequence[Any],
+    pool: Pool,
     items: Sequence[ScoreItem],
     data: Mapping[str, TaskData],
     folder: Path,
-    *,
-    base: str,
-    batch: int,
-    timeout: float,
+    batch: int = BATCH,
 ) -> dict[str, dict[str, TaskScore]]:
     """Return the scores of every item by label; finished ones are read back from `folder`.
 
     Args:
-        actors: Pool that holds the base.
+        pool: Actors that hold the base; none is started if there is nothing to score.
         items: What to score; labels are unique.
         data: Examples and heads by task.
         folder: Scores go to `<folder>/<key>/`; two labels with equal adapters share one.
-        base: Fingerprint of the base.
         batch: Examples a forward.
-        timeout: Longest wait for one item, seconds.
     """
-    from ray.experimental import tqdm_ray
-
-    keys = {item.label: item.key(base, data, batch)[:20] for item in items}
+    keys = {item.label: item.key(pool.session.key, data, batch)[:20] for item in items}
     missing = {
         keys[item.label]: item
         for item in items
         if not is_done(folder / keys[item.label], keys[item.label])
     }
-    if not missing:  # an empty bar would stay on the terminal
-        return {item.label: load_scores(folder / keys[item.label]) for item in items}
-    shared = ray.put(dict(data))
-    bar = tqdm_ray.tqdm(total=len(missing), desc=f"evaluate {folder.name}")
-
-    def call(item: ScoreItem) -> Any:
-        return lambda actor: actor.scores.remote(item.source, shared, item.tasks, batch)
+    shared = ray.put(dict(data)) if missing else None
+    arguments = {key: (i.source, shared, i.tasks, batch) for key, i in missing.items()}
 
     def keep(key: str, scores: dict[str, TaskScore]) -> None:
         save_scores(folder / key, key, scores)  # at once: a killed run has lost nothing
-        bar.update(1)
 
-    calls = {key: call(item) for key, item in missing.items()}
-    run_bounded(actors, calls, timeout=timeout, done=keep)
-    bar.close()
+    pool.map("scores", arguments, label=f"evaluate {folder.name}", done=keep)
     return {item.label: load_scores(folder / keys[item.label]) for item in items}
 
 
-def is_scored(
-    items: Sequence[ScoreItem],
-    data: Mapping[str, TaskData],
-    folder: Path,
-    *,
-    base: str,
-    batch: int,
-) -> bool:
-    """Say whether `score_on_ray` would only read, so that no actor has to be started for it."""
-    keys = [item.key(base, data, batch)[:20] for item in items]
-    return all(is_done(folder / key, key) for key in keys)
+def references(experts: Sequence[AdapterFile]) -> list[ScoreItem]:
+    """Return what other items are measured by: the base, and each expert on its own task."""
+    tasks = tuple(file.name for file in experts)
+    base = ScoreItem("base", None, tasks)
+    return [base, *(ScoreItem(f"expert {f.name}", AdapterSource(f), (f.name,)) for f in experts)]
+
+
+@dataclass(frozen=True)
+class Standings:
+    """Scores beside those of the references.
+
+    Attributes:
+        items: Scores by label and task.
+        base: Scores of the base with the heads alone, by task.
+        expert: Each expert's score on its own task.
+    """
+
+    items: Mapping[str, dict[str, TaskScore]]
+    base: dict[str, TaskScore]
+    expert: dict[str, TaskScore]
+
+    @classmethod
+    def among(cls, scores: Mapping[str, dict[str, TaskScore]]) -> "Standings":
+        """Take the scores of `references` out of those of everything."""
+        base = scores["base"]
+        expert = {task: scores[f"expert {task}"][task] for task in base}
+        others = {n: s for n, s in scores.items() if n != "base" and not n.startswith("expert ")}
+        return cls(others, base, expert)
+
+    def of(self, label: str) -> Standing:
+        """Return where an item stands."""
+        return standing(values(self.items[label]), values(self.expert), values(self.base))
 
 
 def save_scores(folder: Path, key: str, scores: Mapping[str, TaskScore]) -> None:

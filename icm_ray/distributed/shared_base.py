@@ -30,11 +30,6 @@ class SharedBase:
     fingerprint: str
     bytes: int
 
-    def run_as(self, resources: Resources) -> str:
-        """Return what identifies the base as workers run it: its weights, and their dtype."""
-        plain = resources.dtype == "float32"
-        return self.fingerprint if plain else f"{self.fingerprint} {resources.dtype}"
-
 
 def share_base(path: Path) -> SharedBase:
     """Put a base's weights into the object store once."""

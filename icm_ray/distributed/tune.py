@@ -56,52 +56,76 @@ class Looks:
         return [{RUNG: rung, self.on: rung} for rung in self.rungs]
 
 
-def run_trials(
-    study: Study,
-    actors: Sequence[Any],
-    material: Sequence[Any],
-    looks: Looks,
-    trials: int,
-    *,
-    timeout: float,
-    loggers: Sequence[str] = (),
-    logs: Path | None = None,
-    finished: Callable[[Trial], None] = lambda _trial: None,
-) -> None:
-    """Run trials until the ledger holds `trials`; at most one an actor at a time.
+@dataclass(frozen=True)
+class Bench:
+    """Where trials are measured.
 
-    Args:
-        study: Asks and is told.
+    Attributes:
         actors: With `measure(material, order)`, as `AdapterActor` has it.
-        material: Handed on to them; see `search_trials.share_material`.
+        material: Handed on to them; see `trials.share_material`.
+    """
+
+    actors: Sequence[Any]
+    material: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class TrialsOrder:
+    """How trials are run.
+
+    Attributes:
         looks: The rungs.
         trials: Number of trials, those of earlier runs included.
         timeout: Longest wait for one measurement, seconds.
         loggers: Names of Tune's loggers to feed.
-        logs: Where event files of loggers go.
+        logs: Where event files of loggers go, if there are any.
+    """
+
+    looks: Looks
+    trials: int
+    timeout: float
+    loggers: tuple[str, ...] = ()
+    logs: Path | None = None
+
+
+def run_trials(
+    study: Study,
+    bench: Bench,
+    order: TrialsOrder,
+    finished: Callable[[Trial], None] = lambda _trial: None,
+) -> None:
+    """Run trials until the ledger holds as many as are wanted; at most one an actor at a time.
+
+    Args:
+        study: Asks and is told.
+        bench: Where they are measured.
+        order: How they are run.
         finished: Told of each trial when it ends.
 
     Raises:
         ClusterError: an actor died more often than it is restarted, or did not answer in time.
     """
-    searcher = _Asker(study, len(actors), looks, trials, finished)
+    searcher = _Asker(study, len(bench.actors), order, finished)
     if searcher.rest <= 0:
         return
-    check_placement(len(actors))
+    check_placement(len(bench.actors))
     run = tune.with_resources(
         tune.with_parameters(
-            _trial_function(), actors=list(actors), material=list(material), timeout=timeout
+            _trial_function(),
+            actors=list(bench.actors),
+            material=list(bench.material),
+            timeout=order.timeout,
         ),
         tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY}]),
     )
-    if logs and loggers:
-        logs.mkdir(parents=True, exist_ok=True)
-    with _private_folder(logs) as folder, _quiet_tune():
+    if order.logs:
+        order.logs.mkdir(parents=True, exist_ok=True)
+    with _private_folder(order.logs) as folder, _quiet_tune():
         tuner = tune.Tuner(
             run,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=_scheduler(study, looks),
+                scheduler=_scheduler(study, order.looks),
                 num_samples=searcher.rest,
                 max_concurrent_trials=None,  # the searcher hands out one trial an actor
                 reuse_actors=True,
@@ -111,7 +135,7 @@ def run_trials(
                 name="search",
                 storage_path=str(folder),
                 verbose=0,
-                callbacks=[logger(name, logs or folder) for name in loggers],
+                callbacks=[logger(name, order.logs or folder) for name in order.loggers],
             ),
         )
         tuner.fit()
@@ -176,17 +200,12 @@ class _Asker(Searcher):
     """Between Tune and the study; what it knows is in the ledger, so it saves nothing itself."""
 
     def __init__(
-        self,
-        study: Study,
-        slots: int,
-        looks: Looks,
-        trials: int,
-        finished: Callable[[Trial], None],
+        self, study: Study, slots: int, order: TrialsOrder, finished: Callable[[Trial], None]
     ) -> None:
         name = study.objectives[0]
         super().__init__(metric=name, mode=_mode(name))
-        self.study, self.looks, self.finished = study, looks, finished
-        self.rest = trials - len(study.finished())
+        self.study, self.looks, self.finished = study, order.looks, finished
+        self.rest = order.trials - len(study.finished())
         self.free = list(range(slots))
         self.flying: dict[str, tuple[int, int]] = {}
         self.broken = ""

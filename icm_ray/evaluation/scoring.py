@@ -16,6 +16,9 @@ from icm_ray.suites import Suite
 from icm_ray.suites.tasks import Examples, Task
 from icm_ray.types import Adapter
 
+BATCH = 64
+"""Examples a forward, unless a recipe says otherwise."""
+
 
 @dataclass(frozen=True)
 class TaskData:

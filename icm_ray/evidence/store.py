@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from icm_ray.errors import InputError
 from icm_ray.evidence.gather import AdapterEvidence
-from icm_ray.files import read_json, read_manifest, whole_folder, write_json
+from icm_ray.evidence.tensors import TENSORS, read_evidence, write_evidence
 from icm_ray.types import NullSpaceRatios, TaskVectors
-
-FORMAT = 1
 
 
 def save_evidence(
@@ -32,15 +30,14 @@ def save_evidence(
         for kind, ratios in (("expert", e.expert_ratios), ("base", e.base_ratios)):
             values = [ratios[module] for module in modules[e.task]]
             tensors[f"null_space_ratio/{kind}/{e.task}"] = torch.tensor(values, dtype=torch.float64)
-    described = {
-        "format": FORMAT,
-        "modules": modules,
-        "adapters": {e.task: e.fingerprint for e in gathered},
-        "inputs": {e.task: e.inputs for e in gathered},
-    }
-    with whole_folder(folder, info=origin) as target:
-        save_file(dict(sorted(tensors.items())), target / "evidence.safetensors")
-        write_json(target / "evidence.json", described)
+    write_evidence(
+        folder,
+        "task_vectors",
+        tensors,
+        adapters={e.task: e.fingerprint for e in gathered},
+        described={"modules": modules, "inputs": {e.task: e.inputs for e in gathered}},
+        origin=origin,
+    )
 
 
 def load_evidence(
@@ -55,25 +52,22 @@ def load_evidence(
     Raises:
         InputError: the folder is not intact or belongs to other adapters.
     """
-    read_manifest(folder)
-    described = read_json(folder / "evidence.json")
-    if described.get("format") != FORMAT:
-        raise InputError(f"{folder}: format {described.get('format')} but {FORMAT} is expected.")
-    stamped: dict[str, str] = described["adapters"]
+    evidence = read_evidence(folder)
+    stamped = evidence.adapters
     wrong = [task for task, print_ in (adapters or {}).items() if stamped.get(task) != print_]
     if wrong:
         raise InputError(
             f"{folder}: evidence of other adapters than given for {', '.join(sorted(wrong))}. "
             "Gather it again with jobs.evidence."
         )
-    tensors = load_file(folder / "evidence.safetensors")
+    tensors = load_file(folder / TENSORS)
     vectors = {task: tensors[f"task_vector/{task}"] for task in stamped}
 
     def ratios(kind: str) -> dict[str, dict[str, float]]:
         return {
             task: dict(
                 zip(
-                    described["modules"][task],
+                    evidence.described["modules"][task],
                     tensors[f"null_space_ratio/{kind}/{task}"].tolist(),
                     strict=True,
                 )

@@ -1,7 +1,7 @@
 """Evidence as methods see it: named tensors, of one module at a time, stamped with their adapters.
 
-    given = read_given("runs/grams")           # a folder, or one safetensors file
-    given.of("layer.0.q", ["gram.<task>"], ("law", "code"))  # {"gram.law": ..., "gram.code": ...}
+    evidence = read_evidence("runs/grams")        # a folder, or one safetensors file
+    evidence.of("layer.0.q", ["gram.<task>"], ("law", "code"))  # {"gram.law": tensor, ...}
 
 Names are `<module>.<kind>` or `<module>.<kind>.<task>`; docs/evidence.md lists the kinds.
 """
@@ -35,7 +35,7 @@ TASK = "<task>"
 
 
 @dataclass(frozen=True)
-class Given:
+class Evidence:
     """Named tensors in memory, or in a file that is read one module at a time.
 
     Attributes:
@@ -80,16 +80,16 @@ class Given:
             return {key: handle.get_tensor(name) for key, name in wanted.items()}
 
 
-def given(evidence: object | None) -> Given | None:
+def as_evidence(evidence: object | None) -> Evidence | None:
     """Return evidence in the one form methods use: a path, a model, or tensors by name.
 
     Raises:
         InputError: it is none of these, or its folder or file is broken.
     """
-    if evidence is None or isinstance(evidence, Given):
+    if evidence is None or isinstance(evidence, Evidence):
         return evidence
     if isinstance(evidence, str | Path):
-        return read_given(Path(evidence))
+        return read_evidence(Path(evidence))
     if isinstance(evidence, FusionModel):
         found = _in_memory(evidence.tensors())
         about = evidence.described()
@@ -104,29 +104,29 @@ def given(evidence: object | None) -> Given | None:
     )
 
 
-def _in_memory(tensors: dict[str, Tensor]) -> Given:
+def _in_memory(tensors: dict[str, Tensor]) -> Evidence:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name}{tuple(plain.shape)}{plain.dtype}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
-    return Given("tensors", frozenset(tensors), digest.hexdigest(), tensors=tensors)
+    return Evidence("tensors", frozenset(tensors), digest.hexdigest(), tensors=tensors)
 
 
-def read_given(path: Path) -> Given:
-    """Open a folder that `write_given` wrote, or a single safetensors file.
+def read_evidence(path: Path) -> Evidence:
+    """Open a folder that `write_evidence` wrote, or a single safetensors file.
 
     Raises:
         InputError: the path is missing, broken, or its files have changed since they were written.
     """
     if path.is_file():
-        return Given("tensors", _names(path), sha256_of_file(path), file=path.absolute())
+        return Evidence("tensors", _names(path), sha256_of_file(path), file=path.absolute())
     manifest = read_manifest(path)
     described = read_json(path / DESCRIPTION)
     if described.get("format") != FORMAT:
         raise InputError(f"{path}: format {described.get('format')} but {FORMAT} is expected.")
     file = path.absolute() / TENSORS
-    return Given(
+    return Evidence(
         described.get("kind", "tensors"),
         _names(file),
         sha256_of(manifest["files"]),
@@ -145,7 +145,7 @@ def _names(file: Path) -> frozenset[str]:
         raise InputError(f"{file}: not a readable safetensors file ({error}).") from None
 
 
-def write_given(
+def write_evidence(
     folder: Path,
     kind: str,
     tensors: Mapping[str, Tensor],
@@ -155,7 +155,7 @@ def write_given(
     described: Mapping[str, Any] | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write evidence to a new folder, all or nothing; `read_given` reads it back.
+    """Write evidence to a new folder, all or nothing; `read_evidence` reads it back.
 
     Args:
         folder: The output.
@@ -178,7 +178,7 @@ def write_given(
         write_json(target / DESCRIPTION, content)
 
 
-def model_of(told: Given) -> FusionModel:
+def model_of(told: Evidence) -> FusionModel:
     """Return the Fusion-VAE that evidence of its kind holds."""
     tensors = load_file(told.file) if told.file else dict(told.tensors)
     return FusionModel.restored(told.described, tensors, told.adapters)

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from icm_ray.base_model.loading import Base
+from icm_ray.checkpoint import Checkpoint
 from icm_ray.config import ExpertSet, LoRARecipe, Training
 from icm_ray.evaluation.answers import answer_of
 from icm_ray.evaluation.heads import Head
-from icm_ray.finetuning.state import load_state, save_state
 from icm_ray.finetuning.trajectory import Trajectory
 from icm_ray.seeding import generator, seed_for
 from icm_ray.suites.tasks import Examples, Task
+
+STATE = "state.safetensors"
 
 Report = Callable[[int, float], None]
 """Called after each step with the step's number and its loss."""
@@ -93,7 +95,8 @@ def train_expert(
     )
     parameters = {**trained, **{f"head.{n}": p for n, p in headed.items()}}
     trajectory = Trajectory(scratch, job.training.steps, job.training.checkpoints)
-    losses = load_state(scratch, parameters, optimizer)
+    checkpoint = Checkpoint(scratch / STATE)  # the folder's name has the run's key
+    losses: list[float] = checkpoint.load(parameters, optimizer)
     for step in range(len(losses), job.training.steps):
         rows = batch_rows(job, len(train), step)
         # The adapter's layers are inside the base's own modules by now.
@@ -106,7 +109,7 @@ def train_expert(
         losses.append(float(value.detach()))
         trajectory.offer(step + 1, losses[-1], trained)
         if (step + 1) % job.training.save_every == 0:
-            save_state(scratch, parameters, optimizer, losses)
+            checkpoint.save(parameters, optimizer, losses)
         if report:
             report(step + 1, losses[-1])
     final = None

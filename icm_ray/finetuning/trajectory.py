@@ -6,7 +6,7 @@ ICM-Fusion trains its F-VAE on these rows.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from icm_ray.errors import InputError
+from icm_ray.types import Adapter, LoRAFactors
+
 FOLDER = "trajectory"
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 Item = TypeVar("Item")
 
 
@@ -82,3 +86,33 @@ def unflatten(row: np.ndarray, layout: list[dict]) -> dict[str, Tensor]:
         flat = row[entry["offset"] : entry["offset"] + size]
         tensors[entry["name"]] = torch.from_numpy(flat.reshape(entry["shape"]).copy())
     return tensors
+
+
+def checkpoints_of(
+    adapter: Adapter, trajectory: Path
+) -> Iterator[tuple[int, dict[str, LoRAFactors]]]:
+    """Yield step and factors of every checkpoint of an adapter, in step order.
+
+    Raises:
+        InputError: there are none, or they are another adapter's: modules or shapes differ.
+    """
+    if not list(trajectory.glob("*.parquet")):
+        raise InputError(f"{trajectory}: no trajectory there. Train with jobs.finetune.")
+    table, layout = read_trajectory(trajectory)
+    width = table.schema.field("adapter").type.list_size
+    rows = table["adapter"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+    for step, row in zip(table["step"].to_pylist(), rows, strict=True):
+        yield step, _factors(unflatten(row, layout), adapter, trajectory)
+
+
+def _factors(tensors: Mapping[str, Tensor], adapter: Adapter, path: Path) -> dict[str, LoRAFactors]:
+    factors = {}
+    for module, final in adapter.modules.items():
+        a, b = (tensors.get(f"{PREFIX}{module}{end}") for end in (A, B))
+        if a is None or b is None or (b.shape[0], a.shape[1]) != final.shape:
+            raise InputError(
+                f"{path}: no factors of {adapter.name!r}'s module {module} in the adapter's shape. "
+                "Name the trajectory of this adapter."
+            )
+        factors[module] = LoRAFactors(a, b * final.scaling, final.scaling)
+    return factors

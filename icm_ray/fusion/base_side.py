@@ -1,6 +1,6 @@
 """The inner loss of Algorithm 1: what a decoded LoRA does inside of the frozen base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,15 @@ from icm_ray.fusion_vae.layout import Layout
 from icm_ray.learning.forward import merged, observe
 from icm_ray.learning.gradients import compare, inverse
 from icm_ray.learning.inputs import Seen, TaskInputs
-from icm_ray.learning.objectives import Memory, Scaling, TaskObjective
+from icm_ray.learning.objectives import INNER, objective_of
+from icm_ray.learning.objectives.protocol import Memory, Scaling, TaskObjective
 from icm_ray.learning.parameters import Frame
-from icm_ray.learning.recipes import objective_of
 
-INNER: Mapping[str, Any] = {
-    "task": "supervised",
-    "entropy": "entropy",
-    "null_space_ratio": "null_space_ratio",
-    "task_vector": "task_vector_match",
-}
-"""Inner losses that run the base, and the learner's name of each."""
+
+def inner_objective(spec: InnerSpec) -> ObjectiveSpec:
+    """Return the learner's objective that an inner loss is."""
+    kind: Any = INNER[spec.loss]
+    return ObjectiveSpec(kind=kind)
 
 
 class AdaptedBase(nn.Module):
@@ -79,7 +77,7 @@ class BaseSide:
             RecipeError: the inner loss needs labels or heads that no task has, or a task has no
                 second batch.
         """
-        objective = objective_of(ObjectiveSpec(kind=INNER[spec.loss]), self.base)
+        objective = objective_of(inner_objective(spec), self.base)
         made = {name: objective.of(task) for name, task in self.tasks.items()}
         if not any(made.values()):
             raise RecipeError(

@@ -17,11 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icm_ray.errors import InputError
-from icm_ray.finetuning.trajectory import read_trajectory, unflatten
+from icm_ray.finetuning.trajectory import checkpoints_of
 from icm_ray.fusion_vae.layout import Layout, Sample
-from icm_ray.types import Adapter, LoRAFactors
+from icm_ray.types import Adapter
 
-PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 FINAL, BEFORE = "final", "trajectory"
 
 
@@ -35,30 +34,9 @@ def samples_of(adapter: Adapter, trajectory: Path | None = None) -> list[Sample]
     """
     if trajectory is None:
         return [Sample(adapter.name, 0, adapter.modules, is_final=True)]
-    if not list(trajectory.glob("*.parquet")):
-        raise InputError(f"{trajectory}: no trajectory there. Train with jobs.finetune.")
-    table, flat = read_trajectory(trajectory)
-    steps = table["step"].to_pylist()
-    width = table.schema.field("adapter").type.list_size
-    rows = table["adapter"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-    made = [
-        Sample(adapter.name, step, _factors(unflatten(row, flat), adapter, trajectory))
-        for step, row in zip(steps[:-1], rows[:-1], strict=True)
-    ]
-    return [*made, Sample(adapter.name, steps[-1], adapter.modules, is_final=True)]
-
-
-def _factors(tensors: Mapping[str, Tensor], adapter: Adapter, path: Path) -> dict[str, LoRAFactors]:
-    found = {}
-    for module, final in adapter.modules.items():
-        a, b = (tensors.get(f"{PREFIX}{module}{end}") for end in (A, B))
-        if a is None or b is None or (b.shape[0], a.shape[1]) != final.shape:
-            raise InputError(
-                f"{path}: no factors of {adapter.name!r}'s module {module} in the adapter's shape. "
-                "Name the trajectory of this adapter."
-            )
-        found[module] = LoRAFactors(a, b * final.scaling, final.scaling)
-    return found
+    *before, (last, _) = checkpoints_of(adapter, trajectory)
+    made = [Sample(adapter.name, step, modules) for step, modules in before]
+    return [*made, Sample(adapter.name, last, adapter.modules, is_final=True)]
 
 
 @dataclass(frozen=True)

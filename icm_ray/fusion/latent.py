@@ -4,13 +4,12 @@ Both are `Parameters` of the learner, so `learning.learner.learn`, its checkpoin
 actors run them like any other; what they store is evidence for method `icm_fusion`.
 
     plan = latent_plan(fusion, adapters)
-    first = plan.parameters(); learn(base, tasks, first, plan.objective(base), plan.optimisation())
-    then = direct_plan(adapters, first.parts())   # Eq. 8, from there on
+    first = plan.learning(base); learn(base.model, first, tasks)
+    then = direct_plan(adapters, first.parameters.parts())   # Eq. 8, from there on
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -240,8 +239,6 @@ def fuse_in_context(
     residual: bool = True,
     beneath: Mapping[str, LoRAFactors] | None = None,
     run: Run | None = None,
-    scratch: Path | None = None,
-    key: str = "",
     progress: Progress | None = None,
 ) -> LearnedMerge:
     """Adapt the fused latent on the tasks' unlabelled inputs, then the LoRA; in this process.
@@ -255,8 +252,6 @@ def fuse_in_context(
         residual: See `latent_plan`.
         beneath: See `latent_plan`.
         run: How the run is carried out.
-        scratch: Existing folder for resumable state, or None.
-        key: Identifies the run in `scratch`.
         progress: Told about each step of each stage.
 
     Returns:
@@ -264,20 +259,8 @@ def fuse_in_context(
     """
 
     def stage(plan: Plan, name: str) -> LearnedMerge:
-        folder = scratch / name if scratch else None
-        if folder:
-            folder.mkdir(exist_ok=True)
         return learn(
-            base.model,
-            tasks,
-            plan.parameters(),
-            plan.objective(base),
-            plan.optimisation(),
-            run,
-            origin=plan.spec.model_dump(),
-            scratch=folder,
-            key=key,
-            progress=progress,
+            base.model, plan.learning(base), tasks, (run or Run()).of_stage(name), progress=progress
         )
 
     adapters = [task.adapter for task in tasks]

@@ -8,7 +8,7 @@ from icm_ray.adapters import AdapterFile
 from icm_ray.config import FusionSpec
 from icm_ray.errors import InputError
 from icm_ray.files import sha256_of_file
-from icm_ray.learning.tasks import Inputs, Readable, heads_key, inputs_key
+from icm_ray.learning.tasks import LearnerData
 
 Trajectories = Mapping[str, Path]
 """By task: the folder of its checkpoints; empty for the adapters alone."""
@@ -38,14 +38,12 @@ def content_of(
     spec: FusionSpec,
     files: Sequence[AdapterFile],
     trajectories: Trajectories,
-    inputs: Inputs,
-    readable: Mapping[str, Readable],
+    data: LearnerData,
 ) -> dict[str, Any]:
     """Return, as plain data, what decides about a trained model wherever it is trained."""
     return {
         "fusion": spec.model_dump(),
-        "adapters": {file.name: file.fingerprint() for file in files},
+        "adapters": {file.name: file.fingerprint for file in files},
         "trajectories": hashes_of(trajectories),
-        "inputs": {task: inputs_key(*told) for task, told in inputs.items()},
-        "heads": heads_key(readable),
+        "data": data.key,
     }

@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 
 from icm_ray.base_model.loading import Base
-from icm_ray.config import FusionSpec, RepresentationSpec, changed
+from icm_ray.checkpoint import Checkpoint
+from icm_ray.config import FusionSpec, ObjectiveSpec, RepresentationSpec, changed
 from icm_ray.errors import InputError
 from icm_ray.finetuning.trajectory import evenly_spaced
-from icm_ray.fusion.base_side import INNER, BaseSide
+from icm_ray.fusion.base_side import BaseSide, inner_objective
 from icm_ray.fusion.data import FusionTable, Sample, samples_of
 from icm_ray.fusion.diagnosis import with_size
 from icm_ray.fusion.meta import MetaTraining
-from icm_ray.fusion.train import Progress, check_kept, finished, train
+from icm_ray.fusion.train import STATE, Progress, check_kept, finished, train
 from icm_ray.fusion_vae.layout import Layout
 from icm_ray.fusion_vae.model import FusionModel
 from icm_ray.learning.inputs import TaskInputs
-from icm_ray.learning.recipes import HEADED
+from icm_ray.learning.learner import Run
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.types import Adapter
 
-HEAD_LOSSES = {loss: kind for loss, kind in INNER.items() if kind in HEADED}
-"""Inner losses that read heads, by the learner's name of them."""
+Through = tuple[Base, Sequence[TaskInputs]]
+"""The frozen base, and every task's inputs for the inner loss."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +132,18 @@ def runs_base(spec: FusionSpec) -> bool:
     return spec.meta_steps > 0 and spec.inner.loss != "reconstruction"
 
 
-def reads_heads(spec: FusionSpec) -> bool:
-    """Say whether training reads the experts' heads."""
-    return runs_base(spec) and spec.inner.loss in HEAD_LOSSES
+def objectives_of(spec: FusionSpec) -> list[ObjectiveSpec]:
+    """Return what training minimises through the base: its inner loss, if it runs it."""
+    return [inner_objective(spec.inner)] if runs_base(spec) else []
 
 
 def train_fusion(
     spec: FusionSpec,
     adapters: Sequence[Adapter],
     known: Checkpoints,
+    through: Through | None = None,
+    run: Run | None = None,
     *,
-    base: Base | None = None,
-    tasks: Sequence[TaskInputs] = (),
-    seed: int = 0,
-    threads: int = 1,
-    scratch: Path | None = None,
-    key: str = "",
     progress: Progress | None = None,
 ) -> FusionModel:
     """Train on one process what `jobs.train_fusion` trains with DeepSpeed on many.
@@ -155,21 +152,20 @@ def train_fusion(
         spec: Representation, network and both stages.
         adapters: The finished adapter of every task.
         known: Checkpoints and task vectors.
-        base: The frozen base; None where `runs_base` is false.
-        tasks: Inputs of every task for the inner loss.
-        seed: Keys the weights and every draw.
-        threads: Kernel threads.
-        scratch: Existing folder for resumable state, or None.
-        key: Identifies the run in `scratch`.
+        through: The frozen base and what the inner loss runs through it; None where `runs_base`
+            is false.
+        run: Seed of the weights and of every draw, kernel threads, and where state is kept.
         progress: Told about each step.
 
     Raises:
         RecipeError: the inner loss does not fit the tasks, or the loss is no number any more.
     """
-    with kernel_threads(threads):
+    run = run or Run()
+    with kernel_threads(run.threads):
         layout, table = known.encoded(spec.representation, adapters)
-    side = BaseSide(base, tasks) if runs_base(spec) and base is not None else None
-    meta = MetaTraining.build(spec, layout, table, side, seed)
-    history = train(meta, threads=threads, scratch=scratch, key=key, progress=progress)
+    side = BaseSide(*through) if runs_base(spec) and through is not None else None
+    meta = MetaTraining.build(spec, layout, table, side, run.seed)
+    checkpoint = Checkpoint(run.scratch / STATE, run.key) if run.scratch else None
+    history = train(meta, threads=run.threads, checkpoint=checkpoint, progress=progress)
     check_kept(history)
     return finished(meta, history, adapters)

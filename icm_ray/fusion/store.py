@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.errors import InputError
-from icm_ray.evidence.tensors import given, model_of, write_given
+from icm_ray.evidence.tensors import as_evidence, model_of, write_evidence
 from icm_ray.fusion_vae.model import KIND, FusionModel
 
 
@@ -17,7 +17,7 @@ def save_fusion(model: FusionModel, folder: Path, origin: Mapping[str, Any] | No
         folder: The output.
         origin: What it was made from, such as the run's key; stored in the manifest.
     """
-    write_given(
+    write_evidence(
         folder,
         KIND,
         model.tensors(),
@@ -33,7 +33,7 @@ def load_fusion(folder: Path) -> FusionModel:
     Raises:
         InputError: the folder is not intact, or holds another kind of evidence.
     """
-    told = given(folder)
-    if told is None or told.kind != KIND:
+    evidence = as_evidence(folder)
+    if evidence is None or evidence.kind != KIND:
         raise InputError(f"{folder}: no Fusion-VAE. Train one with jobs.train_fusion.")
-    return model_of(told)
+    return model_of(evidence)

@@ -1,16 +1,12 @@
 """The plain loop that trains a Fusion-VAE in one process; a distributed one must equal it."""
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from icm_ray.checkpoint import Checkpoint
 from icm_ray.config import FusionSpec
 from icm_ray.errors import RecipeError
 from icm_ray.fusion.diagnosis import diagnosis
@@ -20,7 +16,6 @@ from icm_ray.linalg.threads import kernel_threads
 from icm_ray.types import Adapter
 
 STATE = "fusion_training.safetensors"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 History = list[dict[str, float]]
 """Loss and its parts, step by step."""
@@ -65,8 +60,7 @@ def train(
     meta: MetaTraining,
     *,
     threads: int = 1,
-    scratch: Path | None = None,
-    key: str = "",
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> History:
     """Train `meta.vae` in place through both stages.
@@ -74,15 +68,15 @@ def train(
     Args:
         meta: The network, what it is trained on, and `spec`.
         threads: Kernel threads.
-        scratch: Existing folder for resumable state, or None.
-        key: Identifies the run; only a run with the same key resumes from `scratch`.
+        checkpoint: Where resumable state goes, or None.
         progress: Told about each step.
 
     Returns:
         "loss" and its parts for every step, those before a resumption included.
     """
     spec, optimizer = meta.spec, optimizer_of(meta)
-    history = _resumed(meta, optimizer, scratch, key) if scratch else []
+    leaves = dict(meta.vae.named_parameters())
+    history: History = checkpoint.load(leaves, optimizer) if checkpoint else []
     with kernel_threads(threads):
         while len(history) < spec.steps and not is_lost(history):
             step = len(history)
@@ -94,8 +88,8 @@ def train(
             torch.nn.utils.clip_grad_norm_(meta.vae.parameters(), spec.clip)
             optimizer.step()
             history.append({name: float(value.detach()) for name, value in found.items()})
-            if scratch and len(history) % spec.save_every == 0:
-                _save(meta, optimizer, history, scratch, key)
+            if checkpoint and len(history) % spec.save_every == 0 and not is_lost(history):
+                checkpoint.save(leaves, optimizer, history)
             if progress:
                 progress(len(history), history[-1]["loss"])
     return history
@@ -128,44 +122,3 @@ def finished(meta: MetaTraining, history: History, adapters: Sequence[Adapter]) 
     )
     told = meta.spec.representation.task_vectors
     return diagnosis(replace(model, report={"task_vectors": told}), table, adapters, history)
-
-
-def _save(
-    meta: MetaTraining,
-    optimizer: torch.optim.AdamW,
-    history: History,
-    folder: Path,
-    key: str,
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, leaf in meta.vae.named_parameters():
-        tensors[f"value/{name}"] = leaf.detach().cpu().contiguous()
-        for moment, value in optimizer.state.get(leaf, {}).items():
-            tensors[f"{moment}/{name}"] = value.cpu()
-    temporary = folder / f".{STATE}.tmp"
-    save_file(tensors, temporary, metadata={"key": key, "history": json.dumps(history)})
-    temporary.replace(folder / STATE)
-
-
-def _resumed(meta: MetaTraining, optimizer: torch.optim.AdamW, folder: Path, key: str) -> History:
-    """Set network and optimiser to a saved state of the same run, if there is one."""
-    path = folder / STATE
-    if not path.is_file():
-        return []
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored: Mapping[str, Tensor] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-            notes = file.metadata()
-        history = json.loads(notes["history"])
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        path.unlink()  # cut off by a full disk, or not ours; the steps are simply made again
-        return []
-    if notes["key"] != key:
-        return []
-    for name, leaf in meta.vae.named_parameters():
-        leaf.data.copy_(stored[f"value/{name}"])
-        if f"exp_avg/{name}" in stored:
-            optimizer.state[leaf] = {
-                m: stored[f"{m}/{name}"].to(leaf.device if m != "step" else "cpu") for m in MOMENTS
-            }
-    return history

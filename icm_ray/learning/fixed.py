@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from icm_ray.base_model.low_rank import applied
+from icm_ray.config import OptimisationSpec
 from icm_ray.learning.forward import observe
-from icm_ray.learning.gradients import TaskGradients
+from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import covered_tasks
-from icm_ray.learning.objectives import Objective
+from icm_ray.learning.objectives.protocol import Objective
 from icm_ray.learning.parameters import Coefficients
 from icm_ray.learning.terms import own_terms
 from icm_ray.types import Adapter
@@ -31,8 +32,9 @@ class FixedLosses:
             RecipeError: the objective covers no task.
         """
         terms = own_terms([task.adapter for task in tasks])
-        uniform = Coefficients(terms, 1 / len(tasks))
-        self.side = TaskGradients(model, uniform, objective, tasks, weights={})
+        # Nothing moves, so what the parameters are does not matter.
+        still = Learning(Coefficients(terms, 1 / len(tasks)), objective, OptimisationSpec())
+        self.side = TaskGradients(model, still, tasks)
         self.tasks = covered_tasks(tasks, objective)
         for task in self.tasks:
             self.side.start(task)

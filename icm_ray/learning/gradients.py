@@ -6,7 +6,6 @@ whoever makes its parts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,14 +13,30 @@ from torch import Tensor, nn
 
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.readers import Batch, join
+from icm_ray.config import OptimisationSpec
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged, observe
 from icm_ray.learning.inputs import Seen, TaskInputs
-from icm_ray.learning.objectives import Memory, Objective, TaskObjective
+from icm_ray.learning.objectives.protocol import Memory, Objective, TaskObjective
 from icm_ray.learning.parameters import Parameters
 
 NO_SIGNAL = 1e-3
 """Smallest gap between the base's and the expert's loss that a merge can be steered by."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """One learned merge, ready to run.
+
+    Attributes:
+        parameters: What is learned; left at the values it ends with.
+        objective: What is minimised.
+        optimisation: How the parameters move.
+    """
+
+    parameters: Parameters
+    objective: Objective
+    optimisation: OptimisationSpec
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class TaskLosses:
 
 
 @dataclass(frozen=True)
-class Part:
+class Share:
     """Some tasks' share of one step.
 
     Attributes:
@@ -64,27 +79,25 @@ class TaskGradients:
     def __init__(
         self,
         model: nn.Module,
-        parameters: Parameters,
-        objective: Objective,
+        learning: Learning,
         tasks: Sequence[TaskInputs],
         *,
-        weights: Mapping[str, float],
+        covered: Sequence[str] = (),
         seed: int = 0,
-        save_memory: bool = False,
     ) -> None:
         """Take what the steps need; `start` has to be called for each task before them.
 
         Args:
             model: The frozen base.
-            parameters: What is learned, over all tasks of the merge.
-            objective: What is minimised.
+            learning: What is learned and minimised, over all tasks of the merge.
             tasks: The tasks whose share is made here.
-            weights: Multiplies each task's loss.
+            covered: Every task that the objective says something about, here or elsewhere.
             seed: Keys the order of batches.
-            save_memory: Recompute blocks in the backward pass.
         """
-        self.model, self.parameters, self.scaling = model, parameters, objective.scaling
-        self.weights, self.seed, self.save_memory = weights, seed, save_memory
+        objective, how = learning.objective, learning.optimisation
+        self.model, self.parameters, self.scaling = model, learning.parameters, objective.scaling
+        self.weights = how.weights(covered) if covered else {}
+        self.seed, self.save_memory = seed, how.save_memory
         made = {task.name: objective.of(task) for task in tasks}
         self.tasks = {task.name: task for task in tasks if made[task.name] is not None}
         self.objectives = {name: one for name, one in made.items() if one is not None}
@@ -112,11 +125,9 @@ class TaskGradients:
     @torch.no_grad()
     def _taught(self, inputs: TaskInputs) -> TaskInputs:
         """Return inputs with the expert's answers, if the objective wants them."""
-        teach: Any = getattr(self.objectives[inputs.name], "teach", None)
-        if teach is None:
-            return inputs
+        objective = self.objectives[inputs.name]
         with applied(self.model, inputs.adapter):
-            return replace(inputs, batches=teach(self.model, inputs.batches))
+            return replace(inputs, batches=objective.taught(self.model, inputs.batches))
 
     def components(self, task: str) -> list[float]:
         """Return the scaled components over all of a task's inputs at the present values."""
@@ -128,7 +139,7 @@ class TaskGradients:
             for name, leaf in self.parameters.tensors().items():
                 leaf.copy_(values[name])
 
-    def gradient(self, tasks: Sequence[str], step: int) -> Part:
+    def gradient(self, tasks: Sequence[str], step: int) -> Share:
         """Return losses and gradient of some tasks on the batches of a step, in one forward."""
         numbers = {task: self.tasks[task].batch_number(self.seed, step) for task in tasks}
         leaves = self.parameters.tensors()
@@ -138,7 +149,7 @@ class TaskGradients:
             # Inside the block: recomputed layers need the merge on the model too.
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
-        return Part({task: float(loss.detach()) for task, loss in losses.items()}, gradients)
+        return Share({task: float(loss.detach()) for task, loss in losses.items()}, gradients)
 
     def _losses(self, numbers: Mapping[str, int]) -> dict[str, Tensor]:
         """Return each task's loss on one of its batches; the merge is on the model already."""
@@ -167,8 +178,9 @@ class TaskGradients:
     def _batches(self, numbers: Mapping[str, int]) -> list[Batch]:
         """Return one batch of each task, with the merge's answers if the objective wants them."""
         batches = [self.tasks[task].batches[number] for task, number in numbers.items()]
-        answer: Any = getattr(self.objectives[next(iter(numbers))], "answer", None)
-        return answer(self.model, batches) if answer else batches
+        # All are of one kind, so any of them decodes for all, in one pass.
+        objective = self.objectives[next(iter(numbers))]
+        return list(objective.answered(self.model, batches))
 
     @torch.no_grad()
     def _raw(self, task: str) -> Float[Tensor, " components"]:

@@ -1,19 +1,20 @@
 """The loop: every task's gradient, one reduction in a fixed order, one step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from icm_ray.checkpoint import Checkpoint
+from icm_ray.config import OptimisationSpec
 from icm_ray.errors import RecipeError
 from icm_ray.evidence.learned import LearnedMerge
-from icm_ray.learning.descent import Descent, Optimisation
-from icm_ray.learning.gradients import TaskGradients, TaskLosses
+from icm_ray.learning.descent import STATE, Descent
+from icm_ray.learning.gradients import Learning, TaskGradients, TaskLosses
 from icm_ray.learning.inputs import TaskInputs
-from icm_ray.learning.objectives import Objective
-from icm_ray.learning.parameters import Parameters
+from icm_ray.learning.objectives.protocol import Objective
 from icm_ray.linalg.threads import kernel_threads
 
 Progress = Callable[[int, float], None]
@@ -26,78 +27,77 @@ class Run:
 
     Attributes:
         seed: Keys the order of batches.
-        tasks_per_forward: Tasks whose inputs share one forward pass: faster where inputs are
-            short, at the price of as many times the activations.
-        save_memory: Recompute blocks in the backward pass.
         threads: Kernel threads.
-        save_every: Steps between saved states.
+        scratch: Existing folder for resumable state, or None.
+        key: Identifies the run in `scratch`.
     """
 
     seed: int = 0
-    tasks_per_forward: int = 1
-    save_memory: bool = False
     threads: int = 1
-    save_every: int = 50
+    scratch: Path | None = None
+    key: str = ""
+
+    def of_stage(self, name: str) -> "Run":
+        """Return the run of one of several stages, which keep their states apart."""
+        if self.scratch is None:
+            return self
+        (self.scratch / name).mkdir(exist_ok=True)
+        return replace(self, scratch=self.scratch / name)
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """Where the state goes, if it is kept."""
+        return Checkpoint(self.scratch / STATE, self.key) if self.scratch else None
 
 
 def learn(
     model: nn.Module,
+    learning: Learning,
     tasks: Sequence[TaskInputs],
-    parameters: Parameters,
-    objective: Objective,
-    options: Optimisation,
     run: Run | None = None,
     *,
-    origin: Mapping[str, Any] | None = None,
-    scratch: Path | None = None,
-    key: str = "",
     progress: Progress | None = None,
 ) -> LearnedMerge:
     """Learn a merge of the tasks' adapters.
 
     Args:
         model: The frozen base.
+        learning: What is learned, what is minimised and how it moves.
         tasks: Adapters and inputs; tasks the objective says nothing about are still merged.
-        parameters: What is learned; left at the values it ends with.
-        objective: What is minimised.
-        options: How the parameters move.
         run: How the run is carried out.
-        origin: How to say in the result what it was learned with.
-        scratch: Existing folder for resumable state, or None.
-        key: Identifies the run in `scratch`; see `Descent.save`.
         progress: Told about each step.
 
     Raises:
-        RecipeError: the objective covers no task, or the options do not go together.
+        RecipeError: the objective covers no task, the options do not go together, or a loss is no
+            number any more.
     """
-    run = run or Run()
-    covered = covered_tasks(tasks, objective)
-    groups = list(groups_of(covered, run, options))
-    weights = options.task_weights(covered)
+    run, how = run or Run(), learning.optimisation
+    covered = covered_tasks(tasks, learning.objective)
+    groups = list(groups_of(covered, how))
+    checkpoint = run.checkpoint
     with kernel_threads(run.threads):
-        side = TaskGradients(
-            model,
-            parameters,
-            objective,
-            tasks,
-            weights=weights,
-            seed=run.seed,
-            save_memory=run.save_memory,
-        )
+        side = TaskGradients(model, learning, tasks, covered=covered, seed=run.seed)
         before = {task: side.start(task) for task in covered}
-        descent = Descent(parameters.tensors(), options)
-        if scratch:
-            descent.resume(scratch, key)
-        while descent.step < options.steps:
+        descent = Descent(learning.parameters.tensors(), how)
+        if checkpoint:
+            descent.resume(checkpoint)
+        while descent.step < how.steps:
             descent.move([side.gradient(group, descent.step) for group in groups])
-            if scratch and descent.step % run.save_every == 0:
-                descent.save(scratch, key)
+            if checkpoint and descent.step % how.save_every == 0:
+                descent.save(checkpoint)
             if progress:
                 progress(descent.step, sum(descent.history[-1].values()) / len(covered))
         after = {task: side.components(task) for task in covered}
+    return learned_merge(learning, tasks, report(descent, before, after))
+
+
+def learned_merge(
+    learning: Learning, tasks: Sequence[TaskInputs], report: Mapping[str, Any]
+) -> LearnedMerge:
+    """Return what was learned at the parameters' present values; its origin is the caller's."""
+    parameters = learning.parameters
     adapters = {task.name: task.adapter.fingerprint for task in tasks}
-    told = report(parameters, descent, before, after)
-    return LearnedMerge(parameters.learned(), parameters.terms.tasks, adapters, origin or {}, told)
+    return LearnedMerge(parameters.learned(), parameters.terms.tasks, adapters, {}, report)
 
 
 def covered_tasks(tasks: Sequence[TaskInputs], objective: Objective) -> tuple[str, ...]:
@@ -115,14 +115,14 @@ def covered_tasks(tasks: Sequence[TaskInputs], objective: Objective) -> tuple[st
     return covered
 
 
-def groups_of(tasks: Sequence[str], run: Run, options: Optimisation) -> Iterator[tuple[str, ...]]:
+def groups_of(tasks: Sequence[str], how: OptimisationSpec) -> Iterator[tuple[str, ...]]:
     """Return the tasks that share a forward pass, in order.
 
     Raises:
         RecipeError: a worst-task objective needs each task's gradient for itself.
     """
-    size = run.tasks_per_forward
-    if options.worst is not None and size > 1:
+    size = how.tasks_per_forward
+    if how.worst is not None and size > 1:
         raise RecipeError(
             f"tasks_per_forward: {size} but 1 is expected with a worst-task objective, which "
             "weighs each task's gradient. Leave one of them out."
@@ -131,10 +131,7 @@ def groups_of(tasks: Sequence[str], run: Run, options: Optimisation) -> Iterator
 
 
 def report(
-    parameters: Parameters,
-    descent: Descent,
-    before: Mapping[str, TaskLosses],
-    after: Mapping[str, list[float]],
+    descent: Descent, before: Mapping[str, TaskLosses], after: Mapping[str, list[float]]
 ) -> dict[str, Any]:
     """Return what happened as plain data."""
     return {
@@ -143,6 +140,6 @@ def report(
             for task, b in before.items()
         },
         "warnings": {task: b.warning for task, b in before.items() if b.warning},
-        "unmoved": sorted(set(descent.leaves) - descent.moved),
+        "unmoved": descent.unmoved,
         "history": {task: [step[task] for step in descent.history] for task in before},
     }

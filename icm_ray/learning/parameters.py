@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from icm_ray.evidence.rebuild import added, bases, combined, positions, stacks
+from icm_ray.evidence.rebuild import bases, positions, stacks
 from icm_ray.learning.targets import block_path
 from icm_ray.learning.terms import Terms
 from icm_ray.types import LoRAFactors
@@ -64,17 +64,6 @@ class Parameters(Protocol):
     def learned(self) -> dict[str, Tensor]:
         """Return what has to be stored, `<module>.<kind>`, so that `rebuild` gives the merge."""
         ...
-
-
-def merged_factors(parameters: Parameters) -> dict[str, LoRAFactors]:
-    """Return the exact merge of every module at the parameters' present values."""
-    with torch.no_grad():
-        cores = parameters.cores()
-        result = {}
-        for module, around in parameters.frames.items():
-            made = combined(around.left, cores[module].detach(), around.right)
-            result[module] = made if around.residual is None else added(made, around.residual)
-    return result
 
 
 def fixed_tensors(terms: Terms) -> dict[str, Tensor]:

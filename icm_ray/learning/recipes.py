@@ -2,10 +2,10 @@
 
 spec = spec_of("nsc", {"start": {"value": "1/K"}})
 plan = plan_of(spec, adapters, grams)
-plan.parameters(), plan.objective(base)
+learn(base.model, plan.learning(base), tasks)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from icm_ray.adapters import load_adapter
-from icm_ray.base_model.decoding import Readout, readout_of
 from icm_ray.base_model.loading import Base
 from icm_ray.config import (
     LearnSpec,
@@ -24,20 +23,9 @@ from icm_ray.config import (
     changed,
 )
 from icm_ray.errors import InputError, RecipeError
-from icm_ray.learning.decoding import TokenEntropy
-from icm_ray.learning.descent import Optimisation
-from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised
-from icm_ray.learning.inputs import TaskInputs
-from icm_ray.learning.learner import covered_tasks
-from icm_ray.learning.objectives import (
-    NullSpaceRatio,
-    Objective,
-    RowSpaceMatch,
-    TaskVectorMatch,
-    Tokens,
-)
+from icm_ray.learning.gradients import Learning
+from icm_ray.learning.objectives import objective_of
 from icm_ray.learning.parameters import Coefficients, CoreMatrices, Parameters
-from icm_ray.learning.targets import Targets
 from icm_ray.learning.terms import Terms, own_terms, regmean_terms, summed, tsv_terms
 from icm_ray.types import Adapter, LoRAFactors
 
@@ -84,8 +72,6 @@ LEARNERS: Mapping[str, LearnSpec] = {
         optimisation=OptimisationSpec(steps=100, lr=1e-1, weight_decay=0.1),
     ),
 }
-LABELLED = ("supervised",)
-HEADED = ("entropy", "distillation", "supervised")
 
 
 def spec_of(method: str, changes: Mapping[str, Mapping[str, Any]]) -> LearnSpec:
@@ -124,32 +110,14 @@ class Plan:
             self.terms, self.value, sharing=how.sharing, groups=how.groups, link=how.link
         )
 
-    def objective(self, base: Base) -> Objective:
-        """Return what is minimised; `base` gives a language model's head where it is asked for."""
-        return objective_of(self.spec.objective, base)
-
-    def optimisation(self) -> Optimisation:
-        """Return how the parameters move."""
-        how = self.spec.optimisation
-        return Optimisation(
-            how.steps,
-            how.lr,
-            how.optimizer,
-            how.weight_decay,
-            how.schedule,
-            how.reduction,
-            how.worst,
-            how.task_weights,
-        )
+    def learning(self, base: Base) -> Learning:
+        """Return what a run needs: fresh parameters, and the objective over this base."""
+        objective = objective_of(self.spec.objective, base)
+        return Learning(self.parameters(), objective, self.spec.optimisation)
 
 
 Grams = Mapping[str, Mapping[str, Tensor]]
 """`(d_in, d_in)` by module and task."""
-
-
-def reads_heads(spec: LearnSpec) -> bool:
-    """Say whether the objective reads the experts' heads."""
-    return spec.objective.kind in HEADED or spec.objective.heads
 
 
 def needs_grams(spec: LearnSpec) -> bool:
@@ -193,49 +161,3 @@ def _residual(
         raise InputError(f"{start.residual}: shapes differ from the adapters'. Choose their merge.")
     scale = start.residual_scale
     return {m: LoRAFactors(f.a, f.b * scale) for m, f in saved.modules.items()}
-
-
-def covered_by(spec: ObjectiveSpec, tasks: Sequence[TaskInputs]) -> tuple[str, ...]:
-    """Return the sorted names of the tasks an objective says something about.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if spec.kind == "token_entropy":  # whatever the task, and its head is in the base
-        return tuple(sorted(task.name for task in tasks))
-    return covered_tasks(tasks, objective_of(spec, None))
-
-
-def objective_of(spec: ObjectiveSpec, base: Base | None) -> Objective:
-    """Return the objective a recipe names; only token_entropy asks for the base."""
-    names: Any = spec.names if isinstance(spec.names, str) else tuple(spec.names)
-    targets = Targets(names, None if spec.blocks is None else tuple(spec.blocks), spec.share)
-    tokens = Tokens(spec.padding, spec.skip_first)
-    made: dict[str, Callable[[], Objective]] = {
-        "null_space_ratio": lambda: NullSpaceRatio(targets, tokens),
-        "row_space_match": lambda: RowSpaceMatch(targets, tokens),
-        "task_vector_match": lambda: TaskVectorMatch(heads=spec.heads),
-        "entropy": HeadEntropy,
-        "token_entropy": lambda: _token_entropy(spec, base),
-        "distillation": lambda: Distillation(*_readout_and_end(base)),
-        "supervised": lambda: Supervised(_readout_and_end(base)[0]),
-    }
-    return made[spec.kind]()
-
-
-def reads_tokens(base: Base) -> bool:
-    """Say whether a base is a language model with its head."""
-    return base.whole is not base.model
-
-
-def _readout_and_end(base: Base | None) -> tuple[Readout | None, int | None]:
-    """Return a language model's head, and the token that ends an answer."""
-    if base is None or not reads_tokens(base):
-        return None, None
-    return readout_of(base), base.tokenizer.eos_token_id
-
-
-def _token_entropy(spec: ObjectiveSpec, base: Base | None) -> TokenEntropy:
-    assert base is not None
-    end = base.tokenizer.eos_token_id
-    return TokenEntropy(readout_of(base), spec.max_new_tokens, end, spec.reduction)

@@ -1,66 +1,37 @@
-"""A learner's tasks: each adapter with its inputs, head and labels, and what identifies them."""
+"""A learner's tasks: each adapter with its inputs, head and labels, and what identifies them.
+
+Whatever learns takes them from here, so a search's trial and the job that repeats it see the same.
+"""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from icm_ray.adapters import AdapterFile
 from icm_ray.base_model import readers
-from icm_ray.base_model.loading import load_reader
-from icm_ray.base_model.readers import by_length
-from icm_ray.base_model.states import batches_of
-from icm_ray.config import DataSpec
+from icm_ray.base_model.readers import Reader, by_length
+from icm_ray.base_model.states import Batch, batches_of
+from icm_ray.config import DataSpec, ObjectiveSpec
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import with_answers
-from icm_ray.evaluation.experts import Expert
+from icm_ray.evaluation.experts import Expert, find_experts
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import sha256_of
 from icm_ray.learning.inputs import TaskInputs
-from icm_ray.suites import SUITES, Suite, Task, load_folder
-
-EVIDENCE_BATCH = 32
-
+from icm_ray.learning.objectives import OBJECTIVES, reads_heads
+from icm_ray.suites import Task, find_suite, load_folder
+from icm_ray.types import Adapter
 
 MAX_TOKENS = 128
 """Tokens kept of a user's own text."""
 
-
 Inputs = Mapping[str, tuple[readers.Inputs, int]]
 """By task: unlabelled texts or images, and the number of tokens to keep of each text."""
-
-
-def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[readers.Inputs, int]]:
-    """Return each task's unlabelled inputs, from a suite or from a folder of the user's.
-
-    Raises:
-        RecipeError: neither or both of suite and path are named.
-        InputError: a task has no data or too little.
-    """
-    if (data.suite is None) == (data.path is None):
-        raise RecipeError("data: name either a suite or a path.")
-    if data.suite is not None:
-        if data.suite not in SUITES:
-            raise RecipeError(f"data.suite: {data.suite!r} but one of {', '.join(SUITES)}.")
-        suite = SUITES[data.suite]
-        limit = data.inputs_per_task
-        return {
-            t: (suite.load(t, data.split, limit).inputs, suite.tasks[t].max_tokens) for t in tasks
-        }
-    folder = Path(str(data.path))
-    found = {t: load_folder(folder, t).texts for t in tasks}
-    return {t: (texts[: data.inputs_per_task], MAX_TOKENS) for t, texts in found.items()}
-
-
-def inputs_key(inputs: readers.Inputs, max_tokens: int) -> str:
-    """Return what identifies one task's inputs."""
-    if isinstance(inputs, np.ndarray):
-        return sha256_of([list(inputs.shape), hashlib.sha256(inputs.tobytes()).hexdigest()])
-    return sha256_of([list(inputs), max_tokens])
 
 
 @dataclass(frozen=True)
@@ -83,80 +54,166 @@ class Readable:
         """Say whether the labels are answers that follow the inputs."""
         return self.task.kind == "generation" and self.targets is not None
 
+    @property
+    def key(self) -> str:
+        """What identifies head and labels."""
+        head = self.head
+        weights = [head.weight.tolist(), head.bias.tolist(), head.mean, head.std] if head else None
+        targets = None if self.targets is None else list(self.targets)
+        return sha256_of([self.task.kind, self.task.max_new_tokens, weights, targets])
 
-def readable_experts(
-    suite: Suite,
-    experts: Mapping[str, Expert],
-    tasks: Iterable[str],
-    data: DataSpec,
-    *,
-    labelled: bool,
-) -> dict[str, Readable]:
-    """Return what objectives may read of some tasks: heads, and labels if they are supervised.
-
-    Args:
-        suite: What the tasks are.
-        experts: By task, whose heads are read.
-        tasks: Names of the tasks.
-        data: Which inputs the labels belong to.
-        labelled: Whether labels may be seen.
-    """
-    return {
-        task: Readable(
-            suite.tasks[task],
-            experts[task].head(),
-            suite.load(task, data.split, data.inputs_per_task).labels if labelled else None,
-        )
-        for task in tasks
-    }
+    def standardised(self) -> Tensor | None:
+        """Return the labels by the head's mean and deviation, if there are a head and labels."""
+        if self.head is None or self.targets is None:
+            return None
+        values = torch.tensor(self.targets, dtype=torch.float64)
+        return ((values - self.head.mean) / self.head.std).float()
 
 
-def task_inputs(
-    files: Sequence[AdapterFile],
-    inputs: Inputs,
-    readable: Mapping[str, Readable],
-    base: Path,
-    batch: int,
-) -> list[TaskInputs]:
-    """Return every task's adapter with its inputs in batches, in the order of names.
+@dataclass(frozen=True)
+class LearnerData:
+    """All that a learner may know of the tasks beside their adapters.
 
-    Args:
-        files: The adapters.
+    Attributes:
         inputs: Unlabelled inputs by task.
-        readable: Heads and labels by task, where there are any.
-        base: Folder of the base, for its tokenizer.
-        batch: Inputs a batch.
+        readable: Heads and labels by task, where an objective reads them.
     """
-    reader = load_reader(base)
-    made = []
-    for file in sorted(files, key=lambda file: file.name):
-        known = readable.get(file.name)
-        if known is not None and known.answered:
-            read = reader.read(*inputs[file.name])
+
+    inputs: Inputs
+    readable: Mapping[str, Readable] = field(default_factory=dict)
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What identifies each task's data."""
+        keys = {task: inputs_key(*inputs) for task, inputs in self.inputs.items()}
+        for task, readable in self.readable.items():
+            keys[task] = sha256_of([keys[task], readable.key])
+        return keys
+
+    def seen_by(self, objective: ObjectiveSpec) -> "LearnerData":
+        """Return what one objective reads; of the rest it would make another loss."""
+        if not reads_heads(objective):
+            return replace(self, readable={})
+        if OBJECTIVES[objective.kind].reads_labels:
+            return self
+        bare = {task: replace(one, targets=None) for task, one in self.readable.items()}
+        return replace(self, readable=bare)
+
+    def first(self, examples: int | None) -> "LearnerData":
+        """Return the first examples of each task; None: all."""
+        if examples is None:
+            return self
+        inputs = {t: (values[:examples], tokens) for t, (values, tokens) in self.inputs.items()}
+        readable = {
+            task: replace(one, targets=one.targets[:examples]) if one.targets is not None else one
+            for task, one in self.readable.items()
+        }
+        return LearnerData(inputs, readable)
+
+    def batched(self, adapters: Sequence[Adapter], reader: Reader, batch: int) -> list[TaskInputs]:
+        """Return every adapter with its inputs in batches, in the order of names.
+
+        Args:
+            adapters: All adapters of the merge.
+            reader: The base's tokenizer, or what reads its images.
+            batch: Inputs a batch.
+        """
+        return [
+            self._task(adapter, reader, batch) for adapter in sorted(adapters, key=lambda a: a.name)
+        ]
+
+    def _task(self, adapter: Adapter, reader: Reader, batch: int) -> TaskInputs:
+        inputs, known = self.inputs[adapter.name], self.readable.get(adapter.name)
+        if known is None:
+            return TaskInputs(adapter, batches_of(reader, *inputs, batch))
+        batches: Sequence[Batch]
+        if known.answered:
+            read = reader.read(*inputs)
             make = with_answers(reader, read, known.targets or (), known.task)
             batches = [make(rows) for rows in by_length(read, batch)]
         else:
-            batches = batches_of(reader, *inputs[file.name], batch)
-        if known is None:
-            made.append(TaskInputs(file.load(), batches))
-            continue
-        head, targets = known.head, None
-        if head is not None and known.targets is not None:
-            values = torch.tensor(known.targets, dtype=torch.float64)
-            targets = ((values - head.mean) / head.std).float()
+            batches = batches_of(reader, *inputs, batch)
         kind, longest = known.task.kind, known.task.max_new_tokens
-        made.append(TaskInputs(file.load(), batches, head, kind, targets, longest))
-    return made
+        return TaskInputs(adapter, batches, known.head, kind, known.standardised(), longest)
 
 
-def heads_key(readable: Mapping[str, Readable]) -> str:
-    """Return what identifies the heads that objectives read, and whether they read labels."""
-    heads = {
-        task: [known.head.weight.tolist(), known.head.bias.tolist(), known.targets is not None]
-        if known.head is not None
-        else [known.task.kind, known.targets]
-        if known.answered
-        else known.task.kind
-        for task, known in readable.items()
-    }
-    return sha256_of(heads)
+def learner_data(
+    data: DataSpec,
+    tasks: Sequence[str],
+    objectives: Sequence[ObjectiveSpec] = (),
+    experts: Mapping[str, Expert] | None = None,
+) -> LearnerData:
+    """Return unlabelled inputs of some tasks, with heads and labels if an objective reads them.
+
+    Args:
+        data: Which inputs.
+        tasks: Names of the tasks.
+        objectives: All that will look at them.
+        experts: By task, whose heads are read; see `experts_for`.
+    """
+    inputs = load_inputs(data, tasks)
+    if not any(map(reads_heads, objectives)):
+        return LearnerData(inputs)
+    suite, known = find_suite(str(data.suite)), experts or {}
+    labelled = any(OBJECTIVES[objective.kind].reads_labels for objective in objectives)
+    limit = data.inputs_per_task
+    readable = {}
+    for task in tasks:
+        # A language model's texts are their own labels.
+        has_labels = labelled and suite.tasks[task].kind != "language_modelling"
+        labels = suite.load(task, data.split, limit).labels if has_labels else None
+        readable[task] = Readable(suite.tasks[task], known[task].head(), labels)
+    return LearnerData(inputs, readable)
+
+
+def experts_for(
+    objective: ObjectiveSpec, heads: str | None, data: DataSpec, tasks: Sequence[str]
+) -> dict[str, Expert]:
+    """Return the experts whose heads an objective reads, none if it reads none.
+
+    Args:
+        objective: What is minimised.
+        heads: Folder of experts.
+        data: Which inputs.
+        tasks: Names of the tasks.
+
+    Raises:
+        RecipeError: it reads heads and none are named, or the tasks' kinds are not known.
+    """
+    if not reads_heads(objective):
+        return {}
+    if heads is None or data.suite is None:
+        raise RecipeError(
+            f"heads: objective {objective.kind!r} reads the experts' heads. Run jobs.learn with "
+            "heads: (a folder of experts) and data.suite, or choose an objective that reads none."
+        )
+    experts = find_experts(Path(heads))
+    if missing := sorted(set(tasks) - set(experts)):
+        raise RecipeError(f"heads: {heads}: none for {', '.join(missing)}. Name their experts.")
+    return {task: experts[task] for task in tasks}
+
+
+def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[readers.Inputs, int]]:
+    """Return each task's unlabelled inputs, from a suite or from a folder of the user's.
+
+    Raises:
+        RecipeError: neither or both of suite and path are named.
+        InputError: a task has no data or too little.
+    """
+    if (data.suite is None) == (data.path is None):
+        raise RecipeError("data: name either a suite or a path.")
+    limit = data.inputs_per_task
+    if data.suite is not None:
+        suite = find_suite(data.suite, "data.suite")
+        return {
+            t: (suite.load(t, data.split, limit).inputs, suite.tasks[t].max_tokens) for t in tasks
+        }
+    texts = {t: load_folder(Path(str(data.path)), t).texts for t in tasks}
+    return {t: (own[:limit], MAX_TOKENS) for t, own in texts.items()}
+
+
+def inputs_key(inputs: readers.Inputs, max_tokens: int) -> str:
+    """Return what identifies one task's inputs."""
+    if isinstance(inputs, np.ndarray):
+        return sha256_of([list(inputs.shape), hashlib.sha256(inputs.tobytes()).hexdigest()])
+    return sha256_of([list(inputs), max_tokens])

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import AdapterFile, check_together, open_all
+from icm_ray.adapters import AdapterFile, check_together, delta_cosines, open_all
 from icm_ray.config import MergeRecipe
 from icm_ray.errors import RecipeError, one_line
-from icm_ray.linalg import lowrank
 from icm_ray.merging.cut import serving_rank
 from icm_ray.merging.folder import dtype_name
-from icm_ray.merging.order import MergeOrder, plan_merge
+from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
 from icm_ray.merging.passes import passes_of
 from icm_ray.methods import find_method
 
@@ -35,7 +34,7 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
     return {
         "adapters": [_facts(file) for file in files],
         "warnings": warnings,
-        "cosines": _cosines(files) if len(files) > 1 else {},
+        "cosines": delta_cosines(files) if len(files) > 1 else {},
     }
 
 
@@ -62,22 +61,8 @@ def _facts(file: AdapterFile) -> dict[str, Any]:
         "dtype": dtype_name(file.dtype),
         "bytes": file.file.stat().st_size,
         "norm": file.norm,
-        "fingerprint": file.fingerprint(),
+        "fingerprint": file.fingerprint,
         "not_merged": list(file.saved),
-    }
-
-
-def _cosines(files: Sequence[AdapterFile]) -> dict[str, dict[str, float]]:
-    """Return cosines of whole deltas; reads two modules at a time, never two adapters."""
-    gram = {a.name: {b.name: 0.0 for b in files} for a in files}
-    for module in sorted({m for f in files for m in f.shapes}):
-        held = {f.name: f.factors(module) for f in files if module in f.shapes}
-        for a, f in held.items():
-            for b, g in held.items():
-                gram[a][b] += lowrank.inner(f.b, f.a, g.b, g.a)
-    return {
-        a: {b: gram[a][b] / max((gram[a][a] * gram[b][b]) ** 0.5, 1e-30) for b in gram}
-        for a in gram
     }
 
 
@@ -88,19 +73,10 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
         RecipeError: the method, its parameters or the rank policy are wrong.
         InputError: adapters are missing, broken or do not fit together; all of them are named.
     """
-    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     find_method(recipe.method)
     check_sources(recipe, can_gather=True)
-    files = open_all(refs, recipe.modules_to_save)
-    order = plan_merge(
-        files,
-        recipe.method,
-        recipe.params,
-        recipe.evidence,
-        recipe.output.rank,
-        recipe.seed,
-        is_gathered_later=True,
-    )
+    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
+    order = plan_merge(files, MergeRequest.of(recipe), is_gathered_later=True)
     warnings = warnings_of(files)
     ranks, stacked, flops, largest = _sizes(order, files)
     top = max(ranks.values())
@@ -144,11 +120,11 @@ def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
     """
     needs = find_method(recipe.method).needs
     problems = []
-    if recipe.learn and needs != "LearnedMerge":
+    if recipe.learn and needs != "learned_merge":
         problems.append(f"learn: method {recipe.method!r} learns nothing. Leave it out.")
     if recipe.data is not None and needs is None:
         problems.append(f"data: method {recipe.method!r} gathers none. Leave it out.")
-    elif recipe.data is not None and needs == "FusionModel":
+    elif recipe.data is not None and needs == "fusion_model":
         problems.append("data: a Fusion-VAE is trained by jobs.train_fusion. Name it as evidence.")
     elif recipe.data is not None and recipe.evidence is not None:
         problems.append("data, evidence: both named but one is expected. Leave one out.")
@@ -161,7 +137,7 @@ def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
         )
     elif needs and recipe.data is None and recipe.evidence is None:
         advice = "Name base and data, or a folder written by jobs.evidence."
-        if needs == "FusionModel":
+        if needs == "fusion_model":
             advice = "Name a folder written by jobs.train_fusion."
         problems.append(f"evidence: missing but method {recipe.method!r} needs {needs}. {advice}")
     if problems:

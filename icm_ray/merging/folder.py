@@ -59,34 +59,44 @@ class MergedFolder:
         return self.report["fingerprint"]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a merge came from.
+
+    Attributes:
+        files: The adapters.
+        key: Identifies the order, so that a second run can skip it.
+        seconds: Time the merge took.
+        evidence: Where what the method was told is, for `reproduce`.
+        modules_to_save: The policy that the files were opened with.
+    """
+
+    files: Sequence[AdapterFile]
+    key: str
+    seconds: float = 0.0
+    evidence: Path | None = None
+    modules_to_save: SavedModulesPolicy = "refuse"
+
+
 def write_merged(
     result: MergeResult,
     folder: Path,
+    origin: Origin,
     *,
-    key: str,
-    inputs: Mapping[str, str],
-    seconds: float,
     dtype: torch.dtype | None = None,
     base: Path | None = None,
     scores: list[ScoreRow] | None = None,
-    files: Sequence[AdapterFile] = (),
-    modules_to_save: SavedModulesPolicy = "refuse",
-    evidence: Path | None = None,
 ) -> dict[str, float]:
     """Write a merge, reload it with PEFT, compare it with the algebra, and only then show it.
 
     Args:
         result: What `merge` gave.
         folder: The output; appears whole or not at all.
-        key: Identifies the order, so that a second run can skip it.
-        inputs: Path of each adapter by name, for `reproduce`.
-        seconds: Time the merge took.
+        origin: Where it came from; whole layers that the inputs keep go to
+            `saved_modules/<task>.safetensors`.
         dtype: Element type of the file; the inputs' own by default.
         base: Folder of the base model; adds a check of the whole forward pass.
         scores: Shown on the model card.
-        files: The inputs; whole layers that they keep go to `saved_modules/<task>.safetensors`.
-        modules_to_save: The policy they were opened with.
-        evidence: Where what the method was told is, for `reproduce`.
 
     Returns:
         Measured relative errors of the checks.
@@ -96,8 +106,8 @@ def write_merged(
     """
     _refuse_no_op(result.report, folder)
     adapter = replace(result.adapter, dtype=dtype or result.adapter.dtype)
-    kept = {f.name: [n.removeprefix(PREFIX) for n in f.saved] for f in files if f.saved}
-    with whole_folder(folder, info={"key": key}) as target:
+    kept = {f.name: [n.removeprefix(PREFIX) for n in f.saved] for f in origin.files if f.saved}
+    with whole_folder(folder, info={"key": origin.key}) as target:
         trial = target / "trial"
         save_adapter(adapter, trial)
         checks = dict(verify_written(trial, adapter))
@@ -107,15 +117,20 @@ def write_merged(
         report = {
             **report_as_dict(result.report),
             "per_task": own,
-            "fingerprint": open_adapter(trial).fingerprint(),
+            "fingerprint": open_adapter(trial).fingerprint,
             "dtype": dtype_name(adapter.dtype),
-            "modules_to_save": modules_to_save,
+            "modules_to_save": origin.modules_to_save,
             "saved_modules": kept,
         }
-        card = model_card(result.report, sorted(inputs), adapter.base_model, scores or [])
+        card = model_card(
+            result.report,
+            sorted(file.name for file in origin.files),
+            adapter.base_model,
+            scores or [],
+        )
         card += _per_task_card(result.report.per_task) + _saved_card(kept)
         texts = {"README.md": card, REPORT: as_json(report)}
-        texts[RUN_FILE] = as_json(_run_facts(inputs, seconds, checks, evidence))
+        texts[RUN_FILE] = as_json(_run_facts(origin, checks))
         if scores:
             # Without the seconds, which no second run repeats.
             texts[SCORES] = as_json([asdict(replace(row, seconds=0.0)) for row in scores])
@@ -125,7 +140,7 @@ def write_merged(
         trial.rmdir()
         for name, text in texts.items():
             (target / name).write_text(text, encoding="utf-8")
-        _copy_saved_modules(files, target / SAVED_MODULES)
+        _copy_saved_modules(origin.files, target / SAVED_MODULES)
     return checks
 
 
@@ -142,7 +157,7 @@ def _write_per_task(
             checks["max_relative_error"], found["max_relative_error"]
         )
         told[task] = {
-            "fingerprint": open_adapter(folder / task).fingerprint(),
+            "fingerprint": open_adapter(folder / task).fingerprint,
             "retained_energy": result.report.per_task[task],
         }
         (folder / task / MANIFEST).unlink()  # the whole folder's own covers it
@@ -198,14 +213,12 @@ def _copy_saved_modules(files: Sequence[AdapterFile], folder: Path) -> None:
             save_file(tensors, folder / f"{file.name}.safetensors", metadata={"format": "pt"})
 
 
-def _run_facts(
-    inputs: Mapping[str, str], seconds: float, checks: Mapping[str, float], evidence: Path | None
-) -> dict[str, Any]:
+def _run_facts(origin: Origin, checks: Mapping[str, float]) -> dict[str, Any]:
     """Return what has a clock, host or path in it and so stays out of the byte comparison."""
     return {
-        "inputs": dict(inputs),
-        "evidence": str(evidence.absolute()) if evidence else None,
-        "seconds": seconds,
+        "inputs": {file.name: str(file.path) for file in origin.files},
+        "evidence": str(origin.evidence.absolute()) if origin.evidence else None,
+        "seconds": origin.seconds,
         "checks": checks,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),

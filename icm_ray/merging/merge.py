@@ -12,7 +12,7 @@ from icm_ray.linalg import lowrank
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.cut import cut
 from icm_ray.merging.inputs import ReadFactors, finite_only, inputs_of, not_finite
-from icm_ray.merging.order import MergeOrder, _fingerprint, plan_merge
+from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
 from icm_ray.merging.passes import with_statistics
 from icm_ray.methods import METHODS
 from icm_ray.types import (
@@ -72,7 +72,13 @@ def merge(
         RecipeError: unknown method, parameter or rank policy.
         InputError: the adapters do not fit together.
     """
-    order = plan_merge(adapters, method, params, evidence, output_rank, seed)
+    request = MergeRequest(method, params, evidence, output_rank, seed)
+    return merge_as_asked(adapters, request)
+
+
+def merge_as_asked(adapters: Sequence[Adapter | AdapterFile], request: MergeRequest) -> MergeResult:
+    """Merge in this process; see `merge`."""
+    order = plan_merge(adapters, request)
     by_name = {adapter.name: adapter for adapter in adapters}
 
     def read(task: str, module: str) -> LoRAFactors:
@@ -139,7 +145,7 @@ def assemble(
         params=order.params,
         seed=order.seed,
         output_rank=order.output_rank,
-        inputs={a.name: _fingerprint(a) for a in inputs},
+        inputs={a.name: a.fingerprint for a in inputs},
         modules={module: merged[module].report for module in order.present},
         evidence=order.evidence.identity if order.evidence else None,
         per_task=_kept_of_tasks(merged),

@@ -2,16 +2,43 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from icm_ray.adapters import check_together
+from icm_ray.config import MergeRecipe
 from icm_ray.errors import InputError, RecipeError
-from icm_ray.evidence.tensors import TASK, Given, given
+from icm_ray.evidence.tensors import TASK, Evidence, as_evidence
+from icm_ray.files import sha256_of
 from icm_ray.merging.cut import RankRule
 from icm_ray.methods import Method, find_method
 from icm_ray.types import RankPolicy
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What is asked of a merge, whatever the adapters; see `icm_ray.merge` for the fields."""
+
+    method: str
+    params: Mapping[str, Any] | None = None
+    evidence: object | None = None
+    output_rank: RankPolicy = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, recipe: MergeRecipe) -> "MergeRequest":
+        """Return what a recipe asks for; evidence as the path it names."""
+        evidence = Path(recipe.evidence) if recipe.evidence else None
+        return cls(recipe.method, recipe.params, evidence, recipe.output.rank, recipe.seed)
+
+    def key(self, adapters: Sequence[Any]) -> str:
+        """Return what identifies the result: the same request of the same adapters."""
+        evidence = as_evidence(self.evidence)
+        prints = {adapter.name: adapter.fingerprint for adapter in adapters}
+        asked = [self.method, dict(self.params or {}), self.output_rank, self.seed]
+        return sha256_of(["merge", asked, evidence.identity if evidence else None, prints])
 
 
 @dataclass(frozen=True)
@@ -37,63 +64,65 @@ class MergeOrder:
     present: Mapping[str, tuple[str, ...]]
     tasks: tuple[str, ...]
     seed: int
-    evidence: Given | None = None
+    evidence: Evidence | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def plan_merge(
-    adapters: Sequence[Any],
-    method: str,
-    params: Mapping[str, Any] | None,
-    evidence: object | None,
-    output_rank: RankPolicy,
-    seed: int,
-    *,
-    is_gathered_later: bool = False,
+    adapters: Sequence[Any], request: MergeRequest, *, is_gathered_later: bool = False
 ) -> MergeOrder:
-    """Check everything a merge needs before any arithmetic; `adapters` may be open files.
+    """Check everything a merge needs before any arithmetic.
 
-    With `is_gathered_later`, evidence that the method needs may still be missing.
+    Args:
+        adapters: Loaded ones or open files.
+        request: What is asked for.
+        is_gathered_later: Whether evidence that the method needs may still be missing.
+
+    Raises:
+        RecipeError: unknown method, parameter or rank policy, or evidence that nobody reads.
+        InputError: the adapters, or the evidence and they, do not fit together.
     """
-    row = find_method(method)
+    row = find_method(request.method)
     if not adapters:
         raise InputError("adapters: none given but at least one is expected.")
-    bound = row.bind(params, [adapter.name for adapter in adapters])
+    bound = row.bind(request.params, [adapter.name for adapter in adapters])
     check_together(adapters, values=False)  # its warnings about values are `plan`'s to show
     largest = max(adapter.max_rank for adapter in adapters)
-    rule = RankRule.parse(output_rank, row.default_rank, largest)
+    rule = RankRule.parse(request.output_rank, row.default_rank, largest)
     tasks = tuple(sorted(adapter.name for adapter in adapters))
     by_name = {adapter.name: adapter for adapter in adapters}
     modules = sorted({module for adapter in adapters for module in adapter.modules})
     present = {m: tuple(t for t in tasks if m in by_name[t].modules) for m in modules}
-    if evidence is not None and not row.takes:
+    if request.evidence is not None and not row.takes:
         raise RecipeError(f"evidence: given but method {row.name!r} uses none. Leave it out.")
-    told = given(evidence)
-    if told and row.prepare:
-        told = row.prepare(told, tasks, **bound)
-    if told or not is_gathered_later:
-        _check_evidence(row, told, present, adapters)
-    return MergeOrder(method, bound, rule, output_rank, present, tasks, seed, told)
+    evidence = as_evidence(request.evidence)
+    if evidence and row.prepare:
+        evidence = row.prepare(evidence, tasks, **bound)
+    if evidence or not is_gathered_later:
+        _check_evidence(row, evidence, present, adapters)
+    return MergeOrder(
+        row.name, bound, rule, request.output_rank, present, tasks, request.seed, evidence
+    )
 
 
 _GATHERED = ", or name base and data in a recipe of jobs.merge."
 
 
 _ADVICE = {
-    "LearnedMerge": f"Make it with jobs.learn{_GATHERED}",
-    "GramStatistics": f"Make it with jobs.evidence{_GATHERED}",
-    "FusionModel": "Train one with jobs.train_fusion.",
+    "learned_merge": f"Make it with jobs.learn{_GATHERED}",
+    "gram_statistics": f"Make it with jobs.evidence{_GATHERED}",
+    "fusion_model": "Train one with jobs.train_fusion.",
 }
 
 
 def _check_evidence(
     row: Method,
-    told: Given | None,
+    evidence: Evidence | None,
     present: Mapping[str, tuple[str, ...]],
     adapters: Sequence[Any],
 ) -> None:
     """Refuse evidence that is missing, useless to the method, incomplete, or of other adapters."""
-    if told is None:
+    if evidence is None:
         if row.needs:
             raise RecipeError(
                 f"evidence: none but method {row.name!r} needs {row.needs}. {_ADVICE[row.needs]}"
@@ -102,17 +131,17 @@ def _check_evidence(
     problems = [
         f"evidence: of another adapter than {a.name!r} given here. Gather it again."
         for a in adapters
-        if told.adapters and told.adapters.get(a.name) != _fingerprint(a)
+        if evidence.adapters and evidence.adapters.get(a.name) != a.fingerprint
     ]
-    of_these_only = row.needs == "LearnedMerge" or told.kind == "learned_merge"
-    if of_these_only and told.adapters.keys() - {a.name for a in adapters}:
-        missing = ", ".join(sorted(told.adapters.keys() - {a.name for a in adapters}))
+    of_these_only = row.needs == "learned_merge" or evidence.kind == "learned_merge"
+    if of_these_only and evidence.adapters.keys() - {a.name for a in adapters}:
+        missing = ", ".join(sorted(evidence.adapters.keys() - {a.name for a in adapters}))
         problems.append(
             f"evidence: learned with {missing} too. Merge the adapters it was learned from."
         )
     used = 0
     for kind in row.takes:
-        found = {m: told.keys(m, kind, tasks) for m, tasks in present.items()}
+        found = {m: evidence.keys(m, kind, tasks) for m, tasks in present.items()}
         used += sum(map(len, found.values()))
         for module, tasks in present.items():
             expected = len(tasks) if kind.endswith(TASK) else 1
@@ -129,8 +158,3 @@ def _check_evidence(
         )
     if problems:
         raise InputError(problems)
-
-
-def _fingerprint(adapter: Any) -> str:
-    value = adapter.fingerprint
-    return str(value() if callable(value) else value)

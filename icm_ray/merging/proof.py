@@ -15,7 +15,7 @@ from icm_ray.adapters import (
     verify_written,
 )
 from icm_ray.errors import InputError
-from icm_ray.evidence.tensors import read_given
+from icm_ray.evidence.tensors import read_evidence
 from icm_ray.files import MANIFEST, RUN_FILE, read_json, read_manifest, sha256_of_file
 from icm_ray.linalg import lowrank
 from icm_ray.merging.folder import (
@@ -23,11 +23,13 @@ from icm_ray.merging.folder import (
     REPORT,
     SCORES,
     MergedFolder,
+    Origin,
     read_merged,
     report_from_dict,
     write_merged,
 )
-from icm_ray.merging.merge import merge
+from icm_ray.merging.merge import merge_as_asked
+from icm_ray.merging.order import MergeRequest
 from icm_ray.report import ScoreRow
 from icm_ray.types import MergeReport
 
@@ -60,7 +62,7 @@ def verify_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
     if adapter.fingerprint != report["fingerprint"]:
         problems.append(f"{folder}: fingerprint differs from {REPORT}. Merge again.")
     for task, told in report.get("per_task", {}).items():
-        if open_adapter(folder / PER_TASK / task).fingerprint() != told["fingerprint"]:
+        if open_adapter(folder / PER_TASK / task).fingerprint != told["fingerprint"]:
             problems.append(f"{folder / PER_TASK / task}: differs from {REPORT}. Merge again.")
     if problems:
         raise InputError(problems)
@@ -87,32 +89,17 @@ def reproduce(folder: Path) -> list[str]:
     policy = merged.report.get("modules_to_save", "refuse")
     files = open_all(list(merged.run["inputs"].items()), policy)
     _refuse_changed(files, report)
-    told = _same_evidence(folder, merged, report)
-    again = merge(
-        [file.load() for file in files],
-        report.method,
-        params=report.params,
-        evidence=told,
-        output_rank=report.output_rank,
-        seed=report.seed,
-    )
+    evidence = _same_evidence(folder, merged, report)
+    request = MergeRequest(report.method, report.params, evidence, report.output_rank, report.seed)
+    again = merge_as_asked([file.load() for file in files], request)
     scores = None
     if (folder / SCORES).is_file():
         scores = [ScoreRow(**row) for row in read_json(folder / SCORES)]
     with tempfile.TemporaryDirectory(prefix="icm_ray-") as scratch:
         copy = Path(scratch) / "again"
-        write_merged(
-            again,
-            copy,
-            key=manifest["key"],
-            inputs=merged.run["inputs"],
-            seconds=0.0,
-            dtype=getattr(torch, merged.report["dtype"]),
-            scores=scores,
-            files=files,
-            modules_to_save=policy,
-            evidence=told,
-        )
+        origin = Origin(files, manifest["key"], evidence=evidence, modules_to_save=policy)
+        dtype = getattr(torch, merged.report["dtype"])
+        write_merged(again, copy, origin, dtype=dtype, scores=scores)
         names = sorted(manifest["files"])
         different = [
             name
@@ -127,7 +114,7 @@ def reproduce(folder: Path) -> list[str]:
 
 
 def _refuse_changed(files: list[AdapterFile], report: MergeReport) -> None:
-    changed = [f for f in files if f.fingerprint() != report.inputs.get(f.name)]
+    changed = [f for f in files if f.fingerprint != report.inputs.get(f.name)]
     if changed:
         raise InputError(
             [f"{f.path}: is not the adapter this merge was made from any more." for f in changed]
@@ -144,6 +131,6 @@ def _same_evidence(folder: Path, merged: MergedFolder, report: MergeReport) -> P
             f"{folder / RUN_FILE}: evidence: none but the merge was told some as tensors in memory."
             " Merge again with a path to repeat it."
         )
-    if read_given(Path(place)).identity != report.evidence:
+    if read_evidence(Path(place)).identity != report.evidence:
         raise InputError(f"{place}: is not the evidence this merge was made with any more.")
     return Path(place)

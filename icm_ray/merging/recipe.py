@@ -1,6 +1,7 @@
 """One merge recipe, from the first check to the verified folder; the caller says who computes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,16 @@ import torch
 
 from icm_ray.adapters import AdapterFile, check_base, open_all
 from icm_ray.config import MergeRecipe
-from icm_ray.evidence.tensors import given
+from icm_ray.evidence.tensors import as_evidence
 from icm_ray.files import refuse_foreign, sha256_of
 from icm_ray.merging.estimate import check_sources, warn, warnings_of
-from icm_ray.merging.folder import write_merged
-from icm_ray.merging.order import plan_merge
+from icm_ray.merging.folder import Origin, write_merged
+from icm_ray.merging.order import MergeRequest, plan_merge
 from icm_ray.suites import prepare_base
 from icm_ray.types import MergeResult
 
-Merger = Callable[[list[AdapterFile], dict[str, Any]], tuple[MergeResult, float]]
-"""Merges open files, given params, evidence, output_rank and seed; returns result and seconds."""
+Merger = Callable[[list[AdapterFile], MergeRequest], tuple[MergeResult, float]]
+"""Merges open files as asked; returns result and seconds."""
 
 Gatherer = Callable[[list[AdapterFile], Path], Path]
 """Runs the base in a folder on the recipe's data; returns the folder of evidence."""
@@ -40,40 +41,31 @@ def merge_recipe(
     """
     refuse_foreign(target)
     check_sources(recipe, can_gather=gatherer is not None)
-    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save)
-    evidence = Path(recipe.evidence) if recipe.evidence else None
-    order = {"params": recipe.params, "output_rank": recipe.output.rank, "seed": recipe.seed}
-    plan_merge(files, recipe.method, evidence=evidence, is_gathered_later=True, **order)
-    prints = {file.name: file.fingerprint() for file in files}
+    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
+    request = MergeRequest.of(recipe)
+    plan_merge(files, request, is_gathered_later=True)
     base = None
     if recipe.base:
         base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
         check_base(files, base)
     warn(warnings_of(files))
+    evidence = Path(recipe.evidence) if recipe.evidence else None
     if gatherer is not None and recipe.data is not None and base is not None:
         evidence = gatherer(files, base)
-    told = given(evidence)
-    order["evidence"] = told
-    result, seconds = merger(files, order)
+    request = replace(request, evidence=as_evidence(evidence))  # opened and hashed once
+    result, seconds = merger(files, request)
     checks = write_merged(
         result,
         target,
-        key=sha256_of(
-            [
-                recipe.method,
-                {**order, "evidence": told.identity if told else None},
-                prints,
-                recipe.output.dtype,
-            ]
+        Origin(
+            files,
+            sha256_of([request.key(files), recipe.output.dtype]),
+            seconds,
+            evidence,
+            recipe.modules_to_save,
         ),
-        inputs={name: str(path.absolute()) for name, path in refs},
-        seconds=seconds,
         dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
         base=base,
-        files=files,
-        modules_to_save=recipe.modules_to_save,
-        evidence=evidence,
     )
     print(
         f"{target}: {len(files)} adapters merged with {recipe.method} in {seconds:.2f} s, "

@@ -49,7 +49,7 @@ _MASKS = {
 }
 _LEARNED: dict[str, Any] = {
     "cost": "steps x tasks forward and backward passes of the base in jobs.learn, then a stack",
-    "needs": "LearnedMerge",
+    "needs": "learned_merge",
     "takes": KINDS,
     "family": "learned",
 }
@@ -127,7 +127,7 @@ METHODS: Mapping[str, Method] = frozen(
             paper="arXiv 2212.09849",
             use="With a few hundred unlabelled inputs of every task; nothing is trained.",
             cost="O(d_in^3 + R d_in^2)",
-            needs="GramStatistics",
+            needs="gram_statistics",
             takes={"gram.<task>": "(d_in, d_in): X^T X / n over the module's inputs"},
         ),
         "lora_lego": Method(
@@ -378,7 +378,7 @@ METHODS: Mapping[str, Method] = frozen(
             paper="arXiv 2508.04153",
             use="Any subset of the tasks one Fusion-VAE knows, without learning again.",
             cost="the decoder once a task, then a stack",
-            needs="FusionModel",
+            needs="fusion_model",
             takes=FUSED,
             prepare=prepared,
             family="learned",

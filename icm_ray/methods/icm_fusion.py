@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from icm_ray.errors import InputError, RecipeError
-from icm_ray.evidence.tensors import Given, model_of
+from icm_ray.evidence.tensors import Evidence, model_of
 from icm_ray.fusion_vae.model import KIND, Rule
 from icm_ray.linalg.lowrank import norm
 from icm_ray.methods.shared.parameters import Scale, Weights
@@ -108,7 +108,7 @@ def _between(left: Tensor, factors: LoRAFactors, right: Tensor) -> Tensor | None
 
 
 def prepared(
-    told: Given,
+    told: Evidence,
     tasks: Sequence[str],
     *,
     weights: Mapping[str, float] | None,
@@ -118,7 +118,7 @@ def prepared(
     residual: bool,
     latent: bool,
     scale: float,
-) -> Given:
+) -> Evidence:
     """Return a Fusion-VAE's fusion of some tasks, as tensors by module; other evidence as it is."""
     del scale
     if told.kind != KIND:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from icm_ray.errors import RecipeError, did_you_mean
+from icm_ray.types import EvidenceKind
 
 Family = Literal["sums", "signs and sparsity", "subspaces", "factors", "learned"]
 PASSED_IN = ("context", "evidence")
@@ -45,14 +46,13 @@ class Method:
 
     Attributes:
         name: What recipes call it.
-        function: Module scope `(factors, *, context, evidence?, **params)` returning factors or a
-            dense delta, or adapter scope `(adapters, *, evidence?, **params)`.
+        function: `(factors, *, context, evidence?, **params)` returning factors, a dense delta,
+            or one of each task; see `types.PerTask`.
         formula: The result in one line of plain text.
         paper: arXiv id or package it comes from.
         use: When to choose it, in one line.
         cost: Dominant arithmetic; R is the sum of ranks.
-        scope: "module" or "adapter".
-        needs: Name of the evidence type it needs, or None.
+        needs: Kind of the evidence it cannot do without, or None.
         takes: Named tensors it can be given as evidence, each with its shape and meaning; a name
             with `<task>` stands for one tensor a task.
         passes: Says, from the parameters, which passes over all modules come before the merge.
@@ -71,8 +71,7 @@ class Method:
     paper: str
     use: str
     cost: str
-    scope: Literal["module", "adapter"] = "module"
-    needs: str | None = None
+    needs: EvidenceKind | None = None
     takes: Mapping[str, str] = field(default_factory=dict)
     passes: Callable[..., tuple[Pass, ...]] = no_passes
     prepare: Callable[..., Any] | None = None
@@ -145,7 +144,7 @@ class Method:
             "use": self.use,
             "paper": self.paper,
             "cost": self.cost,
-            "scope": self.scope,
+            "scope": "module",  # reserved: every method sees one module at a time
             "evidence": self.needs,
             "tensors": dict(self.takes),
             "default_rank": self.default_rank,
@@ -198,14 +197,3 @@ def frozen(table: dict[str, Method]) -> Mapping[str, Method]:
     """Return the table read-only, checked for rows filed under another name."""
     assert all(name == row.name for name, row in table.items())
     return types.MappingProxyType(table)
-
-
-LEARNED = "LearnedMerge"
-"""What learned methods need, as their METHODS rows say."""
-
-
-FUSES = "FusionModel"
-"""What methods need that merge with a Fusion-VAE, as their METHODS rows say."""
-
-
-GRAMS = "GramStatistics"

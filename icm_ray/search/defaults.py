@@ -6,7 +6,6 @@ from typing import Any
 
 from icm_ray.learning.recipes import LEARNERS
 from icm_ray.methods import find_method
-from icm_ray.methods.table import FUSES
 
 SCALES: Mapping[str, str] = {
     # Sums over tasks want less than 1, averages about 1, and these more than that.
@@ -52,7 +51,7 @@ def default_space(method: str) -> dict[str, str | list[Any]]:
             space["params.scale"] = SCALES.get(method, USUAL_SCALE)
         elif schema.get("type") == "number" and low is not None and high is not None:
             space[f"params.{name}"] = f"uniform({max(low, LEAST)}, {high})"
-    if row.needs == FUSES:
+    if row.needs == "fusion_model":
         space |= FUSION
     if method in LEARNERS:
         rate = LEARNERS[method].optimisation.lr

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,30 +13,27 @@ from torch import Tensor
 
 from icm_ray.adapters.saving import as_stored
 from icm_ray.base_model.loading import Base
-from icm_ray.base_model.readers import Inputs
-from icm_ray.base_model.states import batches_of
 from icm_ray.config import INPUT_BATCH, ObjectiveSpec
-from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import score
-from icm_ray.evaluation.scoring import TaskData, evaluate, standing, values
+from icm_ray.evaluation.scoring import BATCH, TaskData, evaluate, standing, values
 from icm_ray.files import sha256_of
-from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, train_fusion
+from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, objectives_of, train_fusion
 from icm_ray.fusion.store import save_fusion
 from icm_ray.fusion_vae.model import FusionModel
 from icm_ray.learning.fixed import FixedLosses
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run, learn
-from icm_ray.learning.recipes import needs_grams, objective_of, plan_of, spec_of
+from icm_ray.learning.objectives import objective_of
+from icm_ray.learning.recipes import needs_grams, plan_of, spec_of
+from icm_ray.learning.tasks import LearnerData
 from icm_ray.merging.merge import merge
 from icm_ray.methods import find_method
-from icm_ray.methods.table import GRAMS
 from icm_ray.search.coefficients import coefficients_of
 from icm_ray.search.objectives import LABEL_FREE, SCORED
 from icm_ray.search.spaces import Setting
-from icm_ray.suites.tasks import Examples, Task
+from icm_ray.suites.tasks import Examples
 from icm_ray.types import Adapter
 
-BATCH = 64
 LEARN_BATCH = 32
 
 
@@ -46,10 +43,7 @@ class Material:
 
     Attributes:
         adapters: What is merged.
-        inputs: By task: unlabelled texts or images, and the tokens to keep of each.
-        heads: By task: what is predicted, and the frozen head if it has one, where objectives
-            may read it.
-        labels: By task: targets of the inputs, for supervised learners.
+        data: Unlabelled inputs, and the heads and labels that some trial's objective reads.
         grams: Gram statistics, `<module>.gram.<task>`, if a method or a start needs them.
         scored: Validation examples by task.
         references: Predictions on them of "base" and "expert", by task.
@@ -61,9 +55,7 @@ class Material:
     """
 
     adapters: Sequence[Adapter]
-    inputs: Mapping[str, tuple[Inputs, int]] = field(default_factory=dict)
-    heads: Mapping[str, tuple[Task, Head | None]] = field(default_factory=dict)
-    labels: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    data: LearnerData = field(default_factory=lambda: LearnerData({}))
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     scored: Mapping[str, TaskData] = field(default_factory=dict)
     references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -156,7 +148,7 @@ class Measurer:
             evidence = self._learned(setting, steps)
         elif setting.fuses:
             evidence = self._fusion(setting)
-        elif find_method(setting.method).needs == GRAMS:
+        elif find_method(setting.method).needs == "gram_statistics":
             evidence = dict(material.grams)
         result = merge(
             material.adapters,
@@ -173,37 +165,23 @@ class Measurer:
         spec = spec_of(setting.method, setting.learn)
         how = spec.optimisation
         grams = self._grams_by_task() if needs_grams(spec) else None
-        tasks = self._inputs(how.batch, None)
-        plan = plan_of(spec, self.material.adapters, grams)
-        parameters = plan.parameters()
+        tasks = self._tasks(spec.objective, how.batch)
+        learning = plan_of(spec, self.material.adapters, grams).learning(self.base)
         last = min(steps or how.steps, how.steps)
 
         def pause(step: int, _loss: float) -> None:
             if last < how.steps and step >= last:
                 raise _Paused
 
-        run = Run(
-            self.material.seed,
-            how.tasks_per_forward,
-            how.save_memory,
-            self.material.threads,
-            save_every=last,
-        )
+        if steps:  # it is looked at again, so its state is kept where it pauses
+            how = how.model_copy(update={"save_every": last})
+        learning = replace(learning, optimisation=how)
+        scratch = self.scratch if steps else None
+        run = Run(self.material.seed, self.material.threads, scratch, sha256_of(repr(setting)))
         try:
-            learned = learn(
-                self.base.model,
-                tasks,
-                parameters,
-                plan.objective(self.base),
-                plan.optimisation(),
-                run,
-                scratch=self.scratch if steps else None,
-                key=sha256_of(repr(setting)),
-                progress=pause,
-            )
+            return dict(learn(self.base.model, learning, tasks, run, progress=pause).tensors)
         except _Paused:
-            return dict(parameters.learned())
-        return dict(learned.tensors)
+            return dict(learning.parameters.learned())
 
     def _fusion(self, setting: Setting) -> Path:
         """Return the folder of a trained Fusion-VAE; settings that differ in its use share it."""
@@ -212,15 +190,11 @@ class Measurer:
         if self.fused is None or self.fused[0] != key:
             material = self.material
             assert material.checkpoints is not None, "gathered for every search that fuses"
-            model = train_fusion(
-                fusion_spec_of(setting.fusion),
-                material.adapters,
-                material.checkpoints,
-                base=self.base,
-                tasks=self._inputs(material.input_batch, None),
-                seed=material.seed,
-                threads=material.threads,
-            )
+            spec, run = fusion_spec_of(setting.fusion), Run(material.seed, material.threads)
+            through = None
+            for objective in objectives_of(spec):
+                through = self.base, self._tasks(objective, material.input_batch)
+            model = train_fusion(spec, material.adapters, material.checkpoints, through, run)
             shutil.rmtree(folder, ignore_errors=True)
             save_fusion(model, folder)
             self.fused = key, model
@@ -256,29 +230,20 @@ class Measurer:
 
     def _losses(self, name: str, examples: int | None) -> FixedLosses:
         if (name, examples) not in self.known:
-            spec: Any = ObjectiveSpec(kind=name)  # type: ignore[arg-type]
-            tasks = self._inputs(LEARN_BATCH, examples)
+            kind: Any = name
+            spec = ObjectiveSpec(kind=kind)
+            tasks = self._tasks(spec, LEARN_BATCH, examples)
             self.known[name, examples] = FixedLosses(
                 self.base.model, objective_of(spec, None), tasks
             )
         return self.known[name, examples]
 
-    def _inputs(self, batch: int, examples: int | None) -> list[TaskInputs]:
-        made = []
-        for adapter in sorted(self.material.adapters, key=lambda adapter: adapter.name):
-            inputs, max_tokens = self.material.inputs[adapter.name]
-            batches = batches_of(self.base.reader, inputs[:examples], max_tokens, batch)
-            if adapter.name not in self.material.heads:
-                made.append(TaskInputs(adapter, batches))
-                continue
-            task, head = self.material.heads[adapter.name]
-            labels, targets = self.material.labels.get(adapter.name), None
-            if head is not None and labels is not None:
-                numbers = torch.tensor(labels[:examples], dtype=torch.float64)
-                targets = ((numbers - head.mean) / head.std).float()
-            longest = task.max_new_tokens
-            made.append(TaskInputs(adapter, batches, head, task.kind, targets, longest))
-        return made
+    def _tasks(
+        self, objective: ObjectiveSpec, batch: int, examples: int | None = None
+    ) -> list[TaskInputs]:
+        """Return the tasks as jobs.learn would give them to the objective."""
+        data = self.material.data.seen_by(objective).first(examples)
+        return data.batched(self.material.adapters, self.base.reader, batch)
 
 
 def _first(item: TaskData, examples: int | None) -> TaskData:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from icm_ray.learning.objectives import OBJECTIVES
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -23,16 +25,17 @@ class Aim:
 AIMS: Mapping[str, Aim] = {
     "validation_mean": Aim("maximize", "validation", "mean validation score over the expert's"),
     "validation_worst": Aim("maximize", "validation", "the same of the worst task"),
-    "null_space_ratio": Aim("minimize", "inputs", "share of inputs that each A maps to nothing"),
-    "row_space_match": Aim("minimize", "inputs", "error of inputs as seen through each A"),
-    "task_vector_match": Aim("minimize", "inputs", "error of the change of the hidden state"),
-    "entropy": Aim("minimize", "heads", "entropy of the heads' class probabilities"),
+    **{
+        name: Aim("minimize", "heads" if row.reads_heads else "inputs", row.meaning)
+        for name, row in OBJECTIVES.items()
+        if row.is_measured
+    },
     "output_rank": Aim("minimize", "nothing", "largest rank of the merged adapter"),
     "output_bytes": Aim("minimize", "nothing", "size of the merged adapter"),
     "reconstruction_error": Aim("minimize", "fusion", "relative error of the decoded adapters"),
     "kl_total": Aim("minimize", "fusion", "nats that the Fusion-VAE's latents hold"),
 }
-LABEL_FREE = ("null_space_ratio", "row_space_match", "task_vector_match", "entropy")
+LABEL_FREE = tuple(name for name, row in OBJECTIVES.items() if row.is_measured)
 SCORED = ("validation_mean", "validation_worst")
 
 

@@ -2,26 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
-from icm_ray.config import AdapterRef, SearchRecipe, SearchRow
+from icm_ray.config import AdapterRef, LearnSpec, ObjectiveSpec, SearchRecipe, SearchRow
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import Expert, find_experts
 from icm_ray.files import sha256_of
 from icm_ray.fusion.material import hashes_of, trajectories_in
-from icm_ray.fusion.serial import HEAD_LOSSES, fusion_spec_of
-from icm_ray.learning.recipes import LABELLED, LEARNERS, needs_grams, reads_heads, spec_of
+from icm_ray.fusion.serial import fusion_spec_of, objectives_of
+from icm_ray.learning.objectives import reads_heads
+from icm_ray.learning.recipes import LEARNERS, needs_grams, spec_of
 from icm_ray.methods import find_method
-from icm_ray.methods.table import FUSES, GRAMS
 from icm_ray.search.ledger import Ledger
-from icm_ray.search.objectives import AIMS
+from icm_ray.search.objectives import AIMS, LABEL_FREE, SCORED
 from icm_ray.search.spaces import Space, space_of
 from icm_ray.search.starting import starts_of
 from icm_ray.search.study import Study
-from icm_ray.suites import SUITES, Suite
+from icm_ray.suites import Suite, find_suite
 
 VERSION = 2
 
@@ -47,7 +48,7 @@ class Plan:
     @property
     def suite(self) -> Suite:
         """The suite merges are scored on."""
-        return SUITES[str(self.recipe.suite)]
+        return find_suite(str(self.recipe.suite))
 
     @property
     def trajectories(self) -> dict[str, Path]:
@@ -59,32 +60,57 @@ class Plan:
         """Whether the best merge can be scored."""
         return self.recipe.suite is not None and bool(self.experts)
 
-    def needs(self, what: str) -> bool:
-        """Say whether something asks for grams, inputs, heads, labels, validation or fusion."""
-        methods = {m for _, space in self.rows for m in space.methods}
-        learners = [
-            spec_of(m, row.learn)
+    @property
+    def methods(self) -> set[str]:
+        """Every method that a trial may merge with."""
+        return {method for _, space in self.rows for method in space.methods}
+
+    @cached_property
+    def learners(self) -> list[LearnSpec]:
+        """Every recipe that a trial may learn with, before its own settings."""
+        return [
+            spec_of(method, row.learn)
             for row, space in self.rows
-            for m in space.methods
-            if m in LEARNERS and not any(n.startswith("layers.") for n in space.dimensions)
+            for method in space.methods
+            if method in LEARNERS and not any(n.startswith("layers.") for n in space.dimensions)
         ]
-        grams = any(find_method(m).needs == GRAMS for m in methods)
-        grams |= any(map(needs_grams, learners))
-        fused = [
-            fusion_spec_of(row.fusion)
-            for row, space in self.rows
-            if any(find_method(m).needs == FUSES for m in space.methods)
+
+    @cached_property
+    def objectives(self) -> list[ObjectiveSpec]:
+        """All that trials minimise or are measured by on unlabelled inputs."""
+        fused = [fusion_spec_of(row.fusion) for row, space in self.rows if _fuses(space)]
+        aims: list[Any] = [name for name in self.recipe.objectives if name in LABEL_FREE]
+        return [
+            *(spec.objective for spec in self.learners),
+            *(objective for spec in fused for objective in objectives_of(spec)),
+            *(ObjectiveSpec(kind=name) for name in aims),
         ]
-        inner = {spec.inner.loss for spec in fused} & set(HEAD_LOSSES)
-        aims = {AIMS[name].needs for name in self.recipe.objectives}
-        return {
-            "grams": grams,
-            "inputs": grams or bool(learners or fused) or bool(aims & {"inputs", "heads"}),
-            "heads": "heads" in aims or any(map(reads_heads, learners)) or bool(inner),
-            "labels": any(spec.objective.kind in LABELLED for spec in learners) or "task" in inner,
-            "validation": "validation" in aims,
-            "fusion": bool(fused),
-        }[what]
+
+    @property
+    def needs_fusion(self) -> bool:
+        """Whether a trial trains a Fusion-VAE."""
+        return any(_fuses(space) for _, space in self.rows)
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether a method or a learner's start needs Gram statistics."""
+        return any(map(needs_grams, self.learners)) or any(
+            find_method(method).needs == "gram_statistics" for method in self.methods
+        )
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether something looks at unlabelled inputs."""
+        return self.needs_grams or self.needs_fusion or bool(self.objectives)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether trials are judged by scores on validation data."""
+        return bool(set(self.recipe.objectives) & set(SCORED))
+
+
+def _fuses(space: Space) -> bool:
+    return any(find_method(method).needs == "fusion_model" for method in space.methods)
 
 
 @dataclass(frozen=True)
@@ -113,8 +139,8 @@ def plan_of(recipe: SearchRecipe) -> Plan:
         RecipeError: all that does not go together.
         InputError: adapters or experts are missing or broken.
     """
-    if recipe.suite is not None and recipe.suite not in SUITES:
-        raise RecipeError(f"suite: {recipe.suite!r} but one of {', '.join(SUITES)} is expected.")
+    if recipe.suite is not None:
+        find_suite(recipe.suite)
     experts = find_experts(Path(recipe.experts)) if recipe.experts else {}
     refs = recipe.adapters or [
         AdapterRef(name=task, path=str(expert.adapter)) for task, expert in experts.items()
@@ -137,26 +163,27 @@ def _problems(plan: Plan, tasks: Sequence[str]) -> list[str]:
     found += [f"rows: {n!r} twice. Set labels." for n in sorted(set(names)) if names.count(n) > 1]
     if len(set(recipe.objectives)) < len(recipe.objectives):
         found.append("objectives: one is named twice.")
-    heads = plan.needs("validation") or plan.needs("heads") or recipe.test is not None
-    if heads and (recipe.suite is None or set(plan.experts) != set(tasks)):
+    heads = any(map(reads_heads, plan.objectives))
+    if (heads or plan.needs_scores or recipe.test is not None) and (
+        recipe.suite is None or set(plan.experts) != set(tasks)
+    ):
         missing = ", ".join(sorted(set(tasks) - set(plan.experts))) or "suite"
         found.append(
             f"suite, experts: scores and heads are asked for, but {missing} has none. Name a suite "
             "and a folder of experts with every adapter's task."
         )
-    if plan.needs("inputs") and recipe.data is None:
+    if plan.needs_inputs and recipe.data is None:
         found.append("data: missing but an objective or method looks at unlabelled inputs.")
-    only = {find_method(m).needs for _, space in plan.rows for m in space.methods} == {FUSES}
+    only = {find_method(method).needs for method in plan.methods} == {"fusion_model"}
     if not only and (aims := [o for o in recipe.objectives if AIMS[o].needs == "fusion"]):
         found.append(f"objectives: {', '.join(aims)}: only method icm_fusion has a Fusion-VAE.")
     if missing := [task for task, folder in plan.trajectories.items() if not folder.is_dir()]:
         found.append(f"trajectories: {recipe.trajectories} has no {', '.join(missing)}.")
     if recipe.halving and len(recipe.objectives) > 1:
         found.append("halving: stops trials by one objective, but several are named.")
-    if recipe.halving and recipe.halving.by == "steps":
-        methods = {m for _, space in plan.rows for m in space.methods}
-        if strange := sorted(methods - set(LEARNERS)):
-            found.append(f"halving.by: steps, but {', '.join(strange)} learns nothing.")
+    by_steps = recipe.halving is not None and recipe.halving.by == "steps"
+    if by_steps and (strange := sorted(plan.methods - set(LEARNERS))):
+        found.append(f"halving.by: steps, but {', '.join(strange)} learns nothing.")
     return found
 
 
@@ -207,7 +234,7 @@ def key_of(plan: Plan, search: Search) -> str:
             "trajectories": hashes_of(plan.trajectories),
             "row": search.row.model_dump(mode="json", exclude={"label"}),
             "sampler_seed": search.seed,
-            "adapters": {file.name: file.fingerprint() for file in plan.files},
+            "adapters": {file.name: file.fingerprint for file in plan.files},
             "heads": heads,
             "data": recipe.data.model_dump() if recipe.data else None,
             "start": recipe.start,

@@ -13,7 +13,8 @@ from icm_ray.config import (
     SearchRecipe,
     TrainFusionRecipe,
 )
-from icm_ray.learning.recipes import reads_heads, spec_of
+from icm_ray.learning.objectives import reads_heads
+from icm_ray.learning.recipes import spec_of
 from icm_ray.methods import find_method
 from icm_ray.search.spaces import Setting
 
@@ -23,7 +24,7 @@ MERGED, EVIDENCE = "adapter", "adapter.evidence"
 
 def is_learned_apart(setting: Setting) -> bool:
     """Say whether jobs.learn has to run first: jobs.merge knows of no heads."""
-    return setting.learns and reads_heads(spec_of(setting.method, setting.learn))
+    return setting.learns and reads_heads(spec_of(setting.method, setting.learn).objective)
 
 
 def merge_recipe(setting: Setting, recipe: SearchRecipe, adapters: list[AdapterRef]) -> MergeRecipe:

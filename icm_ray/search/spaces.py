@@ -22,7 +22,6 @@ from icm_ray.fusion.serial import fusion_spec_of
 from icm_ray.learning.recipes import LEARNERS, spec_of
 from icm_ray.merging.cut import RankRule
 from icm_ray.methods import METHODS, find_method
-from icm_ray.methods.table import FUSES
 from icm_ray.search.defaults import default_space
 from icm_ray.search.distributions import Dimension, Value, parse
 
@@ -56,7 +55,7 @@ class Setting:
     @property
     def fuses(self) -> bool:
         """Whether a Fusion-VAE is trained first."""
-        return METHODS[self.method].needs == FUSES
+        return METHODS[self.method].needs == "fusion_model"
 
     @property
     def learns(self) -> bool:
@@ -124,7 +123,7 @@ class Space:
         if weights and not layers:
             params["weights"], weights = weights, {}
         learns = method in LEARNERS and not layers
-        fuses = METHODS[method].needs == FUSES
+        fuses = METHODS[method].needs == "fusion_model"
         return Setting(
             method, params, rank, learn if learns else {}, layers, weights, fusion if fuses else {}
         )
@@ -213,11 +212,11 @@ def _applies(name: str, method: str) -> bool:
     takes = METHODS[method].parameters()
     return {
         "params": rest in takes,
-        "weights": "weights" in takes or METHODS[method].needs == "LearnedMerge",
-        "layers": METHODS[method].needs == "LearnedMerge",
+        "weights": "weights" in takes or METHODS[method].needs == "learned_merge",
+        "layers": METHODS[method].needs == "learned_merge",
         "rank": True,
         "learn": method in LEARNERS,
-        "fusion": METHODS[method].needs == FUSES,
+        "fusion": METHODS[method].needs == "fusion_model",
     }.get(part, False)
 
 

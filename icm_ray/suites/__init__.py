@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 
+from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.suites.bases import BASES, PackagedBase, default_cache, prepare_base
 from icm_ray.suites.folder import load_folder
 from icm_ray.suites.generation import GENERATION
@@ -21,6 +22,17 @@ SUITES: Mapping[str, Suite] = {
 }
 """Every suite that comes with the package, by name."""
 
+
+def find_suite(name: str, key: str = "suite") -> Suite:
+    """Return the suite called `name`; RecipeError at the recipe's `key` otherwise."""
+    if name not in SUITES:
+        raise RecipeError(
+            f"{key}: {name!r} but one of {', '.join(SUITES)} is expected."
+            f"{did_you_mean(name, SUITES)}"
+        )
+    return SUITES[name]
+
+
 __all__ = [
     "BASES",
     "SPLITS",
@@ -30,6 +42,7 @@ __all__ = [
     "Suite",
     "Task",
     "default_cache",
+    "find_suite",
     "load_folder",
     "prepare_base",
 ]

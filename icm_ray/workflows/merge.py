@@ -1,4 +1,4 @@
-"""Merging and what it needs, from a checked recipe to a folder: evidence, learning, the merge."""
+"""`jobs.merge`: evidence if the method needs some, the merge on Ray, the verified folder."""
 
 import contextlib
 import time
@@ -8,38 +8,52 @@ from typing import Any
 from icm_ray.adapters import AdapterFile
 from icm_ray.config import MergeRecipe
 from icm_ray.distributed.cluster import connected
+from icm_ray.distributed.evidence import grams_on_ray
 from icm_ray.distributed.merge import merge_on_ray
-from icm_ray.distributed.shared_base import share_base
+from icm_ray.distributed.session import opened
 from icm_ray.learning.recipes import spec_of
-from icm_ray.learning.tasks import EVIDENCE_BATCH, load_inputs
+from icm_ray.learning.tasks import experts_for, learner_data
+from icm_ray.merging.order import MergeRequest
 from icm_ray.merging.recipe import merge_recipe
 from icm_ray.methods import find_method
-from icm_ray.methods.table import LEARNED
 from icm_ray.types import MergeResult
-from icm_ray.workflows.evidence import _grams
-from icm_ray.workflows.learn import _learned, readable_of
+from icm_ray.workflows.learn import LearnRequest, learn_with_grams
 
 
-def merge_and_write(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
+def run(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
     """Merge on Ray and write the verified result; see `MergeRecipe`."""
-    with contextlib.ExitStack() as session:  # checks come first; then one cluster for all stages
+    with contextlib.ExitStack() as stack:  # checks come first; then one cluster for all stages
 
-        def on_ray(files: list[AdapterFile], order: dict[str, Any]) -> tuple[MergeResult, float]:
-            session.enter_context(connected(recipe.resources))
+        def on_ray(files: list[AdapterFile], request: MergeRequest) -> tuple[MergeResult, float]:
+            stack.enter_context(connected(recipe.resources))
             started = time.monotonic()
-            result = merge_on_ray(files, recipe.method, resources=recipe.resources, **order)
+            result = merge_on_ray(files, request, recipe.resources)
             return result, time.monotonic() - started
 
         def gathered(files: list[AdapterFile], base: Path) -> Path:
-            assert recipe.data is not None
-            inputs = load_inputs(recipe.data, [file.name for file in files])
-            folder = target.with_name(f"{target.name}.evidence")
-            if find_method(recipe.method).needs == LEARNED:
-                spec = spec_of(recipe.method, recipe.learn)
-                readable = readable_of(None, recipe.data, spec, files)
-                session.enter_context(connected(recipe.resources))
-                return _learned(spec, files, inputs, readable, base, folder, recipe)
-            session.enter_context(connected(recipe.resources))
-            return _grams(files, inputs, share_base(base), folder, recipe, EVIDENCE_BATCH)
+            return _gathered(recipe, files, base, target, stack)
 
         return merge_recipe(recipe, target, on_ray, gathered)
+
+
+def _gathered(
+    recipe: MergeRecipe,
+    files: list[AdapterFile],
+    base: Path,
+    target: Path,
+    stack: contextlib.ExitStack,
+) -> Path:
+    """Return the folder of the evidence that the recipe's method needs, made from its data."""
+    assert recipe.data is not None, "asked for by recipes with data alone"
+    folder = target.with_name(f"{target.name}.evidence")
+    tasks = [file.name for file in files]
+    if find_method(recipe.method).needs == "learned_merge":
+        spec = spec_of(recipe.method, recipe.learn)
+        experts_for(spec.objective, None, recipe.data, tasks)  # a merge recipe names no heads
+        request = LearnRequest(spec, files, learner_data(recipe.data, tasks))
+        session = stack.enter_context(opened(recipe.resources, base, recipe.seed))
+        return learn_with_grams(session, request, folder, recipe.method)
+    data = learner_data(recipe.data, tasks)
+    session = stack.enter_context(opened(recipe.resources, base, recipe.seed))
+    with session.pool(len(files)) as pool:
+        return grams_on_ray(pool, files, data.inputs, folder)

@@ -1,19 +1,20 @@
-"""From adapters and trajectories to a trained Fusion-VAE: the driver of `jobs.train_fusion`."""
+"""`jobs.train_fusion`: from adapters and trajectories to a trained Fusion-VAE."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
-from icm_ray.config import FusionSpec, LearnSpec, ObjectiveSpec, TrainFusionRecipe
-from icm_ray.distributed.actors import adapter_actors
-from icm_ray.distributed.cluster import connected, worker_count
+from icm_ray.base_model.loading import load_reader
+from icm_ray.config import FusionSpec, TrainFusionRecipe
+from icm_ray.distributed.cluster import worker_count
 from icm_ray.distributed.evidence import checkpoints_on_ray
 from icm_ray.distributed.fusion_trainer import check_resources, train_fusion_on_ray
 from icm_ray.distributed.fusion_worker import FusionOrder
-from icm_ray.distributed.shared_base import SharedBase, share_base
+from icm_ray.distributed.session import Session, opened
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.files import (
     MANIFEST,
@@ -25,66 +26,73 @@ from icm_ray.files import (
 )
 from icm_ray.fusion.material import content_of, trajectories_in
 from icm_ray.fusion.meta import MetaTraining
-from icm_ray.fusion.serial import (
-    HEAD_LOSSES,
-    Checkpoints,
-    check_joins,
-    join,
-    reads_heads,
-    runs_base,
-)
+from icm_ray.fusion.serial import Checkpoints, check_joins, join, objectives_of, runs_base
 from icm_ray.fusion.store import load_fusion, save_fusion
 from icm_ray.fusion.train import finished
-from icm_ray.learning.tasks import Inputs, Readable, load_inputs, task_inputs
+from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.report.fusion_page import write_fusion_page
-from icm_ray.suites.bases import prepare_base
-from icm_ray.workflows.learn import readable_of
+from icm_ray.suites import prepare_base
 
-VERSION = 2
+VERSION = 3
+KEPT = ("reconstruction_error", "kl_total", "against_soup", "bytes", "optimizer_bytes")
+"""Of a model's report: what `results.json` repeats."""
 
 
-def train_fusion_and_write(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Training:
+    """A recipe whose adapters and data were read.
+
+    Attributes:
+        recipe: The recipe.
+        files: The adapters.
+        data: Inputs of each task, with heads and labels where the inner loss reads them.
+    """
+
+    recipe: TrainFusionRecipe
+    files: Sequence[AdapterFile]
+    data: LearnerData
+
+    @cached_property
+    def trajectories(self) -> dict[str, Path]:
+        """Folders of checkpoints by task, if the recipe names some."""
+        return trajectories_in(self.recipe.trajectories, self.files)
+
+    def key(self, session: Session) -> str:
+        """Return what identifies a model; of the number of workers only its last digits depend."""
+        recipe = self.recipe
+        fusion = FusionSpec() if recipe.joins else recipe.fusion  # nothing is trained
+        content = {
+            **content_of(fusion, self.files, self.trajectories, self.data),
+            "version": VERSION,
+            "base": session.key,
+        }
+        if recipe.joins:
+            return sha256_of({**content, "joins": sha256_of_file(Path(recipe.joins) / MANIFEST)})
+        engine = recipe.engine.model_dump(include={"zero_stage", "accumulation", "precision"})
+        content |= {"engine": engine, "input_batch": recipe.input_batch}
+        return sha256_of({**content, "seed": session.seed, "threads": session.resources.threads})
+
+
+def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
     """Train on the cluster and write the FusionModel that `method: icm_fusion` reads.
 
     With `joins`, a trained one takes in the adapters instead.
     """
     refuse_foreign(target)
     _check(recipe, target)
-    files = open_all([(r.name, Path(r.path)) for r in recipe.adapters], recipe.modules_to_save)
-    names = [file.name for file in files]
-    joined = load_fusion(Path(recipe.joins)) if recipe.joins else None
-    if joined:  # before any spend
-        check_joins(joined, names)
-    inputs = load_inputs(recipe.data, names)
+    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
+    if recipe.joins:  # before any spend
+        check_joins(load_fusion(Path(recipe.joins)), [file.name for file in files])
+    training = Training(recipe, files, _data(recipe, [file.name for file in files]))
     warn(warnings_of(files))
-    readable = {} if recipe.joins else _readable(recipe, files)
     base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
-    with connected(recipe.resources):
-        shared = share_base(base)
-        if recipe.joins:
-            _check_base(Path(recipe.joins), shared)
-        key = _key(recipe, files, inputs, readable, shared)
+    with opened(recipe.resources, base, recipe.seed) as session:
+        key = training.key(session)
         if not is_done(target, key):
-            known = _known(recipe, files, inputs, shared)
-            if joined:
-                model = join(joined, [file.load() for file in files], known)
-                save_fusion(model, target, {"key": key, "base": shared.fingerprint})
-            else:
-                _train(recipe, files, inputs, readable, base, shared, known, target, key)
-    report = load_fusion(target).report
-    warn(report["warnings"])
-    errors = report["reconstruction_error"]
-    print("relative error: " + ", ".join(f"{t} {e:.4f}" for t, e in errors.items()))
-    print(f"KL {report['kl_total']:.2f} nats; {report['parameters']:,} parameters")
-    page = target.with_name(f"{target.name}.report")
-    write_fusion_page(report, page)
-    outputs = {"evidence": str(target), "report": str(page / "index.html")}
-    kept = ("reconstruction_error", "kl_total", "against_soup", "bytes", "optimizer_bytes")
-    last = {name: values[-1] for name, values in report["history"].items()}
-    told = {name: report[name] for name in kept if name in report}
-    return {"outputs": outputs, "last": last, **told}
+            _make(session, training, target, key)
+    return _report(target)
 
 
 def _check(recipe: TrainFusionRecipe, target: Path) -> None:
@@ -105,69 +113,64 @@ def _check(recipe: TrainFusionRecipe, target: Path) -> None:
         raise RecipeError(problems)
 
 
-def _check_base(joins: Path, shared: SharedBase) -> None:
-    """Raise InputError if a Fusion-VAE was trained with another base."""
-    if read_manifest(joins).get("base", shared.fingerprint) != shared.fingerprint:
+def _data(recipe: TrainFusionRecipe, tasks: Sequence[str]) -> LearnerData:
+    """Return the tasks' inputs, with what the inner loss reads; joining runs no inner loss."""
+    objectives = [] if recipe.joins else objectives_of(recipe.fusion)
+    experts = {}
+    for objective in objectives:
+        experts = experts_for(objective, recipe.heads, recipe.data, tasks)
+    return learner_data(recipe.data, tasks, objectives, experts)
+
+
+def _make(session: Session, training: Training, target: Path, key: str) -> None:
+    """Join or train, and write the model."""
+    files, joins = training.files, training.recipe.joins
+    base = session.shared.fingerprint
+    if joins and read_manifest(Path(joins)).get("base", base) != base:
         raise InputError(f"base: not the one {joins} was trained with. Name that one.")
-
-
-def _known(
-    recipe: TrainFusionRecipe, files: Sequence[AdapterFile], inputs: Inputs, shared: SharedBase
-) -> Checkpoints:
-    with adapter_actors(shared, recipe.resources, len(files)) as actors:
-        return checkpoints_on_ray(
-            actors,
-            files,
-            recipe.modules_to_save,
-            inputs,
-            trajectories_in(recipe.trajectories, files),
-            recipe.resources.timeout_seconds,
-        )
+    with session.pool(len(files)) as pool:
+        known = checkpoints_on_ray(pool, files, training.data.inputs, training.trajectories)
+    origin = {"key": key, "base": base}
+    if joins:
+        model = join(load_fusion(Path(joins)), [file.load() for file in files], known)
+        save_fusion(model, target, origin)
+    else:
+        _train(session, training, known, target, origin)
 
 
 def _train(
-    recipe: TrainFusionRecipe,
-    files: Sequence[AdapterFile],
-    inputs: Inputs,
-    readable: Mapping[str, Readable],
-    base: Path,
-    shared: SharedBase,
-    known: Checkpoints,
-    target: Path,
-    key: str,
+    session: Session, training: Training, known: Checkpoints, target: Path, origin: dict[str, str]
 ) -> None:
-    adapters = [file.load() for file in files]
-    with kernel_threads(recipe.resources.threads):  # or a layout's bits depend on the driver's
+    recipe, adapters = training.recipe, [file.load() for file in training.files]
+    with kernel_threads(session.resources.threads):  # or bits depend on the driver's threads
         layout, table = known.encoded(recipe.fusion.representation, adapters)
-    through_base = runs_base(recipe.fusion)
+    tasks, shared = [], None
+    if runs_base(recipe.fusion):
+        reader, shared = load_reader(session.base), session.shared
+        tasks = training.data.batched(adapters, reader, recipe.input_batch)
     order = FusionOrder(
-        recipe.fusion,
-        recipe.engine,
-        layout,
-        task_inputs(files, inputs, readable, base, recipe.input_batch) if through_base else (),
-        shared if through_base else None,
-        recipe.resources,
-        recipe.seed,
+        recipe.fusion, recipe.engine, layout, tasks, shared, session.resources, session.seed
     )
-    world = worker_count(recipe.resources, len(files))
-    scratch = _scratch(target, key, world)
+    world = worker_count(session.resources, len(adapters))
+    stem = f".{target.name}.training-{origin['key'][:12]}-"
+    scratch = _scratch(target, stem, world)
     try:
         trained = train_fusion_on_ray(order, table, scratch, world)
     except RecipeError:  # of other settings there is nothing to resume
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    meta = MetaTraining(trained.vae, recipe.fusion, layout, table, None, recipe.seed)
+    meta = MetaTraining(trained.vae, recipe.fusion, layout, table, None, session.seed)
     model = finished(meta, trained.history, adapters)
     report = {**model.report, "optimizer_bytes": trained.optimizer_bytes}
-    save_fusion(replace(model, report=report), target, {"key": key, "base": shared.fingerprint})
-    for folder in target.parent.glob(f"{_stem(target, key)}*"):
+    save_fusion(replace(model, report=report), target, origin)
+    for folder in target.parent.glob(f"{stem}*"):
         shutil.rmtree(folder)
 
 
-def _scratch(target: Path, key: str, world: int) -> Path:
+def _scratch(target: Path, stem: str, world: int) -> Path:
     """Return the folder a training resumes from: DeepSpeed's shards fit one number of workers."""
-    own = target.with_name(f"{_stem(target, key)}{world}")
-    others = [p.name.rpartition("-")[2] for p in target.parent.glob(f"{_stem(target, key)}*")]
+    own = target.with_name(f"{stem}{world}")
+    others = [p.name.rpartition("-")[2] for p in target.parent.glob(f"{stem}*")]
     if others and not own.exists():
         warn(
             [
@@ -178,42 +181,16 @@ def _scratch(target: Path, key: str, world: int) -> Path:
     return own
 
 
-def _stem(target: Path, key: str) -> str:
-    return f".{target.name}.training-{key[:12]}-"
-
-
-def _readable(recipe: TrainFusionRecipe, files: Sequence[AdapterFile]) -> dict[str, Readable]:
-    """Return heads and labels, if the inner loss reads them."""
-    if not reads_heads(recipe.fusion):
-        return {}
-    kind: Any = HEAD_LOSSES[recipe.fusion.inner.loss]
-    spec = LearnSpec(objective=ObjectiveSpec(kind=kind))
-    return readable_of(recipe.heads, recipe.data, spec, list(files))
-
-
-def _key(
-    recipe: TrainFusionRecipe,
-    files: Sequence[AdapterFile],
-    inputs: Inputs,
-    readable: Mapping[str, Readable],
-    shared: SharedBase,
-) -> str:
-    """Return what identifies a model; of the number of workers only its last digits depend."""
-    trajectories = trajectories_in(recipe.trajectories, files)
-    fusion = FusionSpec() if recipe.joins else recipe.fusion  # nothing is trained
-    content = {
-        **content_of(fusion, files, trajectories, inputs, readable),
-        "version": VERSION,
-        "base": shared.run_as(recipe.resources),
-    }
-    if recipe.joins:
-        return sha256_of({**content, "joins": sha256_of_file(Path(recipe.joins) / MANIFEST)})
-    return sha256_of(
-        {
-            **content,
-            "engine": recipe.engine.model_dump(include={"zero_stage", "accumulation", "precision"}),
-            "input_batch": recipe.input_batch,
-            "seed": recipe.seed,
-            "threads": recipe.resources.threads,
-        }
-    )
+def _report(target: Path) -> dict[str, Any]:
+    """Say what the model loses, write its page, and return what `results.json` repeats."""
+    report = load_fusion(target).report
+    warn(report["warnings"])
+    errors = report["reconstruction_error"]
+    print("relative error: " + ", ".join(f"{t} {e:.4f}" for t, e in errors.items()))
+    print(f"KL {report['kl_total']:.2f} nats; {report['parameters']:,} parameters")
+    page = target.with_name(f"{target.name}.report")
+    write_fusion_page(report, page)
+    outputs = {"evidence": str(target), "report": str(page / "index.html")}
+    last = {name: values[-1] for name, values in report["history"].items()}
+    kept = {name: report[name] for name in KEPT if name in report}
+    return {"outputs": outputs, "last": last, **kept}

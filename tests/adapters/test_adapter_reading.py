@@ -35,21 +35,21 @@ def test_a_file_and_its_adapter_are_the_same(make_peft, case):
     kind, options = CASES[case]
     file = open_adapter(make_peft(kind, **options)[0])
     adapter = file.load()
-    assert file.fingerprint() == adapter.fingerprint == fingerprint_of(adapter.modules)
+    assert file.fingerprint == adapter.fingerprint == fingerprint_of(adapter.modules)
     assert file.shapes == {m: (*f.shape, f.rank) for m, f in adapter.modules.items()}
     assert file.scaling == {m: f.scaling for m, f in adapter.modules.items()}
     for module, factors in file.stream():
         torch.testing.assert_close(factors.b, adapter.modules[module].b, rtol=0, atol=0)
         torch.testing.assert_close(file.factors(module).a, factors.a, rtol=0, atol=0)
     again = pickle.loads(pickle.dumps(file))
-    assert again.fingerprint() == file.fingerprint()
+    assert again.fingerprint == file.fingerprint
 
 
 def test_the_fingerprint_sees_values_names_and_nothing_else(make_folder, adapter_of):
     one = open_adapter(make_folder())
     other = open_adapter(make_folder({"lora_dropout": 0.5, "revision": "main"}, folder="b"), "x")
     scaled = open_adapter(make_folder({"lora_alpha": 8}, folder="c"))
-    assert one.fingerprint() == other.fingerprint() != scaled.fingerprint()
+    assert one.fingerprint == other.fingerprint != scaled.fingerprint
     plain = adapter_of([2, 3]).modules
     renamed = {module.replace("q", "k"): factors for module, factors in plain.items()}
     assert fingerprint_of(plain) != fingerprint_of(renamed)
@@ -189,9 +189,9 @@ def test_padded_headers_are_fine(make_folder):
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length] + b" " * 64
-    before = open_adapter(folder).fingerprint()
+    before = open_adapter(folder).fingerprint
     file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-    assert open_adapter(folder).fingerprint() == before
+    assert open_adapter(folder).fingerprint == before
 
 
 def test_a_file_that_shrinks_after_opening_is_told(make_folder):

@@ -151,7 +151,7 @@ def test_naive_merges_read_only_their_own_layers_evidence():
 
 
 def test_the_tables_are_printed_and_written(tmp_path, capsys):
-    found = benchmark.run_benchmark(tiny(methods=["cat"], whole_model=2), tmp_path / "out")
+    found = benchmark.run(tiny(methods=["cat"], whole_model=2), tmp_path / "out")
     text = (tmp_path / "out" / "benchmark.md").read_text()
     assert "| cat | merge |" in text
     assert ">= 10x (P8)" in text
@@ -166,7 +166,7 @@ def test_every_problem_of_a_recipe_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "METHODS", rows)
     recipe = tiny(methods=["cat", "svd", "ctu", "knots_ties_q"], layers={"v_proj": [16, 48]})
     with pytest.raises(RecipeError) as caught:
-        benchmark.run_benchmark(recipe, tmp_path / "out")
+        benchmark.run(recipe, tmp_path / "out")
     told = caught.value.problems
     assert "'ctu' is not compared" in told[0]
     assert "Did you mean 'cat'?" in told[0] or "one of" in told[0]

@@ -45,7 +45,7 @@ def pool(shared):
 @pytest.fixture(scope="module")
 def sources(adapters):
     files = open_all(adapters)
-    return [AdapterSource(f.name, str(f.path), f.fingerprint()) for f in files]
+    return [AdapterSource(f.name, str(f.path), f.fingerprint) for f in files]
 
 
 @pytest.fixture(scope="module")

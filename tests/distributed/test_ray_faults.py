@@ -136,7 +136,7 @@ def test_a_terminated_pipeline_says_how_to_go_on(unbroken, tiny_bert, tmp_path):
 def test_a_killed_actor_changes_no_byte(ray_session, tiny_bert, adapters):
     shared = share_base(tiny_bert)
     files = open_all(adapters[:2])
-    sources = [AdapterSource(f.name, str(f.path), f.fingerprint()) for f in files]
+    sources = [AdapterSource(f.name, str(f.path), f.fingerprint) for f in files]
     texts = SUITES["text"].load("year", "train", 3000).texts
     inputs = {source.name: (texts, 24) for source in sources}
     actors = start_actors(shared, Resources(cpus_per_worker=0.5, workers=2), 2)

@@ -14,7 +14,7 @@ from icm_ray.cli import app
 from icm_ray.command import run_job
 from icm_ray.config import EvidenceRecipe, MergeRecipe
 from icm_ray.evidence.grams import gather_grams
-from icm_ray.evidence.tensors import read_given
+from icm_ray.evidence.tensors import read_evidence
 from icm_ray.merging.merge import merge
 from jobs.evidence import work as evidence_work
 from jobs.merge import work as merge_work
@@ -58,7 +58,7 @@ def gathered(recipe, output, **changes):
 
 def test_actors_gather_what_one_process_does(recipe, adapters, tiny_bert, tmp_path, one_thread):
     folder = gathered(recipe, tmp_path / "grams")
-    told = read_given(folder)
+    told = read_evidence(folder)
     base = load_base(tiny_bert)
     modules = sorted({m for _, path in adapters[:3] for m in load_adapter(path).modules})
     for number, (name, path) in enumerate(adapters[:3]):
@@ -75,9 +75,9 @@ def test_actors_gather_what_one_process_does(recipe, adapters, tiny_bert, tmp_pa
 def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, tmp_path):
     assert run_job(MergeRecipe, merge_work, "", ["-c", str(recipe)]) == 0
     merged, evidence = tmp_path / "merged", tmp_path / "merged.evidence"
-    assert read_given(evidence).kind == "gram_statistics"
+    assert read_evidence(evidence).kind == "gram_statistics"
     report = json.loads((merged / "merge_report.json").read_text())
-    assert report["evidence"] == read_given(evidence).identity
+    assert report["evidence"] == read_evidence(evidence).identity
     done = CliRunner().invoke(app, ["reproduce", str(merged)])
     assert done.exit_code == 0, done.output
     before = hashes(merged)
@@ -101,7 +101,7 @@ def test_grams_of_many_serve_any_of_them(recipe, adapters, tmp_path):
     by_hand = {
         f"{module}.{name}": tensor
         for module in found.adapter.modules
-        for name, tensor in read_given(grams)
+        for name, tensor in read_evidence(grams)
         .of(module, ["gram.<task>"], ("task0", "task1"))
         .items()
     }

@@ -213,6 +213,6 @@ def test_wrong_recipes_are_named_before_any_work(recipe, capsys, changes, words)
 def test_every_learner_is_a_method_and_the_other_way_round():
     from icm_ray import METHODS
 
-    assert {name for name, row in METHODS.items() if row.needs == "LearnedMerge"} == set(LEARNERS)
+    assert {name for name, row in METHODS.items() if row.needs == "learned_merge"} == set(LEARNERS)
     with pytest.raises(RecipeError, match="one of nsc"):
         spec_of("cat", {})

@@ -68,7 +68,7 @@ def main(base: Path, folders: list[Path]) -> None:
     try:
         shared = share_base(base)
         files = open_all(refs)
-        sources = [AdapterSource(f.name, str(f.path), f.fingerprint()) for f in files]
+        sources = [AdapterSource(f.name, str(f.path), f.fingerprint) for f in files]
         actors = start_actors(shared, Resources(cpus_per_worker=1), len(sources))
         found = gather_on_ray(actors, sources, inputs, batch=8, timeout=300)
         where = [

@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from icm_ray.adapters import open_all, save_adapter
 from icm_ray.base_model import decoding
 from icm_ray.base_model.decoding import greedy, readout_of
 from icm_ray.base_model.loading import Base, load_base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.readers import Answered, by_length
 from icm_ray.base_model.states import hidden_states
+from icm_ray.config import OptimisationSpec
 from icm_ray.evaluation.answers import answer_of
-from icm_ray.learning.gradients import TaskGradients
-from icm_ray.learning.heads import Distillation, Supervised
+from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import Seen, TaskInputs
+from icm_ray.learning.objectives.distillation import Distillation
+from icm_ray.learning.objectives.supervised import Supervised
 from icm_ray.learning.parameters import Coefficients
-from icm_ray.learning.tasks import Readable, task_inputs
+from icm_ray.learning.tasks import LearnerData, Readable
 from icm_ray.learning.terms import own_terms
 from icm_ray.suites.tasks import Examples, Task
 from icm_ray.types import LoRAFactors
@@ -91,11 +92,9 @@ def test_training_sees_the_answer_s_tokens_alone(base, examples):
 def test_supervised_learning_reads_answers_where_they_are_given(
     base, examples, make_adapter, tmp_path
 ):
-    save_adapter(make_adapter("words"), tmp_path / "words")
-    files = open_all([("words", tmp_path / "words")])
-    given = {"words": (examples.texts, 16)}
     labelled = {"words": Readable(TASK, None, examples.labels)}
-    (inputs,) = task_inputs(files, given, labelled, base.path, 4)
+    data = LearnerData({"words": (examples.texts, 16)}, labelled)
+    (inputs,) = data.batched([make_adapter("words")], base.reader, 4)
     assert sorted(row for batch in inputs.batches for row in batch.rows.tolist()) == list(range(10))
     objective = Supervised(readout_of(base)).of(inputs)
     total, count = 0.0, 0.0
@@ -127,7 +126,9 @@ def test_distillation_follows_what_the_expert_says(base, texts, make_adapter, ki
     inputs = TaskInputs(adapter, batches, None, kind, max_new_tokens=longest)
     half = Coefficients(own_terms([adapter]), 0.5)
     objective = Distillation(readout_of(base), END)
-    side = TaskGradients(base.model, half, objective, [inputs], weights={"words": 1.0})
+    side = TaskGradients(
+        base.model, Learning(half, objective, OptimisationSpec()), [inputs], covered=["words"]
+    )
     told = side.start("words")
     assert told.base == pytest.approx([1.0])
     assert told.expert == pytest.approx([0.0], abs=1e-6)

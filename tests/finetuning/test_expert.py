@@ -14,6 +14,7 @@ from icm_ray.config import ExpertSet, LoRARecipe, Training
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import sha256_of_file
 from icm_ray.finetuning.expert import (
+    STATE,
     ExpertJob,
     TrainedExpert,
     batch_rows,
@@ -21,7 +22,6 @@ from icm_ray.finetuning.expert import (
     save_adapter_of,
     train_expert,
 )
-from icm_ray.finetuning.state import STATE
 from icm_ray.finetuning.trajectory import FOLDER, read_trajectory
 from icm_ray.suites.tasks import Examples, Task
 

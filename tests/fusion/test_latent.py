@@ -1,7 +1,10 @@
 """F3: the latent and then the LoRA adapt to inputs, resume, and merge as what was learned."""
 
+from typing import Any
+
 import pytest
 import torch
+from learning_samples import merged_factors
 
 import icm_ray
 from icm_ray.config import ObjectiveSpec
@@ -10,7 +13,7 @@ from icm_ray.evidence.learned import save_learned
 from icm_ray.fusion.diagnosis import soup
 from icm_ray.fusion.latent import DIRECT, IN_CONTEXT, fuse_in_context, latent_plan
 from icm_ray.fusion_vae.layout import distance, norm
-from icm_ray.learning.parameters import Parameters, merged_factors
+from icm_ray.learning.parameters import Parameters
 
 
 def short(spec, steps):
@@ -75,7 +78,13 @@ def test_a_killed_run_continues_to_the_same_bytes(tiny, tasks, model, fused, tmp
         if step == 5:
             raise Killed
 
-    options = {**QUICK, "run": Run(save_every=2), "scratch": tmp_path, "key": "k"}
+    options: dict[str, Any] = {
+        name: spec.model_copy(
+            update={"optimisation": spec.optimisation.model_copy(update={"save_every": 2})}
+        )
+        for name, spec in QUICK.items()
+    }
+    options["run"] = Run(scratch=tmp_path, key="k")
     with pytest.raises(Killed):
         fuse_in_context(tiny, tasks, model, **options, progress=kill)
     seen: list[int] = []

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import icm_ray
+from icm_ray.checkpoint import Checkpoint
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.fusion.diagnosis import soup, warnings_of
 from icm_ray.fusion.latent import latent_plan
@@ -231,17 +232,18 @@ def test_a_killed_training_continues_to_the_same_weights(build, tmp_path) -> Non
         if step == 7:
             raise Killed
 
+    checkpoint = Checkpoint(tmp_path / STATE, "k")
     with pytest.raises(Killed):
-        train(build(**changes), scratch=tmp_path, key="k", progress=kill)
+        train(build(**changes), checkpoint=checkpoint, progress=kill)
     seen: list[int] = []
     resumed = build(**changes)
-    found = train(resumed, scratch=tmp_path, key="k", progress=lambda step, _l: seen.append(step))
+    found = train(resumed, checkpoint=checkpoint, progress=lambda step, _l: seen.append(step))
     assert seen == [7, 8, 9]
     assert found == history
     for one, two in zip(whole.vae.parameters(), resumed.vae.parameters(), strict=True):
         assert torch.equal(one, two)
     (tmp_path / STATE).write_bytes(b"cut off")
-    train(build(**changes), scratch=tmp_path, key="k", progress=lambda step, _l: seen.append(step))
+    train(build(**changes), checkpoint=checkpoint, progress=lambda step, _l: seen.append(step))
     assert seen[3:] == list(range(1, 10))
 
 

@@ -7,7 +7,7 @@ import torch
 from test_golden import MANIFEST, adapters, stored
 
 import icm_ray
-from icm_ray.merging.order import plan_merge
+from icm_ray.merging.order import MergeRequest, plan_merge
 from icm_ray.merging.passes import with_statistics
 
 # How each case is asked for here: method, parameters, what of the case is given as evidence.
@@ -51,7 +51,7 @@ def test_equal_singular_values_of_the_merged_core(adapter_around) -> None:
 def test_emr_equals_the_reference(adapter_around) -> None:
     case, theirs = MANIFEST["cases"]["emr"], stored("emr.safetensors")
     given = {one.name: one for one in adapters(case, adapter_around)}
-    order = plan_merge(list(given.values()), "emr", None, None, "exact", seed=0)
+    order = plan_merge(list(given.values()), MergeRequest("emr", output_rank="exact"))
     order = with_statistics(order, lambda task, module: given[task].modules[module])
     rescalers = order.statistics["rescaler"].float()
     torch.testing.assert_close(rescalers, theirs["rescalers"], **case["tolerance"])

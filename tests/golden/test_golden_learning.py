@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from icm_ray.base_model.decoding import greedy
 from icm_ray.base_model.states import Batch
-from icm_ray.learning.decoding import TokenEntropy
-from icm_ray.learning.descent import Descent, Optimisation
+from icm_ray.config import OptimisationSpec
+from icm_ray.learning.descent import Descent
 from icm_ray.learning.forward import merged
-from icm_ray.learning.gradients import Part, TaskGradients
+from icm_ray.learning.gradients import Learning, Share, TaskGradients
 from icm_ray.learning.inputs import TaskInputs
-from icm_ray.learning.learner import Run, learn
-from icm_ray.learning.objectives import NullSpaceRatio, Objective, Tokens
+from icm_ray.learning.learner import learn
+from icm_ray.learning.objectives.module_inputs import Tokens
+from icm_ray.learning.objectives.null_space_ratio import NullSpaceRatio
+from icm_ray.learning.objectives.protocol import Objective
+from icm_ray.learning.objectives.token_entropy import TokenEntropy
 from icm_ray.learning.parameters import Coefficients
 from icm_ray.learning.targets import Targets
 from icm_ray.learning.terms import own_terms
@@ -25,7 +28,7 @@ TASKS = tuple(f"task{k}" for k in range(4))
 TARGETS = Targets(("v_proj",), blocks=(2, 3))
 START = 0.4
 BASE = load_file(DATA / "nsc_tiny_base.safetensors")
-STEPS = Optimisation(steps=20, lr=1e-3)
+STEPS = OptimisationSpec(steps=20, lr=1e-3)
 
 
 def stored(name: str) -> dict[str, Tensor]:
@@ -90,16 +93,16 @@ def first_step(
     objective: Objective,
     reduction: str = "mean",
     **options,
-) -> list[Part]:
+) -> list[Share]:
     parameters = Coefficients(own_terms([task.adapter for task in tasks]), START)
-    weights = Optimisation(1, 0.0, reduction=reduction).task_weights(TASKS)
-    side = TaskGradients(model, parameters, objective, tasks, weights=weights, **options)
+    how = OptimisationSpec(steps=1, reduction=reduction, **options)
+    side = TaskGradients(model, Learning(parameters, objective, how), tasks, covered=TASKS)
     for task in TASKS:
         side.start(task)
     return [side.gradient((task,), 0) for task in TASKS]
 
 
-def check_gradients(parts: list[Part], theirs: dict[str, Tensor], case: str) -> None:
+def check_gradients(parts: list[Share], theirs: dict[str, Tensor], case: str) -> None:
     for name in [key for key in theirs if key.startswith("grad.")]:
         module = name.removeprefix("grad.")
         found = [part.gradients[module] for part in parts if module in part.gradients]
@@ -127,7 +130,7 @@ def test_twenty_steps_follow_the_reference(llama, adapters) -> None:
     theirs = stored("nsc_v_last2")
     parameters = Coefficients(own_terms(adapters), START)
     objective = NullSpaceRatio(TARGETS, Tokens(padding=True))
-    result = learn(llama, whole_batches(adapters), parameters, objective, STEPS)
+    result = learn(llama, Learning(parameters, objective, STEPS), whole_batches(adapters))
     history = torch.tensor([result.report["history"][task] for task in TASKS]).mean(0)
     torch.testing.assert_close(history, theirs["trajectory.loss"], **tolerance("nsc_v_last2"))
     for name in [key for key in theirs if key.startswith("final.")]:
@@ -144,9 +147,8 @@ def test_twenty_steps_follow_the_reference(llama, adapters) -> None:
 def test_ratios_by_task_and_target_equal_the_reference(llama, adapters) -> None:
     theirs = stored("derived_nsc_v_last2_masked")
     parameters = Coefficients(own_terms(adapters), START)
-    tasks = whole_batches(adapters)
-    weights = dict.fromkeys(TASKS, 1.0)
-    side = TaskGradients(llama, parameters, NullSpaceRatio(TARGETS), tasks, weights=weights)
+    learning = Learning(parameters, NullSpaceRatio(TARGETS), STEPS)
+    side = TaskGradients(llama, learning, whole_batches(adapters))
     for task in TASKS:
         for path, ratio in zip(
             ("layers.2.self_attn.v_proj", "layers.3.self_attn.v_proj"),
@@ -168,13 +170,9 @@ def test_an_adapter_s_scaling_does_not_enter_its_ratio(llama, adapters, adapter_
     loss = sum(loss for part in parts for loss in part.losses.values()) / len(TASKS)
     # The forward pass is the reference's own: the right loss follows from its stored inputs.
     path = "layers.2.self_attn.v_proj"
-    seen = TaskGradients(
-        llama,
-        Coefficients(own_terms(doubled), START),
-        NullSpaceRatio(Targets(("v_proj",), blocks=(2,)), Tokens(padding=True)),
-        whole_batches(doubled),
-        weights=dict.fromkeys(TASKS, 1.0),
-    )
+    one_block = NullSpaceRatio(Targets(("v_proj",), blocks=(2,)), Tokens(padding=True))
+    learning = Learning(Coefficients(own_terms(doubled), START), one_block, STEPS)
+    seen = TaskGradients(llama, learning, whole_batches(doubled))
     for own in doubled:
         z = theirs[f"z.{own.name}.{path}"].flatten(0, 1)
         expected = float(null_space_ratio(z, row_space(own.modules[path].a)).mean())
@@ -207,10 +205,16 @@ def test_token_entropy_equals_the_reference(llama, adapters, case: str, tokens: 
 
 def test_tasks_that_are_answered_in_one_batch_give_the_same_step(llama, adapters) -> None:
     objective = TokenEntropy(readout, max_new_tokens=5)
-    tasks, steps = whole_batches(adapters), Optimisation(2, 1e-2)
+    tasks = whole_batches(adapters)
     alone, together = (
         learn(
-            llama, tasks, Coefficients(own_terms(adapters), START), objective, steps, Run(0, size)
+            llama,
+            Learning(
+                Coefficients(own_terms(adapters), START),
+                objective,
+                OptimisationSpec(steps=2, lr=1e-2, tasks_per_forward=size),
+            ),
+            tasks,
         )
         for size in (1, 4)
     )
@@ -238,8 +242,8 @@ def test_several_tasks_in_one_forward_give_the_same_step(llama, adapters) -> Non
     results = []
     for size in (1, 3, 4):
         parameters = Coefficients(own_terms(adapters), START)
-        run = Run(tasks_per_forward=size)
-        results.append(learn(llama, tasks, parameters, objective, STEPS, run))
+        steps = STEPS.model_copy(update={"tasks_per_forward": size})
+        results.append(learn(llama, Learning(parameters, objective, steps), tasks))
     for other in results[1:]:
         for name, tensor in results[0].tensors.items():
             torch.testing.assert_close(other.tensors[name], tensor, rtol=0, atol=2e-4)
@@ -248,14 +252,19 @@ def test_several_tasks_in_one_forward_give_the_same_step(llama, adapters) -> Non
 def test_any_split_over_workers_gives_the_same_bytes(llama, adapters) -> None:
     objective, tasks = NullSpaceRatio(TARGETS), whole_batches(adapters)
     alone = Coefficients(own_terms(adapters), START)
-    expected = learn(llama, tasks, alone, objective, Optimisation(3, 1e-3)).tensors
+    expected = learn(
+        llama, Learning(alone, objective, OptimisationSpec(steps=3, lr=1e-3)), tasks
+    ).tensors
     sides = [
         TaskGradients(
             llama,
-            Coefficients(own_terms(adapters), START),
-            objective,
+            Learning(
+                Coefficients(own_terms(adapters), START),
+                objective,
+                OptimisationSpec(steps=3, lr=1e-3),
+            ),
             share,
-            weights=Optimisation(3, 1e-3).task_weights(TASKS),
+            covered=TASKS,
         )
         for share in (tasks[::2], tasks[1::2])
     ]
@@ -263,7 +272,7 @@ def test_any_split_over_workers_gives_the_same_bytes(llama, adapters) -> None:
     for task in TASKS:
         owner[task].start(task)
     driven = Coefficients(own_terms(adapters), START)
-    descent = Descent(driven.tensors(), Optimisation(3, 1e-3))
+    descent = Descent(driven.tensors(), OptimisationSpec(steps=3, lr=1e-3))
     while descent.step < 3:
         for side in sides:
             side.load(descent.values())

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from icm_ray.config import OptimisationSpec
 from icm_ray.learning.fixed import FixedLosses
-from icm_ray.learning.gradients import TaskGradients
-from icm_ray.learning.heads import HeadEntropy
-from icm_ray.learning.objectives import NullSpaceRatio, RowSpaceMatch, TaskVectorMatch
+from icm_ray.learning.gradients import Learning, TaskGradients
+from icm_ray.learning.objectives.entropy import HeadEntropy
+from icm_ray.learning.objectives.null_space_ratio import NullSpaceRatio
+from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
+from icm_ray.learning.objectives.task_vector_match import TaskVectorMatch
 from icm_ray.learning.parameters import Coefficients
 from icm_ray.merging.merge import merge
 
@@ -20,7 +23,9 @@ def test_an_average_has_the_losses_a_learner_starts_from(
 ):
     tasks = make_tasks()
     losses = FixedLosses(tiny.model, objective, tasks)
-    side = TaskGradients(tiny.model, Coefficients(terms, 1 / 3), objective, tasks, weights={})
+    side = TaskGradients(
+        tiny.model, Learning(Coefficients(terms, 1 / 3), objective, OptimisationSpec()), tasks
+    )
     found = losses.of(merge(adapters, "soup").adapter)
     assert set(found) == set(losses.tasks)
     for task in losses.tasks:

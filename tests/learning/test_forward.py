@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from learning_samples import merged_factors
 from torch import nn
 
 from icm_ray.base_model.loading import find_module
@@ -9,7 +10,7 @@ from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.readers import join
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged, observe
-from icm_ray.learning.parameters import Coefficients, CoreMatrices, merged_factors
+from icm_ray.learning.parameters import Coefficients, CoreMatrices
 from icm_ray.learning.terms import own_terms, summed, tsv_terms
 from icm_ray.types import LoRAFactors
 

@@ -4,12 +4,17 @@ import pytest
 import torch
 
 from icm_ray.base_model.loading import find_module
+from icm_ray.config import OptimisationSpec
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged
-from icm_ray.learning.gradients import TaskGradients
-from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised
+from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import TaskInputs
-from icm_ray.learning.objectives import NullSpaceRatio, RowSpaceMatch, TaskVectorMatch
+from icm_ray.learning.objectives.distillation import Distillation
+from icm_ray.learning.objectives.entropy import HeadEntropy
+from icm_ray.learning.objectives.null_space_ratio import NullSpaceRatio
+from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
+from icm_ray.learning.objectives.supervised import Supervised
+from icm_ray.learning.objectives.task_vector_match import TaskVectorMatch
 from icm_ray.learning.parameters import Coefficients, CoreMatrices
 from icm_ray.learning.targets import Targets
 from icm_ray.learning.terms import own_terms
@@ -30,9 +35,10 @@ OBJECTIVES = {
 @pytest.fixture
 def share(tiny, make_tasks):
     def make(parameters, objective, batch: int = 8, **options) -> TaskGradients:
-        weights = dict.fromkeys(("code", "law", "med"), 1.0)
-        tasks = make_tasks(batch=batch, labels=True)
-        side = TaskGradients(tiny.model, parameters, objective, tasks, weights=weights, **options)
+        how = OptimisationSpec(reduction="sum", **options)
+        tasks, names = make_tasks(batch=batch, labels=True), ("code", "law", "med")
+        learning = Learning(parameters, objective, how)
+        side = TaskGradients(tiny.model, learning, tasks, covered=names)
         for task in side.tasks:
             side.start(task)
         return side
@@ -87,7 +93,10 @@ def test_one_adapter_with_coefficient_one_is_its_expert(tiny, make_tasks, name: 
         CoreMatrices(own_terms([task.adapter]), 1.0),
     ):
         side = TaskGradients(
-            tiny.model, parameters, OBJECTIVES[name], [task], weights={task.name: 1.0}
+            tiny.model,
+            Learning(parameters, OBJECTIVES[name], OptimisationSpec()),
+            [task],
+            covered=[task.name],
         )
         found = side.start(task.name)
         assert found.expert == pytest.approx([0.0] * len(found.expert), abs=1e-9)
@@ -162,10 +171,9 @@ def test_objectives_without_a_signal_are_told(tiny, make_tasks, make_adapter) ->
     batches = make_tasks()[0].batches
     side = TaskGradients(
         tiny.model,
-        Coefficients(own_terms([silent]), 1.0),
-        NullSpaceRatio(),
+        Learning(Coefficients(own_terms([silent]), 1.0), NullSpaceRatio(), OptimisationSpec()),
         [TaskInputs(silent, batches)],
-        weights={"silent": 1.0},
+        covered=["silent"],
     )
     assert "no signal" in str(side.start("silent").warning)
 
@@ -188,10 +196,9 @@ def test_a_target_that_inputs_never_reach_is_an_error(tiny, make_tasks, make_ada
     try:
         side = TaskGradients(
             tiny.model,
-            Coefficients(own_terms([unused]), 1.0),
-            NullSpaceRatio(),
+            Learning(Coefficients(own_terms([unused]), 1.0), NullSpaceRatio(), OptimisationSpec()),
             [TaskInputs(unused, make_tasks()[0].batches)],
-            weights={"u": 1.0},
+            covered=["u"],
         )
         with pytest.raises(InputError, match="its inputs never reach it"):
             side.start("u")

@@ -13,7 +13,7 @@ import torch
 from icm_ray.base_model.loading import Base, find_module, load_base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.states import batches_of
-from icm_ray.config import ExpertSet, LoRARecipe, Training
+from icm_ray.config import ExpertSet, LoRARecipe, OptimisationSpec, Training
 from icm_ray.evaluation.answers import head_features
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.probe import fit_probe
@@ -21,10 +21,13 @@ from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.evidence.gather import gather
 from icm_ray.evidence.grams import gather_grams
 from icm_ray.finetuning.expert import ExpertJob, train_expert
-from icm_ray.learning.gradients import TaskGradients
-from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised
+from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import TaskInputs
-from icm_ray.learning.objectives import RowSpaceMatch, TaskVectorMatch
+from icm_ray.learning.objectives.distillation import Distillation
+from icm_ray.learning.objectives.entropy import HeadEntropy
+from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
+from icm_ray.learning.objectives.supervised import Supervised
+from icm_ray.learning.objectives.task_vector_match import TaskVectorMatch
 from icm_ray.learning.parameters import Coefficients
 from icm_ray.learning.terms import own_terms
 from icm_ray.suites.tasks import Examples, Task
@@ -162,8 +165,8 @@ OBJECTIVES = {
 def test_images_of_two_sizes_share_a_step(base: Base, tasks, name: str) -> None:
     adapters = [task.adapter for task in tasks]
     parameters = Coefficients(own_terms(adapters), 0.4)
-    weights = {task.name: 1.0 for task in tasks}
-    side = TaskGradients(base.model, parameters, OBJECTIVES[name], tasks, weights=weights)
+    learning = Learning(parameters, OBJECTIVES[name], OptimisationSpec(reduction="sum"))
+    side = TaskGradients(base.model, learning, tasks, covered=[task.name for task in tasks])
     for task in side.tasks:
         side.start(task)
     classes = {"classification", "dense_classification"}
@@ -184,10 +187,9 @@ def test_dense_labels_are_judged_patch_by_patch(base: Base, tasks) -> None:
     assert objective is not None
     side = TaskGradients(
         base.model,
-        Coefficients(own_terms([task.adapter]), 1.0),
-        Supervised(),
+        Learning(Coefficients(own_terms([task.adapter]), 1.0), Supervised(), OptimisationSpec()),
         [task],
-        weights={task.name: 1.0},
+        covered=[task.name],
     )
     side.scales[task.name] = torch.ones(1)
     side.memories[task.name] = [{} for _ in task.batches]

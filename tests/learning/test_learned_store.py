@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from learning_samples import rebuilt
 
 from icm_ray.errors import InputError
 from icm_ray.evidence.learned import LearnedMerge, load_learned, save_learned
-from icm_ray.evidence.tensors import write_given
+from icm_ray.evidence.tensors import write_evidence
 from icm_ray.files import MANIFEST
 from icm_ray.learning.parameters import CoreMatrices
 from icm_ray.learning.terms import summed, tsv_terms
+from icm_ray.merging.merge import merge
 
 
 @pytest.fixture
@@ -30,8 +32,8 @@ def test_it_comes_back_exactly(learned, adapters, tmp_path) -> None:
     assert all(torch.equal(again.tensors[name], t) for name, t in learned.tensors.items())
     assert (again.tasks, again.adapters) == (learned.tasks, learned.adapters)
     assert (again.origin, again.report) == (learned.origin, learned.report)
-    for module, factors in learned.factors(adapters).items():
-        assert torch.equal(again.factors(adapters)[module].b, factors.b)
+    for module, factors in rebuilt(learned, adapters).items():
+        assert torch.equal(rebuilt(again, adapters)[module].b, factors.b)
 
 
 def test_the_same_result_gives_the_same_bytes(learned, tmp_path) -> None:
@@ -40,12 +42,13 @@ def test_the_same_result_gives_the_same_bytes(learned, tmp_path) -> None:
     assert (tmp_path / "one" / MANIFEST).read_bytes() == (tmp_path / "two" / MANIFEST).read_bytes()
 
 
-def test_other_adapters_are_refused(learned, adapters, make_adapter) -> None:
-    with pytest.raises(InputError, match="other adapters than given for med"):
-        learned.factors(adapters[:2])
+def test_other_adapters_are_refused(learned, adapters, make_adapter, tmp_path) -> None:
+    save_learned(learned, tmp_path / "learned")
+    with pytest.raises(InputError, match="learned with med too"):
+        merge(adapters[:2], "nsc", evidence=tmp_path / "learned")
     stranger = make_adapter("law", seed=99)
-    with pytest.raises(InputError, match=r"other adapters than given for law\. Learn it again"):
-        learned.factors([adapters[0], stranger, adapters[2]])
+    with pytest.raises(InputError, match="of another adapter than 'law' given here"):
+        merge([adapters[0], stranger, adapters[2]], "nsc", evidence=tmp_path / "learned")
 
 
 def test_changed_or_foreign_folders_are_refused(learned, tmp_path) -> None:
@@ -55,6 +58,6 @@ def test_changed_or_foreign_folders_are_refused(learned, tmp_path) -> None:
     (tmp_path / "learned" / "evidence.safetensors").write_bytes(content)
     with pytest.raises(InputError, match="sha256 differs"):
         load_learned(tmp_path / "learned")
-    write_given(tmp_path / "grams", "gram_statistics", {"m.gram.a": torch.eye(2)}, adapters={})
+    write_evidence(tmp_path / "grams", "gram_statistics", {"m.gram.a": torch.eye(2)}, adapters={})
     with pytest.raises(InputError, match="gram_statistics but learned_merge is expected"):
         load_learned(tmp_path / "grams")

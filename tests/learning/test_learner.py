@@ -2,16 +2,20 @@
 
 import pytest
 import torch
+from learning_samples import merged_factors, rebuilt
 
+from icm_ray.config import OptimisationSpec
 from icm_ray.errors import RecipeError
-from icm_ray.learning.descent import STATE, Descent, Optimisation
-from icm_ray.learning.gradients import Part, TaskGradients
-from icm_ray.learning.heads import HeadEntropy, Supervised
+from icm_ray.learning.descent import STATE, Descent
+from icm_ray.learning.gradients import Learning, Share, TaskGradients
 from icm_ray.learning.learner import Run, learn
-from icm_ray.learning.objectives import RowSpaceMatch, TaskVectorMatch
-from icm_ray.learning.parameters import Coefficients, CoreMatrices, merged_factors
+from icm_ray.learning.objectives.entropy import HeadEntropy
+from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
+from icm_ray.learning.objectives.supervised import Supervised
+from icm_ray.learning.objectives.task_vector_match import TaskVectorMatch
+from icm_ray.learning.parameters import Coefficients, CoreMatrices
 
-STEPS = Optimisation(steps=6, lr=0.05)
+STEPS = OptimisationSpec(steps=6, lr=0.05, save_every=2)
 
 
 class Killed(Exception):
@@ -24,8 +28,8 @@ def same(one, two) -> bool:
 
 def test_losses_fall(tiny, make_tasks, terms) -> None:
     for parameters in (Coefficients(terms, 1 / 3), CoreMatrices(terms, 1 / 3)):
-        options = Optimisation(steps=30, lr=0.05, weight_decay=0.0, schedule="cosine")
-        learned = learn(tiny.model, make_tasks(), parameters, TaskVectorMatch(), options)
+        options = OptimisationSpec(steps=30, lr=0.05, weight_decay=0.0, schedule="cosine")
+        learned = learn(tiny.model, Learning(parameters, TaskVectorMatch(), options), make_tasks())
         losses = learned.report["losses"].values()
         start, end = (sum(item[when][0] for item in losses) for when in ("start", "end"))
         assert end < 0.9 * start
@@ -33,8 +37,8 @@ def test_losses_fall(tiny, make_tasks, terms) -> None:
 
 def test_what_is_learned_is_the_merge_that_was_measured(tiny, make_tasks, terms, adapters) -> None:
     parameters = CoreMatrices(terms, 1 / 3)
-    learned = learn(tiny.model, make_tasks(), parameters, TaskVectorMatch(), STEPS)
-    found = learned.factors(adapters)
+    learned = learn(tiny.model, Learning(parameters, TaskVectorMatch(), STEPS), make_tasks())
+    found = rebuilt(learned, adapters)
     for module, factors in merged_factors(parameters).items():
         assert torch.equal(found[module].b, factors.b)
     assert learned.adapters == {a.name: a.fingerprint for a in adapters}
@@ -43,16 +47,9 @@ def test_what_is_learned_is_the_merge_that_was_measured(tiny, make_tasks, terms,
 def test_a_killed_run_continues_to_the_same_bytes(tiny, make_tasks, terms, tmp_path) -> None:
     def run(**options):
         parameters = Coefficients(terms, 1 / 3)
-        return learn(
-            tiny.model,
-            make_tasks(),
-            parameters,
-            RowSpaceMatch(),
-            STEPS,
-            Run(save_every=2),
-            key="k",
-            **options,
-        )
+        learning = Learning(parameters, RowSpaceMatch(), STEPS)
+        scratch = options.pop("scratch", None)
+        return learn(tiny.model, learning, make_tasks(), Run(scratch=scratch, key="k"), **options)
 
     whole = run()
 
@@ -74,13 +71,9 @@ def test_a_state_that_is_not_ours_is_left_aside(tiny, make_tasks, terms, tmp_pat
     def run(key: str, seen: list[int]):
         return learn(
             tiny.model,
+            Learning(Coefficients(terms, 1 / 3), RowSpaceMatch(), STEPS),
             make_tasks(),
-            Coefficients(terms, 1 / 3),
-            RowSpaceMatch(),
-            STEPS,
-            Run(save_every=2),
-            scratch=tmp_path,
-            key=key,
+            Run(scratch=tmp_path, key=key),
             progress=lambda step, _loss: seen.append(step),
         )
 
@@ -94,19 +87,16 @@ def test_a_state_that_is_not_ours_is_left_aside(tiny, make_tasks, terms, tmp_pat
 
 
 def test_workers_that_hold_some_tasks_give_the_same_bytes(tiny, make_tasks, terms) -> None:
-    whole = learn(tiny.model, make_tasks(), Coefficients(terms, 0.3), RowSpaceMatch(), STEPS)
+    whole = learn(
+        tiny.model, Learning(Coefficients(terms, 0.3), RowSpaceMatch(), STEPS), make_tasks()
+    )
     names = ("code", "law", "med")
     for split in ((1, 2), (2, 1), (1, 1, 1)):
         tasks, sides = make_tasks(), []
         for size in split:
             share, tasks = tasks[:size], tasks[size:]
-            side = TaskGradients(
-                tiny.model,
-                Coefficients(terms, 0.3),
-                RowSpaceMatch(),
-                share,
-                weights=STEPS.task_weights(names),
-            )
+            learning = Learning(Coefficients(terms, 0.3), RowSpaceMatch(), STEPS)
+            side = TaskGradients(tiny.model, learning, share, covered=names)
             sides.append(side)
             for task in share:
                 side.start(task.name)
@@ -122,8 +112,10 @@ def test_workers_that_hold_some_tasks_give_the_same_bytes(tiny, make_tasks, term
 
 
 def test_modules_without_a_path_stay_and_are_named(tiny, make_tasks, terms) -> None:
-    options = Optimisation(steps=3, lr=0.1, weight_decay=0.5)
-    learned = learn(tiny.model, make_tasks(), Coefficients(terms, 0.3), RowSpaceMatch(), options)
+    options = OptimisationSpec(steps=3, lr=0.1, weight_decay=0.5)
+    learned = learn(
+        tiny.model, Learning(Coefficients(terms, 0.3), RowSpaceMatch(), options), make_tasks()
+    )
     # The last target is the last block's output projection: nothing follows from itself.
     assert learned.report["unmoved"] == ["encoder.layer.1.attention.output.dense"]
     still = learned.tensors["encoder.layer.1.attention.output.dense.coefficients"]
@@ -131,27 +123,34 @@ def test_modules_without_a_path_stay_and_are_named(tiny, make_tasks, terms) -> N
 
 
 def test_tasks_without_an_objective_are_merged_all_the_same(tiny, make_tasks, terms) -> None:
-    learned = learn(tiny.model, make_tasks(), Coefficients(terms, 0.3), HeadEntropy(), STEPS)
+    learned = learn(
+        tiny.model, Learning(Coefficients(terms, 0.3), HeadEntropy(), STEPS), make_tasks()
+    )
     assert set(learned.report["history"]) == {"code", "law"}
     assert learned.tasks == ("code", "law", "med")
     with pytest.raises(RecipeError, match="Supervised says nothing about any of the tasks"):
-        learn(tiny.model, make_tasks(), Coefficients(terms, 0.3), Supervised(), STEPS)
+        learn(tiny.model, Learning(Coefficients(terms, 0.3), Supervised(), STEPS), make_tasks())
 
 
 def test_the_worst_task_can_count_most(tiny, make_tasks, terms) -> None:
     ends = {}
     for worst in (None, 0.02):
-        options = Optimisation(40, 0.02, weight_decay=0.0, schedule="linear", worst=worst)
+        options = OptimisationSpec(
+            steps=40, lr=0.02, weight_decay=0.0, schedule="linear", worst=worst
+        )
         parameters = Coefficients(terms, 1 / 3)
-        report = learn(tiny.model, make_tasks(8), parameters, TaskVectorMatch(), options).report
+        report = learn(
+            tiny.model, Learning(parameters, TaskVectorMatch(), options), make_tasks(8)
+        ).report
         ends[worst] = [item["end"][0] for item in report["losses"].values()]
     assert max(ends[0.02]) < max(ends[None])
+    shared = options.model_copy(update={"tasks_per_forward": 2})
     with pytest.raises(RecipeError, match="tasks_per_forward: 2 but 1 is expected"):
-        learn(tiny.model, make_tasks(), parameters, TaskVectorMatch(), options, Run(0, 2))
+        learn(tiny.model, Learning(parameters, TaskVectorMatch(), shared), make_tasks())
 
 
-def part(task: str, value: float, **gradients: float) -> Part:
-    return Part({task: value}, {n: torch.tensor([[g]]) for n, g in gradients.items()})
+def part(task: str, value: float, **gradients: float) -> Share:
+    return Share({task: value}, {n: torch.tensor([[g]]) for n, g in gradients.items()})
 
 
 def two_numbers() -> dict[str, torch.Tensor]:
@@ -162,7 +161,7 @@ def test_parts_are_added_in_the_order_of_names() -> None:
     parts = [part("b", 1.0, x=1.0), part("a", 1.0, x=1e8), part("c", 1.0, x=-1e8)]
     descents = []
     for order in (parts, parts[::-1], parts[1:] + parts[:1]):
-        descent = Descent(two_numbers(), Optimisation(1, 0.1))
+        descent = Descent(two_numbers(), OptimisationSpec(steps=1, lr=0.1))
         descent.move(order)
         descents.append(descent)
     assert {float(d.leaves["x"].grad) for d in descents} == {1.0}, "float64 loses no task"
@@ -170,11 +169,11 @@ def test_parts_are_added_in_the_order_of_names() -> None:
 
 
 def test_no_gradient_is_not_a_gradient_of_zero() -> None:
-    descent = Descent(two_numbers(), Optimisation(1, 0.1, weight_decay=0.5))
+    descent = Descent(two_numbers(), OptimisationSpec(steps=1, lr=0.1, weight_decay=0.5))
     descent.move([part("a", 1.0, x=0.0)])
     assert float(descent.values()["x"]) == pytest.approx(0.95)
     assert float(descent.values()["y"]) == 1.0
-    assert descent.moved == {"x"}
+    assert descent.unmoved == ["y"]
 
 
 @pytest.mark.parametrize(
@@ -186,18 +185,21 @@ def test_no_gradient_is_not_a_gradient_of_zero() -> None:
     ],
 )
 def test_schedules(schedule, rates) -> None:
-    options = Optimisation(4, 1.0, schedule=schedule)
+    options = OptimisationSpec(steps=4, lr=1.0, schedule=schedule)
     assert [options.rate(i) for i in range(4)] == pytest.approx(rates, abs=1e-4)
 
 
 def test_weights_of_tasks() -> None:
-    options = Optimisation(1, 1.0, weights={"b": 3.0})
-    assert options.task_weights(("a", "b")) == {"a": 0.5, "b": 1.5}
-    assert Optimisation(1, 1.0, reduction="sum").task_weights(("a", "b")) == {"a": 1.0, "b": 1.0}
+    options = OptimisationSpec(steps=1, lr=1.0, task_weights={"b": 3.0})
+    assert options.weights(("a", "b")) == {"a": 0.5, "b": 1.5}
+    assert OptimisationSpec(steps=1, lr=1.0, reduction="sum").weights(("a", "b")) == {
+        "a": 1.0,
+        "b": 1.0,
+    }
 
 
 def test_a_smooth_maximum_leans_on_the_largest_loss() -> None:
-    descent = Descent(two_numbers(), Optimisation(1, 0.1, worst=0.1))
+    descent = Descent(two_numbers(), OptimisationSpec(steps=1, lr=0.1, worst=0.1))
     factors = descent._factors({"a": 1.0, "b": 0.5, "c": 1.0})
     assert sum(factors.values()) == pytest.approx(3.0)
     assert factors["a"] == factors["c"] > 100 * factors["b"]

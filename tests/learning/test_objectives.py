@@ -8,9 +8,15 @@ from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.states import Batch
 from icm_ray.errors import RecipeError
 from icm_ray.learning.forward import observe
-from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised, entropy
 from icm_ray.learning.inputs import Seen, TaskInputs
-from icm_ray.learning.objectives import NullSpaceRatio, RowSpaceMatch, TaskVectorMatch, Tokens
+from icm_ray.learning.objectives.distillation import Distillation
+from icm_ray.learning.objectives.entropy import HeadEntropy
+from icm_ray.learning.objectives.logits import entropy
+from icm_ray.learning.objectives.module_inputs import Tokens
+from icm_ray.learning.objectives.null_space_ratio import NullSpaceRatio
+from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
+from icm_ray.learning.objectives.supervised import Supervised
+from icm_ray.learning.objectives.task_vector_match import TaskVectorMatch
 from icm_ray.learning.targets import Targets
 from icm_ray.linalg.subspace import null_space_ratio, row_space
 from icm_ray.types import LoRAFactors

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from learning_samples import merged_factors, rebuilt
 
 from icm_ray.evidence.learned import LearnedMerge
-from icm_ray.learning.parameters import Coefficients, CoreMatrices, merged_factors
+from icm_ray.learning.parameters import Coefficients, CoreMatrices
 from icm_ray.learning.terms import own_terms, summed, tsv_terms
 
 
@@ -50,10 +51,10 @@ def test_stored_tensors_give_the_same_merge_bit_for_bit(terms, adapters, name: s
     parameters = moved(variants(terms)[name])
     prints = {a.name: a.fingerprint for a in adapters}
     learned = LearnedMerge(parameters.learned(), terms.tasks, prints)
-    rebuilt = learned.factors(adapters[::-1])
+    modules = rebuilt(learned, adapters[::-1])
     for module, factors in merged_factors(parameters).items():
-        assert torch.equal(rebuilt[module].a, factors.a)
-        assert torch.equal(rebuilt[module].b, factors.b)
+        assert torch.equal(modules[module].a, factors.a)
+        assert torch.equal(modules[module].b, factors.b)
 
 
 @pytest.mark.parametrize("name", ["coefficients", "groups", "ranks", "core"])

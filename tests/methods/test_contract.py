@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import icm_ray
 from icm_ray import METHODS, RecipeError
 from icm_ray.merging.merge import assemble, merge_modules
-from icm_ray.merging.order import plan_merge
+from icm_ray.merging.order import MergeRequest, plan_merge
 from icm_ray.merging.passes import concluded, measure_modules, passes_of
 from icm_ray.seeding import generator
 from icm_ray.types import Adapter, LoRAFactors, MergeResult
@@ -93,11 +93,11 @@ def evidence_for(adapters: Sequence[Adapter], method: str) -> dict[str, torch.Te
     """Return what the method needs: a Gram of each task's inputs for every module."""
     if METHODS[method].needs is None:
         return None
-    if METHODS[method].needs == "LearnedMerge":
+    if METHODS[method].needs == "learned_merge":
         return coefficients_for(adapters)
-    if METHODS[method].needs == "FusionModel":
+    if METHODS[method].needs == "fusion_model":
         return averages_for(adapters)
-    assert METHODS[method].needs == "GramStatistics"
+    assert METHODS[method].needs == "gram_statistics"
     widths = {m: f.shape[1] for adapter in adapters for m, f in adapter.modules.items()}
     grams = {}
     for adapter in adapters:
@@ -317,7 +317,7 @@ def splits(modules: Sequence[str]) -> Iterator[list[list[str]]]:
 @pytest.mark.parametrize("rank", [None, 2, "energy:0.9"])
 def test_any_split_over_workers_gives_the_same_bits(abc, method: str, params: dict, rank) -> None:
     chosen = three(params, method)
-    order = plan_merge(abc, method, chosen, evidence_for(abc, method), rank, seed=3)
+    order = plan_merge(abc, MergeRequest(method, chosen, evidence_for(abc, method), rank, seed=3))
     by_name = {adapter.name: adapter for adapter in abc}
     whole = merge(abc, method, params=chosen, output_rank=rank, seed=3)
     for parts in splits(list(order.present)):

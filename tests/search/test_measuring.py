@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from learning_samples import rebuilt
 
 from icm_ray.adapters import fingerprint_of
 from icm_ray.base_model.loading import load_base
@@ -14,9 +15,9 @@ from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.evidence.gather import gather
 from icm_ray.fusion.data import samples_of
 from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, train_fusion
-from icm_ray.learning.inputs import TaskInputs
-from icm_ray.learning.learner import Run, learn
+from icm_ray.learning.learner import learn
 from icm_ray.learning.recipes import plan_of, spec_of
+from icm_ray.learning.tasks import LearnerData, Readable
 from icm_ray.merging.merge import merge
 from icm_ray.search.coefficients import coefficients_of, groups_of
 from icm_ray.search.measuring import Material, Measurer, Wanted
@@ -39,13 +40,14 @@ def adapters(make_adapter):
 def measurer(tiny_bert, adapters, texts):
     base = load_base(tiny_bert)
     inputs = {name: (texts[8 * i : 8 * i + 8], 16) for i, name in enumerate(TASKS)}
-    scored, heads = {}, {}
+    scored, readable = {}, {}
     for number, name in enumerate(TASKS):
         task = Task(name, "classification", "accuracy", ("x", "y", "z"), 16, "", "")
         draw = torch.Generator().manual_seed(number)
-        heads[name] = (task, Head(torch.randn(3, 16, generator=draw), torch.zeros(3)))
+        head = Head(torch.randn(3, 16, generator=draw), torch.zeros(3))
         targets = np.arange(12.0) % 3
-        scored[name] = TaskData(task, Examples(texts[:12], targets, texts[:12]), heads[name][1])
+        readable[name] = Readable(task, head)
+        scored[name] = TaskData(task, Examples(texts[:12], targets, texts[:12]), head)
     expert = {
         a.name: evaluate(base, a, {a.name: scored[a.name]})[a.name].predictions for a in adapters
     }
@@ -58,12 +60,9 @@ def measurer(tiny_bert, adapters, texts):
     samples = [sample for adapter in adapters for sample in samples_of(adapter, None)]
     material = Material(
         adapters,
-        inputs,
-        heads,
-        {},
-        {},
-        scored,
-        references,
+        LearnerData(inputs, readable),
+        scored=scored,
+        references=references,
         groups=2,
         checkpoints=Checkpoints(samples, vectors),
         input_batch=4,
@@ -107,19 +106,13 @@ def test_a_part_is_the_first_examples(measurer):
 
 def _learned(measurer, adapters):
     spec = spec_of("nsc", LEARN)
-    tasks = []
-    for adapter in adapters:
-        texts, tokens = measurer.material.inputs[adapter.name]
-        batches = batches_of(measurer.base.reader, texts, tokens, 4)
-        tasks.append(TaskInputs(adapter, batches))
-    plan = plan_of(spec, adapters)
-    model = measurer.base.model
-    options = plan.optimisation()
-    return learn(model, tasks, plan.parameters(), plan.objective(measurer.base), options, Run())
+    data = LearnerData(measurer.material.data.inputs)
+    tasks = data.batched(adapters, measurer.base.reader, 4)
+    return learn(measurer.base.model, plan_of(spec, adapters).learning(measurer.base), tasks)
 
 
 def test_a_learned_trial_is_what_jobs_learn_learns(measurer, adapters):
-    expected = _learned(measurer, adapters).factors(adapters)
+    expected = rebuilt(_learned(measurer, adapters), adapters)
     found = measurer.merged(Setting("nsc", learn=LEARN))
     for module, factors in expected.items():
         assert torch.equal(found.modules[module].delta(), factors.delta())
@@ -203,8 +196,7 @@ def test_a_fusion_vae_is_trained_once_for_settings_that_only_use_it_otherwise(me
         fusion_spec_of({**FUSION, "kl_weight": 1.0}),
         adapters,
         material.checkpoints,
-        base=measurer.base,
-        tasks=measurer._inputs(4, None),
+        (measurer.base, material.data.batched(adapters, measurer.base.reader, 4)),
     )
     assert model.report["kl_total"] == found["kl_total"]
     errors = model.report["reconstruction_error"].values()

@@ -13,50 +13,50 @@ from icm_ray.report.summary import init_of
 from icm_ray.report.text import method_label
 from icm_ray.workflows.learn import learned_row
 from icm_ray.workflows.pipeline.ratios import read_ratios
-from icm_ray.workflows.pipeline.results import DEFAULT, PipelineResults, SetResults
+from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table
 
 
-def learned_report(results: PipelineResults) -> dict[str, Any]:
+def learned_report(table: Table) -> dict[str, Any]:
     """Return the fields of `ReportData` that learned rows fill; pictures show the first set."""
-    first = results.sets[0]
-    tasks_of = {row.name: row.tasks for row in results.recipe.methods}
-    adapted = {r.name: first.fused[r.name] for r in results.recipe.methods if r.in_context}
-    ratios = {row: read_ratios(folder) for row, folder in results.ratios.items()}
+    first = table.sets[0]
+    tasks_of = {row.name: row.tasks for row in table.rows}
+    adapted = {r.name: first.fused[r.name] for r in table.rows if r.in_context}
+    ratios = {row: read_ratios(folder) for row, folder in table.ratios.items()}
     return {
         "learned": [
             learned_row(row, folder, first.files(tasks_of[row]))
             for row, folder in {**first.learned, **adapted}.items()
         ],
         "state_ratios": {row: found.by_module() for row, found in ratios.items()},
-        "quartiles": _quartiles(results, first),
-        "training_ratios": results.training_ratios,
-        "gaps": list(_gaps(results)),
+        "quartiles": _quartiles(table, first),
+        "training_ratios": table.training_ratios,
+        "gaps": list(_gaps(table)),
     }
 
 
-def _quartiles(results: PipelineResults, one: SetResults) -> dict[str, dict[str, list[float]]]:
+def _quartiles(table: Table, one: SetResults) -> dict[str, dict[str, list[float]]]:
     """Return accuracy by row and classification, from the lowest quarter of ratios up."""
-    kinds = {name: task.kind for name, task in results.suite.tasks.items()}
+    kinds = {name: task.kind for name, task in table.suite.tasks.items()}
     found: dict[str, dict[str, list[float]]] = {}
-    for row, folder in results.ratios.items():
+    for row, folder in table.ratios.items():
         ratios = read_ratios(folder)
         scores = one.scores[row, DEFAULT, "test"]
         found[row] = {}
         for task in (task for task in ratios.values if kinds[task] == "classification"):
-            right = scores[task].predictions == _targets(results, task)
+            right = scores[task].predictions == _targets(table, task)
             found[row][task] = [float(right[part].mean()) for part in ratios.quarters(task)]
     return found
 
 
-def _targets(results: PipelineResults, task: str) -> np.ndarray:
-    return results.suite.load(task, "test", results.recipe.sizes.test).targets
+def _targets(table: Table, task: str) -> np.ndarray:
+    return table.suite.load(task, "test", table.recipe.sizes.test).targets
 
 
-def _gaps(results: PipelineResults) -> Iterator[Gap]:
+def _gaps(table: Table) -> Iterator[Gap]:
     """Yield each learned row beside the best that learns nothing from the same experts' merge."""
-    tasks_of = {row.name: tuple(row.tasks or ()) for row in results.recipe.methods}
+    tasks_of = {row.name: tuple(row.tasks or ()) for row in table.rows}
     inits: dict[str, list[SetResults]] = {}
-    for one in results.sets:
+    for one in table.sets:
         inits.setdefault(init_of(one.label), []).append(one)
     for init, sets in inits.items():
         means = _means(sets)
@@ -69,7 +69,7 @@ def _gaps(results: PipelineResults) -> Iterator[Gap]:
             }
             if others:
                 best = max(others, key=lambda key: others[key])
-                yield _gap(results, sets, init, name, best)
+                yield _gap(table, sets, init, name, best)
 
 
 def _means(sets: list[SetResults]) -> dict[tuple[str, bool], float]:
@@ -91,7 +91,7 @@ def _means(sets: list[SetResults]) -> dict[tuple[str, bool], float]:
 
 
 def _gap(
-    results: PipelineResults,
+    table: Table,
     sets: list[SetResults],
     init: str,
     name: str,
@@ -105,10 +105,10 @@ def _gap(
         theirs = one.scores[other, one.chosen[other] if tuned else DEFAULT, "test"]
         answers += [
             Answers(
-                results.suite.tasks[task],
+                table.suite.tasks[task],
                 ours[task].predictions,
                 theirs[task].predictions,
-                _targets(results, task),
+                _targets(table, task),
                 expert[task].score.value,
             )
             for task in ours

@@ -5,25 +5,22 @@ ratios/<set>-training/  ratios at kept steps of the experts' training
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from icm_ray.config import PipelineRecipe
-from icm_ray.distributed.actors import AdapterSource
-from icm_ray.distributed.cluster import run_bounded
-from icm_ray.distributed.progress import bar
+from icm_ray.adapters import open_adapter
+from icm_ray.distributed.actors import AdapterSource, CheckpointSource
+from icm_ray.distributed.evidence import EVIDENCE_BATCH
+from icm_ray.distributed.session import Pool
+from icm_ray.evaluation.experts import TRAJECTORIES
 from icm_ray.files import is_done, read_json, read_manifest, sha256_of, whole_folder, write_json
-from icm_ray.finetuning.trajectory import evenly_spaced, read_trajectory, unflatten
-from icm_ray.learning.tasks import EVIDENCE_BATCH
+from icm_ray.finetuning.trajectory import evenly_spaced, read_trajectory
 from icm_ray.report.data import BASE, EXPERT
-from icm_ray.suites import Suite
-from icm_ray.types import Adapter, LoRAFactors
-from icm_ray.workflows.pipeline.results import DEFAULT, SetResults
+from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table
 
 VERSION = 1
 RATIOS, MODULES, MEANS = "ratios.safetensors", "modules.json", "means.json"
@@ -55,60 +52,55 @@ class RowRatios:
         return np.array_split(order, 4)
 
 
-def ratios_of_rows(
-    recipe: PipelineRecipe,
-    suite: Suite,
-    one: SetResults,
-    actors: Sequence[Any],
-    base: str,
-    root: Path,
-) -> dict[str, Path]:
+def ratios_of_rows(table: Table, one: SetResults, pool: Pool) -> dict[str, Path]:
     """Return folders of ratios by learned row, of the experts and of the base; one set's.
 
     Every input of a task is measured against the A of the task's own expert.
     """
     if not one.learned:
         return {}
-    own = {file.name: AdapterSource.of(file) for file in one.files()}
+    own = {file.name: AdapterSource(file) for file in one.files()}
     features: dict[str, Mapping[str, AdapterSource | None]] = {
         BASE: dict.fromkeys(own),
         EXPERT: own,
     }
     for row in one.learned:
-        merged = one.merged[row, DEFAULT]
-        source = AdapterSource(row, str(merged.folder), merged.fingerprint)
+        source = AdapterSource(open_adapter(one.merged[row, DEFAULT].folder))
         features[row] = dict.fromkeys(own, source)
-    size = recipe.sizes.test
-    data = {task: (suite.load(task, "test", size).inputs, suite.tasks[task]) for task in own}
-    told = {task: suite.split_hash(task, "test", size) for task in own}
-    folders = {row: root / "ratios" / one.label / row for row in features}
-    keys = {
-        row: sha256_of(
-            [
-                VERSION,
-                base,
-                told,
-                {t: (s.fingerprint if s else None, own[t].fingerprint) for t, s in of_row.items()},
-            ]
-        )
-        for row, of_row in features.items()
-    }
+    folders = {row: table.root / "ratios" / one.label / row for row in features}
+    keys = {row: _key(table, of_row, own) for row, of_row in features.items()}
     missing = [row for row in features if not is_done(folders[row], keys[row])]
-
-    def call(row: str, task: str) -> Any:
-        inputs, spec = data[task]
-        given = (features[row][task], own[task], inputs, spec.max_tokens, EVIDENCE_BATCH)
-        return lambda actor: actor.ratios.remote(*given)
-
-    calls = {(row, task): call(row, task) for row in missing for task in sorted(own)}
-    timeout = recipe.resources.timeout_seconds
-    with bar(len(calls), "null-space ratios") as drawn:
-        found = run_bounded(actors, calls, timeout=timeout, done=lambda _key, _found: drawn.add())
+    suite, size = table.suite, table.recipe.sizes.test
+    inputs = {task: suite.load(task, "test", size).inputs for task in own} if missing else {}
+    arguments = {
+        (row, task): (
+            features[row][task],
+            own[task],
+            inputs[task],
+            suite.tasks[task].max_tokens,
+            EVIDENCE_BATCH,
+        )
+        for row in missing
+        for task in sorted(own)
+    }
+    ratios = pool.map("ratios", arguments, label="null-space ratios")
     for row in missing:
         with whole_folder(folders[row], info={"key": keys[row]}) as folder:
-            save_file({t: found[row, t][1].contiguous() for t in sorted(own)}, folder / RATIOS)
-            write_json(folder / MODULES, {t: list(found[row, t][0]) for t in own})
+            save_file({t: ratios[row, t][1].contiguous() for t in sorted(own)}, folder / RATIOS)
+            write_json(folder / MODULES, {t: list(ratios[row, t][0]) for t in own})
     return folders
+
+
+def _key(
+    table: Table,
+    features: Mapping[str, AdapterSource | None],
+    own: Mapping[str, AdapterSource],
+) -> str:
+    """Return what identifies one row's ratios."""
+    size = table.recipe.sizes.test
+    tests = {task: table.suite.split_hash(task, "test", size) for task in own}
+    pairs = {t: (s.fingerprint if s else None, own[t].fingerprint) for t, s in features.items()}
+    return sha256_of([VERSION, table.session.key, tests, pairs])
 
 
 def read_ratios(folder: Path) -> RowRatios:
@@ -117,88 +109,39 @@ def read_ratios(folder: Path) -> RowRatios:
     return RowRatios(read_json(folder / MODULES), load_file(folder / RATIOS))
 
 
-@dataclass(frozen=True)
-class CheckpointSource:
-    """An expert as it was at one step of its training.
-
-    Attributes:
-        expert: The finished expert, which gives everything but the weights.
-        folder: Its trajectory.
-        step: Which checkpoint.
-    """
-
-    expert: AdapterSource
-    folder: str
-    step: int
-
-    @property
-    def name(self) -> str:
-        """The task's name."""
-        return self.expert.name
-
-    def load(self) -> Adapter:
-        """Read the checkpoint."""
-        table, layout = read_trajectory(Path(self.folder))
-        place = table["step"].to_pylist().index(self.step)
-        flat = np.asarray(table["adapter"][place].values, dtype=np.float32)
-        tensors = unflatten(flat, layout)
-        adapter = self.expert.load()
-        modules = {
-            path: LoRAFactors(
-                _of(tensors, path, "lora_A"),
-                _of(tensors, path, "lora_B") * factors.scaling,
-                factors.scaling,
-            )
-            for path, factors in adapter.modules.items()
-        }
-        key = sha256_of([adapter.fingerprint, self.step])
-        return replace(adapter, modules=modules, fingerprint=key)
-
-
-def _of(tensors: Mapping[str, Tensor], path: str, kind: str) -> Tensor:
-    return next(t for name, t in tensors.items() if name.endswith(f"{path}.{kind}.weight"))
-
-
-def training_ratios(
-    recipe: PipelineRecipe, suite: Suite, one: SetResults, actors: Sequence[Any], root: Path
-) -> dict[str, dict[int, float]]:
+def training_ratios(table: Table, one: SetResults, pool: Pool) -> dict[str, dict[int, float]]:
     """Return the mean expert ratio over modules at kept steps, by task that has a trajectory."""
-    trajectories = root / "trajectories" / one.label
-    files = [f for f in one.files() if one.learned and (trajectories / f.name).is_dir()]
+    place = table.root / TRAJECTORIES / one.label
+    files = [f for f in one.files() if one.learned and (place / f.name).is_dir()]
     if not files:
         return {}
-    limit = min(TRAINING_INPUTS, recipe.sizes.calibration)
-    inputs = {f.name: suite.load(f.name, "calibration", limit) for f in files}
-    folder = root / "ratios" / f"{one.label}-training"
-    content = {f.name: [f.fingerprint(), inputs[f.name].fingerprint] for f in files}
+    limit = min(TRAINING_INPUTS, table.recipe.sizes.calibration)
+    inputs = {f.name: table.suite.load(f.name, "calibration", limit) for f in files}
+    folder = table.root / "ratios" / f"{one.label}-training"
+    content = {f.name: [f.fingerprint, inputs[f.name].fingerprint] for f in files}
     key = sha256_of([VERSION, content])
     if not is_done(folder, key):
-        calls = {
-            (file.name, step): _call(
-                CheckpointSource(
-                    AdapterSource.of(file), str((trajectories / file.name).absolute()), step
-                ),
-                (inputs[file.name].inputs, suite.tasks[file.name].max_tokens, EVIDENCE_BATCH),
+        arguments = {
+            (file.name, step): (
+                CheckpointSource(AdapterSource(file), (place / file.name).absolute(), step),
+                inputs[file.name].inputs,
+                table.suite.tasks[file.name].max_tokens,
+                EVIDENCE_BATCH,
             )
             for file in files
-            for step in _steps(trajectories / file.name)
+            for step in _steps(place / file.name)
         }
-        found = run_bounded(actors, calls, timeout=recipe.resources.timeout_seconds)
         means: dict[str, dict[str, float]] = {file.name: {} for file in files}
-        for (task, step), evidence in found.items():
-            values = evidence.expert_ratios.values()
-            means[task][str(step)] = sum(values) / len(values)
+        for (task, step), evidence in pool.map("evidence", arguments).items():
+            ratios = evidence.expert_ratios.values()
+            means[task][str(step)] = sum(ratios) / len(ratios)
         with whole_folder(folder, info={"key": key}) as target:
             write_json(target / MEANS, means)
-    told = read_json(folder / MEANS)
-    return {task: {int(s): v for s, v in of_task.items()} for task, of_task in told.items()}
+    means = read_json(folder / MEANS)
+    return {task: {int(s): v for s, v in of_task.items()} for task, of_task in means.items()}
 
 
 def _steps(trajectory: Path) -> list[int]:
     """Return up to `CHECKPOINTS` of the kept steps, evenly spaced."""
     steps = read_trajectory(trajectory)[0]["step"].to_pylist()
     return evenly_spaced(steps, CHECKPOINTS)
-
-
-def _call(source: CheckpointSource, given: tuple[Any, ...]) -> Any:
-    return lambda actor: actor.evidence.remote(source, *given)

@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import open_all
-from icm_ray.distributed.scores import VERSION
-from icm_ray.evaluation.metrics import Score, difference_interval
+from icm_ray.adapters import delta_cosines
+from icm_ray.config import MethodRow
+from icm_ray.distributed.probes import read_probe
+from icm_ray.evaluation.metrics import Score, difference_interval, score
 from icm_ray.evaluation.scoring import TaskScore, standing, values
 from icm_ray.evidence.store import load_evidence
 from icm_ray.files import cost_of, is_done, sha256_of, whole_folder
-from icm_ray.linalg import lowrank
-from icm_ray.merging.folder import MergedFolder, write_merged
-from icm_ray.merging.merge import merge
+from icm_ray.merging.folder import MergedFolder, Origin, write_merged
+from icm_ray.merging.merge import merge_as_asked
 from icm_ray.report import (
     BASE,
     EXPERT,
@@ -27,15 +27,10 @@ from icm_ray.report import (
 )
 from icm_ray.report.data import OF_TASKS
 from icm_ray.suites import BASES
-from icm_ray.types import Adapter
 from icm_ray.workflows.pipeline.learned_report import learned_report
-from icm_ray.workflows.pipeline.results import (
-    PipelineResults,
-    SetResults,
-    order_of,
-    probe_scores,
-    variants,
-)
+from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table, Variant, variants
+
+VERSION = 1
 
 NOTES = (
     "A score is normalised by the task's own expert: 1 is as good as the expert. Gain kept is the "
@@ -48,44 +43,55 @@ NOTES = (
 )
 
 
-def report_data(results: PipelineResults, root: Path) -> ReportData:
+def report_data(table: Table) -> ReportData:
     """Collect everything the page shows."""
-    rows = [row for one in results.sets for row in _rows(results, one)]
-    first = results.sets[0]
-    vectors, ratios = load_evidence(results.evidence[first.label])
+    rows = [row for one in table.sets for row in _rows(table, one)]
+    first = table.sets[0]
+    assert first.evidence is not None, "gathered before"
+    vectors, ratios = load_evidence(first.evidence)
     default = {row: m for (row, variant), m in first.merged.items() if variant == "default"}
     return ReportData(
-        title=f"{results.recipe.name}: {len(first.experts)} tasks, "
-        f"{len(results.sets)} sets of experts",
+        title=f"{table.name}: {len(first.experts)} tasks, {len(table.sets)} sets of experts",
         command=_command(),
-        base=_base(results),
-        tasks=_tasks(results, root),
+        base=_base(table),
+        tasks=_tasks(table),
         scores=rows,
         ratios={
             task: {m: (ratios.base[task][m], value) for m, value in modules.items()}
             for task, modules in ratios.expert.items()
         },
         task_vector_cosines=_cosines(vectors.vectors),
-        delta_cosines=_delta_cosines(first),
+        delta_cosines=delta_cosines(first.files()),
         retained_energy={
             row: {m: r["retained_energy"] for m, r in merged.report["modules"].items()}
             for row, merged in default.items()
         },
-        expert_gains={one.label: _expert_gains(results, one) for one in results.sets},
-        **learned_report(results),
+        expert_gains={one.label: _expert_gains(table, one) for one in table.sets},
+        **learned_report(table),
         notes=NOTES,
     )
 
 
-def publish(results: PipelineResults, data: ReportData, root: Path) -> dict[str, str]:
+def publish(table: Table, data: ReportData) -> dict[str, str]:
     """Write the report, and beside it the best merged adapter with its scores on its card."""
-    with whole_folder(root / "report") as folder:
+    with whole_folder(table.root / "report") as folder:
         write_report(data, folder)
-    outputs = {"report": str(root / "report" / "index.html")}
-    best = _best_row(results, data)
+    outputs = {"report": str(table.root / "report" / "index.html")}
+    best = _best_row(table, data)
     if best is not None:
-        outputs["adapter"] = str(_publish_adapter(results, data, *best, root / "adapter"))
+        outputs["adapter"] = str(_publish_adapter(table, data, *best))
     return outputs
+
+
+def probe_scores(table: Table) -> dict[str, TaskScore]:
+    """Return the linear probe's test scores by task."""
+    scores = {}
+    for task, folder in table.probes.items():
+        _, predictions = read_probe(folder)
+        examples = table.suite.load(task, "test", table.recipe.sizes.test)
+        item = score(table.suite.tasks[task], predictions, examples.targets)
+        scores[task] = TaskScore(item, predictions)
+    return scores
 
 
 def console(data: ReportData) -> None:
@@ -95,18 +101,18 @@ def console(data: ReportData) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(console_table(data))
 
 
-def _rows(results: PipelineResults, one: SetResults) -> list[ScoreRow]:
+def _rows(table: Table, one: SetResults) -> list[ScoreRow]:
     found = [
         row
         for (name, variant, split), scores in one.scores.items()
-        for row in _score_rows(results, one, name, variant, split, scores)
+        for row in _score_rows(table, one, name, variant, split, scores)
     ]
-    probes = probe_scores(results)
-    return found + _score_rows(results, one, PROBE, "default", "test", probes) if probes else found
+    probes = probe_scores(table)
+    return found + _score_rows(table, one, PROBE, "default", "test", probes) if probes else found
 
 
 def _score_rows(
-    results: PipelineResults,
+    table: Table,
     one: SetResults,
     name: str,
     variant: str,
@@ -119,8 +125,8 @@ def _score_rows(
     ranks = [m["rank"] for m in merged.report["modules"].values()] if merged else [0]
     # The default setting can be the best one, and then stands in both rows.
     shown = [False] * (variant == "default") + [True] * (one.chosen.get(name) == variant)
-    lora = results.recipe.lora.rank if name == EXPERT else 0
-    row_of = {row.name: row for row in results.recipe.methods}.get(name.removesuffix(OF_TASKS))
+    lora = table.recipe.lora.rank if name == EXPERT else 0
+    row_of = {row.name: row for row in table.rows}.get(name.removesuffix(OF_TASKS))
     merged_tasks = row_of.tasks if row_of else None
 
     def row(task: str, score: Score, tuned: bool) -> ScoreRow:
@@ -152,18 +158,18 @@ def _seconds(one: SetResults, name: str, merged: MergedFolder | None) -> float:
     return cost_of(one.made_for(name)) + (merged.run.get("seconds", 0.0) if merged else 0.0)
 
 
-def _expert_gains(results: PipelineResults, one: SetResults) -> dict[str, tuple[float, float]]:
+def _expert_gains(table: Table, one: SetResults) -> dict[str, tuple[float, float]]:
     """Return paired intervals of expert minus probe, or minus the base for tasks without a head.
 
     Both answered the same examples.
     """
-    below = {**one.scores[BASE, "default", "test"], **probe_scores(results)}
+    below = {**one.scores[BASE, "default", "test"], **probe_scores(table)}
     return {
         task: difference_interval(
-            results.suite.tasks[task],
+            table.suite.tasks[task],
             expert.predictions,
             below[task].predictions,
-            results.suite.load(task, "test", results.recipe.sizes.test).targets,
+            table.suite.load(task, "test", table.recipe.sizes.test).targets,
         )
         for task, expert in one.scores[EXPERT, "default", "test"].items()
     }
@@ -173,9 +179,11 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _tasks(results: PipelineResults, root: Path) -> dict[str, dict[str, str | int]]:
-    size = results.recipe.sizes.test
-    reads = sum(1 for s in results.sets for _ in (root / "scores" / f"{s.label}-test").glob("*"))
+def _tasks(table: Table) -> dict[str, dict[str, str | int]]:
+    size = table.recipe.sizes.test
+    reads = sum(
+        1 for s in table.sets for _ in (table.root / "scores" / f"{s.label}-test").glob("*")
+    )
     return {
         name: {
             "kind": task.kind,
@@ -184,20 +192,20 @@ def _tasks(results: PipelineResults, root: Path) -> dict[str, dict[str, str | in
             "source": task.source,
             "licence": task.licence,
             "test_examples": size,
-            "test_hash": results.suite.split_hash(name, "test", size),
+            "test_hash": table.suite.split_hash(name, "test", size),
             "test_reads": reads,
         }
-        for name, task in results.suite.tasks.items()
-        if name in results.sets[0].experts
+        for name, task in table.suite.tasks.items()
+        if name in table.sets[0].experts
     }
 
 
-def _base(results: PipelineResults) -> dict[str, str]:
-    spec = results.recipe.base or results.suite.base
+def _base(table: Table) -> dict[str, str]:
+    spec = table.recipe.base or table.suite.base
     known = BASES.get(spec)
     return {
         "name": known.hub_id if known else spec,
-        "fingerprint": results.base.fingerprint,
+        "fingerprint": table.session.shared.fingerprint,
         "licence": known.licence if known else "see the model's own card",
         "note": known.note if known else "",
     }
@@ -208,63 +216,45 @@ def _cosines(vectors: Any) -> dict[str, dict[str, float]]:
     return {t: {o: float(unit[t] @ unit[o]) for o in sorted(unit)} for t in sorted(unit)}
 
 
-def _delta_cosines(one: SetResults) -> dict[str, dict[str, float]]:
-    files = open_all([(task, expert.adapter) for task, expert in one.experts.items()])
-    adapters = {file.name: file.load() for file in files}
-    gram = {t: {o: inner(adapters[t], adapters[o]) for o in adapters} for t in adapters}
-    return {
-        t: {o: gram[t][o] / max((gram[t][t] * gram[o][o]) ** 0.5, 1e-30) for o in adapters}
-        for t in adapters
-    }
-
-
-def inner(one: Adapter, other: Adapter) -> float:
-    """Return the Frobenius inner product of two adapters' deltas over their shared modules."""
-    shared = sorted(set(one.modules) & set(other.modules))
-    pairs = ((one.modules[m], other.modules[m]) for m in shared)
-    return sum(lowrank.inner(f.b, f.a, g.b, g.a) for f, g in pairs)
-
-
-def _best_row(results: PipelineResults, data: ReportData) -> tuple[str, str, bool] | None:
-    """Return set, method and whether tuned of the best row by validation, else by name."""
-    rows = {row.name for row in results.recipe.methods}
+def _best_row(table: Table, data: ReportData) -> tuple[SetResults, Variant, bool] | None:
+    """Return set, setting and whether tuned of the best row by validation, else the first row."""
+    rows = {row.name: row for row in table.rows}
     merges = [row for row in summarise(data.scores, "validation").sets if row.method in rows]
-    if not merges:
+    if merges:
+        best = max(merges, key=lambda row: row.mean if row.mean is not None else float("-inf"))
+        one = next(one for one in table.sets if one.label == best.expert_set)
+        name = one.chosen[best.method] if best.tuned else DEFAULT
+        return one, _variant(rows[best.method], name), best.tuned
+    if rows:
         # Without a grid nothing is scored on validation data; the first method is published
         # rather than one picked by looking at test scores.
-        names = [row.name for row in results.recipe.methods]
-        return (results.sets[0].label, names[0], False) if names else None
-    best = max(merges, key=lambda row: row.mean if row.mean is not None else float("-inf"))
-    return best.expert_set, best.method, best.tuned
+        return table.sets[0], _variant(table.rows[0], DEFAULT), False
+    return None
+
+
+def _variant(row: MethodRow, name: str) -> Variant:
+    return next(variant for variant in variants(row) if variant.name == name)
 
 
 def _publish_adapter(
-    results: PipelineResults, data: ReportData, label: str, method: str, tuned: bool, target: Path
+    table: Table, data: ReportData, one: SetResults, variant: Variant, tuned: bool
 ) -> Path:
-    one = next(s for s in results.sets if s.label == label)
-    row = next(r for r in results.recipe.methods if r.name == method)
-    name = one.chosen[method] if tuned else "default"
-    variant = next(v for v in variants(row) if v.name == name)
-    scores = [
-        r
-        for r in data.scores
-        if (r.expert_set, r.method, r.tuned, r.split) == (label, method, tuned, "test")
-    ]
-    key = sha256_of([VERSION, one.merged[method, name].report, [r.score for r in scores]])
+    """Merge the best row once more, with its test scores on the model card."""
+    target, row = table.root / "adapter", variant.row
+    shown = (one.label, row.name, tuned, "test")
+    scores = [r for r in data.scores if (r.expert_set, r.method, r.tuned, r.split) == shown]
+    merged = one.merged[row.name, variant.name]
+    key = sha256_of([VERSION, merged.report, [r.score for r in scores]])
     if is_done(target, key):
         return target
-    files = one.files(row.tasks)
-    evidence = one.evidence(row)
-    merged = merge(files, **order_of(variant, evidence, results.recipe.seed))
+    files, request = one.files(row.tasks), table.request(one, variant)
+    seconds = float(merged.run.get("seconds", 0.0))
     write_merged(
-        merged,
+        merge_as_asked(files, request),
         target,
-        key=key,
-        inputs={file.name: str(file.path) for file in files},
-        seconds=float(one.merged[method, name].run.get("seconds", 0.0)),
-        base=results.base_path,
+        Origin(files, key, seconds, one.evidence_for(row)),
+        base=table.session.base,
         scores=scores,
-        evidence=evidence,
     )
     return target
 

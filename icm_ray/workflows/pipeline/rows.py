@@ -5,159 +5,101 @@ chosen become folders.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from icm_ray.adapters import AdapterFile
-from icm_ray.config import DataSpec, MethodRow, PipelineRecipe
+from icm_ray.adapters import open_adapter
+from icm_ray.config import MethodRow
 from icm_ray.distributed.actors import AdapterSource, MergeSource
-from icm_ray.distributed.cluster import request, run_bounded, worker_count
+from icm_ray.distributed.cluster import run_tasks
 from icm_ray.distributed.merge import merge_to_folder
-from icm_ray.distributed.progress import bar
-from icm_ray.distributed.scores import ScoreItem, score_on_ray
-from icm_ray.distributed.shared_base import SharedBase
+from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
+from icm_ray.distributed.session import Pool
 from icm_ray.evaluation.scoring import TaskScore, standing, task_data, values
-from icm_ray.evidence.tensors import given
-from icm_ray.files import is_done, sha256_of
+from icm_ray.files import is_done
 from icm_ray.merging.folder import PER_TASK, read_merged
-from icm_ray.report.data import OF_TASKS
-from icm_ray.suites import Suite
-from icm_ray.workflows.pipeline.results import BATCH, DEFAULT, SetResults, order_of, variants
+from icm_ray.report.data import BASE, EXPERT, OF_TASKS
+from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table, variants
 
 
-def inputs_spec(recipe: PipelineRecipe, limit: int | None = None) -> DataSpec:
-    """Return which unlabelled inputs evidence is gathered from; as many as `limit` if it is set."""
-    return DataSpec(suite=recipe.suite, inputs_per_task=limit or recipe.sizes.calibration)
-
-
-def merge_rows(
-    recipe: PipelineRecipe,
-    sets: Sequence[SetResults],
-    which: Literal["default", "chosen"],
-    root: Path,
-) -> None:
+def merge_rows(table: Table, which: Literal["default", "chosen"]) -> None:
     """Merge every row of every set into a folder, each in one task; what is there is kept.
 
     Written, reloaded with PEFT and compared before it counts.
     """
-    calls: dict[tuple[int, str, str], Any] = {}
     folders: dict[tuple[int, str, str], Path] = {}
-    for index, one in enumerate(sets):
-        for row in recipe.methods:
+    missing: dict[tuple[int, str, str], tuple[Any, ...]] = {}
+    for index, one in enumerate(table.sets):
+        for row in table.rows:
             files = one.files(row.tasks)
             wanted = DEFAULT if which == "default" else one.chosen.get(row.name)
             for variant in (v for v in variants(row) if v.name == wanted):
-                key = (index, row.name, variant.name)
-                folders[key] = root / "merged" / one.label / row.name / variant.name
-                order = order_of(variant, one.evidence(row), recipe.seed)
-                mark = sha256_of([_plain(order), {f.name: f.fingerprint() for f in files}])
-                if not is_done(folders[key], mark):
-                    calls[key] = _call(recipe, files, order, folders[key], mark)
-    if calls:
-        slots = [None] * worker_count(recipe.resources, len(calls))
-        timeout = recipe.resources.timeout_seconds
-        with bar(len(calls), "merge") as drawn:
-            run_bounded(slots, calls, timeout=timeout, done=lambda _key, _done: drawn.add())
-    for (index, row, variant), folder in folders.items():
-        sets[index].merged[row, variant] = read_merged(folder)
+                place = (index, row.name, variant.name)
+                folder = table.root / "merged" / one.label / row.name / variant.name
+                request = table.request(one, variant)
+                key = request.key(files)
+                folders[place] = folder
+                if not is_done(folder, key):
+                    missing[place] = (files, request, folder, key)
+    run_tasks(merge_to_folder, missing, table.session.resources, label="merge")
+    for (index, row_name, variant_name), folder in folders.items():
+        table.sets[index].merged[row_name, variant_name] = read_merged(folder)
 
 
-def _plain(order: Mapping[str, Any]) -> dict[str, Any]:
-    told = given(order["evidence"])
-    return {**order, "evidence": told.identity if told else None}
-
-
-def _call(
-    recipe: PipelineRecipe, files: list[AdapterFile], order: dict[str, Any], folder: Path, key: str
-) -> Any:
-    remote = merge_to_folder.options(**request(recipe.resources))
-    return lambda _slot: remote.remote(files, order, folder, key)
-
-
-def choose(
-    recipe: PipelineRecipe,
-    suite: Suite,
-    one: SetResults,
-    shared: SharedBase,
-    actors: Sequence[Any],
-    root: Path,
-) -> None:
+def choose(table: Table, one: SetResults, pool: Pool) -> None:
     """Score every grid on validation data and note the best setting of each row."""
-    tuned = [row for row in recipe.methods if row.grid]
+    tuned = [row for row in table.rows if row.grid]
     items, labels = [], {}
     for row in tuned:
         files = one.files(row.tasks)
         for variant in variants(row):
-            source = MergeSource.of(files, order_of(variant, one.evidence(row), recipe.seed))
+            source = MergeSource.of(files, table.request(one, variant))
             labels[row.name, variant.name] = f"{row.name}/{variant.name}"
             items.append(ScoreItem(labels[row.name, variant.name], source, tuple(one.experts)))
-    found = _scored(recipe, suite, one, shared, actors, root, "validation", items)
-    for (row, variant), label in labels.items():
-        one.scores[row, variant, "validation"] = found[label]
+    scores = _scored(table, one, pool, "validation", items)
+    for (row_name, variant_name), label in labels.items():
+        one.scores[row_name, variant_name, "validation"] = scores[label]
     for row in tuned:
         one.chosen[row.name] = _best(one, row)
 
 
-def score_test(
-    recipe: PipelineRecipe,
-    suite: Suite,
-    one: SetResults,
-    shared: SharedBase,
-    actors: Sequence[Any],
-    root: Path,
-) -> None:
+def score_test(table: Table, one: SetResults, pool: Pool) -> None:
     """Score defaults and what was chosen on test data, per-task adapters under their own name."""
     tasks = tuple(one.experts)
     items = []
     for (row, variant), merged in one.merged.items():
-        source = AdapterSource(merged.folder.name, str(merged.folder), merged.fingerprint)
+        source = AdapterSource(open_adapter(merged.folder))
         items.append(ScoreItem(f"{row}/{variant}", source, tasks))
-        for task, told in merged.report.get("per_task", {}).items():
-            folder = merged.folder / PER_TASK / task
-            own = AdapterSource(task, str(folder), told["fingerprint"])
+        for task in merged.report.get("per_task", {}):
+            own = AdapterSource(open_adapter(merged.folder / PER_TASK / task))
             items.append(ScoreItem(f"{row}/{variant}/{task}", own, (task,)))
-    found = _scored(recipe, suite, one, shared, actors, root, "test", items)
+    scores = _scored(table, one, pool, "test", items)
     for (row, variant), merged in one.merged.items():
-        one.scores[row, variant, "test"] = found[f"{row}/{variant}"]
+        one.scores[row, variant, "test"] = scores[f"{row}/{variant}"]
         if merged.report.get("per_task"):
-            of_tasks = {t: found[f"{row}/{variant}/{t}"][t] for t in merged.report["per_task"]}
+            of_tasks = {t: scores[f"{row}/{variant}/{t}"][t] for t in merged.report["per_task"]}
             one.scores[f"{row}{OF_TASKS}", variant, "test"] = of_tasks
 
 
 def _scored(
-    recipe: PipelineRecipe,
-    suite: Suite,
-    one: SetResults,
-    shared: SharedBase,
-    actors: Sequence[Any],
-    root: Path,
-    split: str,
-    items: Sequence[ScoreItem],
+    table: Table, one: SetResults, pool: Pool, split: str, items: Sequence[ScoreItem]
 ) -> dict[str, dict[str, TaskScore]]:
     """Score items and the references beside them on one split."""
-    tasks = tuple(one.experts)
-    own = [AdapterSource.of(file) for file in one.files()]
-    references = [ScoreItem("base", None, tasks)]
-    references += [ScoreItem(f"expert {s.name}", s, (s.name,)) for s in own]
-    found = score_on_ray(
-        actors,
-        [*references, *items],
-        task_data(suite, one.experts, split, recipe.sizes.scored(split)),
-        root / "scores" / f"{one.label}-{split}",
-        base=shared.run_as(recipe.resources),
-        batch=BATCH,
-        timeout=recipe.resources.timeout_seconds,
-    )
-    one.scores["base", DEFAULT, split] = found["base"]
-    one.scores["expert", DEFAULT, split] = {t: found[f"expert {t}"][t] for t in tasks}
-    return found
+    limit = table.recipe.sizes.scored(split)
+    data = task_data(table.suite, one.experts, split, limit)
+    folder = table.root / "scores" / f"{one.label}-{split}"
+    scores = score_on_ray(pool, [*references(one.files()), *items], data, folder)
+    standings = Standings.among(scores)
+    one.scores[BASE, DEFAULT, split] = standings.base
+    one.scores[EXPERT, DEFAULT, split] = standings.expert
+    return scores
 
 
 def _best(one: SetResults, row: MethodRow) -> str:
     """Return the row's variant with the best mean normalised score on validation data."""
-    expert = values(one.scores["expert", DEFAULT, "validation"])
-    base = values(one.scores["base", DEFAULT, "validation"])
+    expert = values(one.scores[EXPERT, DEFAULT, "validation"])
+    base = values(one.scores[BASE, DEFAULT, "validation"])
     means = {
         v.name: standing(values(one.scores[row.name, v.name, "validation"]), expert, base).mean
         for v in variants(row)

@@ -3,38 +3,40 @@
 from pathlib import Path
 from typing import Any
 
-from icm_ray.config import PipelineRecipe
-from icm_ray.distributed.cluster import connected
-from icm_ray.errors import RecipeError
-from icm_ray.suites import SUITES
-from icm_ray.suites.bases import base_name, prepare_base
+from icm_ray.config import FinetuneRecipe, PipelineRecipe
+from icm_ray.distributed.session import opened
+from icm_ray.report import ReportData, summarise
+from icm_ray.suites import find_suite, prepare_base
 from icm_ray.workflows.pipeline.report import console, publish, report_data
-from icm_ray.workflows.pipeline.stages import check_rows, run_pipeline
+from icm_ray.workflows.pipeline.stages import check_rows, check_tasks, run_stages
+from icm_ray.workflows.pipeline.table import Table
 
 
-def pipeline_and_report(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
+def run(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
     """Run every missing stage and write the report; a finished run only writes the report."""
-    if recipe.suite not in SUITES:
-        raise RecipeError(f"suite: {recipe.suite!r} but one of {', '.join(SUITES)} is expected.")
-    suite = SUITES[recipe.suite]
     check_rows(recipe)
-    spec = recipe.base or suite.base
-    path = prepare_base(spec, recipe.cache, recipe.revision, progress=print)
+    return run_table(recipe, target)
+
+
+def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
+    """Make a table of experts, and of merges if the recipe names some."""
+    suite = find_suite(recipe.suite)
+    check_tasks(recipe)
+    base = prepare_base(recipe.base or suite.base, recipe.cache, recipe.revision, progress=print)
     target.mkdir(parents=True, exist_ok=True)
-    with connected(recipe.resources):
-        results = run_pipeline(recipe, path, base_name(spec), target)
-    data = report_data(results, target)
-    outputs = publish(results, data, target)
+    with opened(recipe.resources, base, recipe.seed) as session:
+        table = Table(recipe, suite, target, session)
+        run_stages(table)
+    data = report_data(table)
+    outputs = publish(table, data)
     console(data)
     for name, where in outputs.items():
         print(f"{name}: {where}")
-    return {"outputs": outputs, "scores": data_scores(data)}
+    return {"outputs": outputs, "scores": _scores(data)}
 
 
-def data_scores(data: Any) -> dict[str, Any]:
+def _scores(data: ReportData) -> dict[str, Any]:
     """Return mean and worst normalised test score by expert set and row."""
-    from icm_ray.report import summarise
-
     return {
         f"{row.expert_set}/{row.method}{' (tuned)' if row.tuned else ''}": {
             "mean": row.mean,

@@ -1,6 +1,5 @@
 """The best of a search: always on disk as a recipe, in the end merged, verified and scored."""
 
-import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,16 +8,15 @@ from typing import Any
 
 from icm_ray.adapters import open_adapter
 from icm_ray.config import SearchRecipe
-from icm_ray.distributed.actors import AdapterSource, adapter_actors
-from icm_ray.distributed.scores import ScoreItem, is_scored, score_on_ray
-from icm_ray.distributed.shared_base import SharedBase
-from icm_ray.evaluation.scoring import Standing, standing, task_data, values
+from icm_ray.distributed.actors import AdapterSource
+from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
+from icm_ray.distributed.session import Session
+from icm_ray.evaluation.scoring import Standing, task_data
 from icm_ray.evidence.learned import save_learned
 from icm_ray.files import sha256_of
 from icm_ray.learning.recipes import needs_grams, spec_of
 from icm_ray.search.coefficients import coefficients_of
 from icm_ray.search.ledger import Trial
-from icm_ray.search.measuring import BATCH
 from icm_ray.search.plan import Plan, Search
 from icm_ray.search.recipes import (
     BEST,
@@ -31,10 +29,8 @@ from icm_ray.search.recipes import (
     write_recipe,
 )
 from icm_ray.search.study import Study
-from icm_ray.workflows.learn import learn_and_write
-from icm_ray.workflows.merge import merge_and_write
+from icm_ray.workflows import learn, merge, train_fusion
 from icm_ray.workflows.search.report import publish, publish_table
-from icm_ray.workflows.train_fusion import train_fusion_and_write
 
 FRONT = "front"
 
@@ -54,7 +50,7 @@ def _write_recipes(plan: Plan, search: Search, trial: Trial, path: Path) -> None
         return
     if setting.layers and path.name == BEST:
         modules = sorted({module for file in plan.files for module in file.shapes})
-        prints = {file.name: file.fingerprint() for file in plan.files}
+        prints = {file.name: file.fingerprint for file in plan.files}
         given = coefficients_of(setting, modules, prints, plan.recipe.layer_groups)
         save_learned(given, search.folder / EVIDENCE, {"key": sha256_of(repr(setting))})
     note += " Run it with python -m jobs.merge -c this file."
@@ -74,28 +70,25 @@ def _recipe(plan: Plan, search: Search) -> SearchRecipe:
 
 
 def finish(
-    plan: Plan,
-    searches: Sequence[Search],
-    studies: Sequence[Study],
-    shared: SharedBase,
-    target: Path,
+    plan: Plan, pairs: Sequence[tuple[Search, Study]], session: Session, target: Path
 ) -> dict[str, Any]:
     """Merge and score what won, write the pages, and say what was found."""
-    for search, study in zip(searches, studies, strict=True):
+    for search, study in pairs:
         note_best(plan, search, study)
         _merge_best(plan, search, study, target)
         for trial in study.front() if len(study.objectives) > 1 else ():
             (search.folder / FRONT).mkdir(exist_ok=True)
             place = search.folder / FRONT / f"{trial.number:05d}.yaml"
             _write_recipes(plan, search, trial, place)
-    found = _scored(plan, searches, shared, target) if plan.is_scored else {}
+    searches = [search for search, _ in pairs]
+    standings = _scored(plan, searches, session, target) if plan.is_scored else {}
     scores: dict[str, Any] = {}
-    for search, study in zip(searches, studies, strict=True):
-        scores[search.output] = _told(study, found.get(search.output, {}))
+    for search, study in pairs:
+        scores[search.output] = _result(study, standings.get(search.output, {}))
         publish(search, study, scores[search.output])
     outputs = {"adapter": str(target / MERGED), "report": str(target / "report" / "index.html")}
     if plan.recipe.rows:
-        outputs = {"table": str(publish_table(plan, searches, studies, scores, target))}
+        outputs = {"table": str(publish_table(plan, pairs, scores, target))}
     return {"outputs": outputs, "scores": scores}
 
 
@@ -115,52 +108,42 @@ def _merge_best(plan: Plan, search: Search, study: Study, target: Path) -> None:
         if not place.exists() and not setting.layers:
             shutil.copytree(grams, place, copy_function=os.link)
     if is_learned_apart(setting):
-        learn_and_write(learn_recipe(setting, recipe, plan.refs), search.folder / EVIDENCE)
+        learn.run(learn_recipe(setting, recipe, plan.refs), search.folder / EVIDENCE)
     if setting.fuses:
-        train_fusion_and_write(fusion_recipe(setting, recipe, plan.refs), search.folder / EVIDENCE)
-    merge = merge_recipe(setting, recipe, plan.refs)
-    if merge.evidence is not None:  # as the output is: where this run has it
-        merge = merge.model_copy(update={"evidence": str(search.folder / EVIDENCE)})
-    merge_and_write(merge, search.folder / MERGED)
+        train_fusion.run(fusion_recipe(setting, recipe, plan.refs), search.folder / EVIDENCE)
+    order = merge_recipe(setting, recipe, plan.refs)
+    if order.evidence is not None:  # as the output is: where this run has it
+        order = order.model_copy(update={"evidence": str(search.folder / EVIDENCE)})
+    merge.run(order, search.folder / MERGED)
     mark.write_text(key)
 
 
 def _scored(
-    plan: Plan, searches: Sequence[Search], shared: SharedBase, target: Path
+    plan: Plan, searches: Sequence[Search], session: Session, target: Path
 ) -> dict[str, dict[str, Standing]]:
     """Return where each search's merge stands on validation data, and once on test data."""
     recipe, tasks = plan.recipe, tuple(sorted(plan.experts))
     sizes = {"validation": recipe.validation, **({"test": recipe.test} if recipe.test else {})}
-    own = [AdapterSource.of(file, recipe.modules_to_save) for file in plan.files]
-    items = [ScoreItem("base", None, tasks)]
-    items += [ScoreItem(f"expert {s.name}", s, (s.name,)) for s in own]
-    for search in searches:
-        folder = search.folder / MERGED
-        source = AdapterSource(MERGED, str(folder), open_adapter(folder).fingerprint())
-        items.append(ScoreItem(search.output, source, tasks))
-    found: dict[str, dict[str, Standing]] = {search.output: {} for search in searches}
-    data = {s: task_data(plan.suite, plan.experts, s, size) for s, size in sizes.items()}
     places = {"validation": target / "scores", "test": target / "scores" / "test"}
-    how: Any = {"base": shared.run_as(recipe.resources), "batch": BATCH}
-    with contextlib.ExitStack() as stack:
-        actors: list[Any] = []
-        if not all(is_scored(items, data[split], places[split], **how) for split in sizes):
-            pool = adapter_actors(shared, recipe.resources, len(items))
-            actors = stack.enter_context(pool)
-        for split in sizes:
-            how["timeout"] = recipe.resources.timeout_seconds
-            scores = score_on_ray(actors, items, data[split], places[split], **how)
-            expert = {t: scores[f"expert {t}"][t].score.value for t in tasks}
+    items = references(plan.files)
+    for search in searches:
+        source = AdapterSource(open_adapter(search.folder / MERGED))
+        items.append(ScoreItem(search.output, source, tasks))
+    standings: dict[str, dict[str, Standing]] = {search.output: {} for search in searches}
+    with session.pool(len(items)) as pool:
+        for split, size in sizes.items():
+            data = task_data(plan.suite, plan.experts, split, size)
+            known = Standings.among(score_on_ray(pool, items, data, places[split]))
             for search in searches:
-                mine = values(scores[search.output])
-                found[search.output][split] = standing(mine, expert, values(scores["base"]))
-    return found
+                standings[search.output][split] = known.of(search.output)
+    return standings
 
 
-def _told(study: Study, found: Mapping[str, Standing]) -> dict[str, Any]:
+def _result(study: Study, standings: Mapping[str, Standing]) -> dict[str, Any]:
+    """Return what `results.json` says of a search."""
     best = study.best()
     assert best is not None
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "trial": best.number,
         "point": dict(best.point),
         "metrics": dict(best.metrics),
@@ -170,10 +153,10 @@ def _told(study: Study, found: Mapping[str, Standing]) -> dict[str, Any]:
         },
         "failed": {t.number: t.error for t in study.finished() if t.state == "failed"},
     }
-    for split, where in found.items():
-        told[split] = {
+    for split, where in standings.items():
+        result[split] = {
             "mean": where.mean,
             "worst": where.worst,
             "normalised": dict(where.normalised),
         }
-    return told
+    return result

@@ -18,13 +18,13 @@ from icm_ray.search.study import Study
 REPORT, TABLE = "report", "table.md"
 
 
-def publish(search: Search, study: Study, told: Mapping[str, Any]) -> None:
+def publish(search: Search, study: Study, result: Mapping[str, Any]) -> None:
     """Write a search's page, table and Parquet."""
     with whole_folder(search.folder / REPORT) as folder:
-        write_search(search_data(search, study, told), folder)
+        write_search(search_data(search, study, result), folder)
 
 
-def search_data(search: Search, study: Study, told: Mapping[str, Any]) -> SearchData:
+def search_data(search: Search, study: Study, result: Mapping[str, Any]) -> SearchData:
     """Collect everything the page shows."""
     names = study.objectives
     best = study.best()
@@ -45,7 +45,7 @@ def search_data(search: Search, study: Study, told: Mapping[str, Any]) -> Search
         recipe=(search.folder / BEST).read_text(encoding="utf-8"),
         front=[trial.number for trial in study.front()] if len(names) > 1 else [],
         importance=study.importance(),
-        standing={split: told[split] for split in ("validation", "test") if split in told},
+        standing={split: result[split] for split in ("validation", "test") if split in result},
     )
 
 
@@ -66,8 +66,7 @@ def _row(study: Study, trial: Trial) -> TrialRow:
 
 def publish_table(
     plan: Plan,
-    searches: Sequence[Search],
-    studies: Sequence[Study],
+    pairs: Sequence[tuple[Search, Study]],
     scores: Mapping[str, Mapping[str, Any]],
     target: Path,
 ) -> Path:
@@ -77,7 +76,7 @@ def publish_table(
     lines = [head, ["---", "---:", "---:", "---:", "---:", "---:", "---:"]]
     won = compared = 0
     for row, _ in plan.rows:
-        mine = [(s, t) for s, t in zip(searches, studies, strict=True) if s.row.name == row.name]
+        mine = [(search, study) for search, study in pairs if search.row.name == row.name]
         grid = [_best(study, name) for search, study in mine if search.seed is None]
         found = [_best(study, name) for search, study in mine if search.seed is not None]
         wins = sum(better(name, value, grid[0]) for value in found) if grid else 0

@@ -14,13 +14,11 @@ from typing import Any
 
 from icm_ray.adapters import check_base
 from icm_ray.config import SearchRecipe
-from icm_ray.distributed.actors import adapter_actors
-from icm_ray.distributed.cluster import connected
 from icm_ray.distributed.loggers import check_loggers
 from icm_ray.distributed.progress import bar
-from icm_ray.distributed.shared_base import SharedBase, share_base
+from icm_ray.distributed.session import Session, opened
 from icm_ray.distributed.trials import share_material
-from icm_ray.distributed.tune import Looks, run_trials, wait_for_actors
+from icm_ray.distributed.tune import Bench, Looks, TrialsOrder, run_trials, wait_for_actors
 from icm_ray.errors import InputError
 from icm_ray.learning.recipes import spec_of
 from icm_ray.merging.estimate import warn, warnings_of
@@ -28,14 +26,14 @@ from icm_ray.search.ledger import Ledger
 from icm_ray.search.objectives import SCORED, rungs
 from icm_ray.search.plan import Plan, Search, key_of, plan_of, searches_of, study_of, trials_of
 from icm_ray.search.study import Study, optuna
-from icm_ray.suites.bases import prepare_base
+from icm_ray.suites import prepare_base
 from icm_ray.workflows.search.best import finish, note_best
 from icm_ray.workflows.search.material import gather_material
 
 WAIT_FOR_ACTORS = 300.0
 
 
-def search_and_write(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
+def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     """Run every trial that is missing, then merge, verify and report the best; see SearchRecipe."""
     optuna()
     check_loggers(recipe.loggers)
@@ -46,44 +44,33 @@ def search_and_write(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     searches = searches_of(plan, target)
     ledgers = [Ledger(one.folder, key_of(plan, one)) for one in searches]
     studies = [study_of(plan, s, ledger) for s, ledger in zip(searches, ledgers, strict=True)]
-    with connected(recipe.resources):
-        shared = share_base(base)
-        _run_all(plan, searches, studies, shared, target)
-        return finish(plan, searches, studies, shared, target)
+    pairs = list(zip(searches, studies, strict=True))
+    with opened(recipe.resources, base, recipe.seed) as session:
+        _run_all(plan, pairs, session, target)
+        return finish(plan, pairs, session, target)
 
 
 def _run_all(
-    plan: Plan,
-    searches: Sequence[Search],
-    studies: Sequence[Study],
-    shared: SharedBase,
-    target: Path,
+    plan: Plan, pairs: Sequence[tuple[Search, Study]], session: Session, target: Path
 ) -> None:
     """Run the missing trials of every search on one set of actors."""
     recipe = plan.recipe
     missing = [
         (search, study, trials)
-        for search, study in zip(searches, studies, strict=True)
+        for search, study in pairs
         if (trials := trials_of(recipe, search, study)) > len(study.finished())
     ]
     if not missing:
         return
     items = max(len(plan.files), *(trials for *_, trials in missing))
-    with adapter_actors(shared, recipe.resources, items) as actors:
-        wait_for_actors(actors, min(WAIT_FOR_ACTORS, recipe.resources.timeout_seconds))
-        material = share_material(gather_material(plan, shared, actors, target))
+    with session.pool(items) as pool:
+        wait_for_actors(pool.actors, min(WAIT_FOR_ACTORS, recipe.resources.timeout_seconds))
+        material = share_material(gather_material(plan, pool, target))
         for search, study, trials in missing:
-            _run(plan, search, study, actors, material, trials)
+            _run(plan, search, study, Bench(pool.actors, material), trials)
 
 
-def _run(
-    plan: Plan,
-    search: Search,
-    study: Study,
-    actors: Sequence[Any],
-    material: Sequence[Any],
-    trials: int,
-) -> None:
+def _run(plan: Plan, search: Search, study: Study, bench: Bench, trials: int) -> None:
     recipe = plan.recipe
     label = f"search {search.output.rpartition('/')[2]}"
     with bar(trials, label) as drawn:
@@ -93,17 +80,10 @@ def _run(
             note_best(plan, search, study)
             drawn.add()
 
-        run_trials(
-            study,
-            actors,
-            material,
-            looks_of(recipe, search),
-            trials,
-            timeout=recipe.resources.timeout_seconds,
-            loggers=recipe.loggers,
-            logs=search.folder.with_name(f"{search.folder.name}.logs"),
-            finished=finished,
-        )
+        logs = search.folder.with_name(f"{search.folder.name}.logs") if recipe.loggers else None
+        timeout = recipe.resources.timeout_seconds
+        order = TrialsOrder(looks_of(recipe, search), trials, timeout, tuple(recipe.loggers), logs)
+        run_trials(study, bench, order, finished)
     if not study.complete():
         errors = [trial.error for trial in study.finished() if trial.error]
         raise InputError(

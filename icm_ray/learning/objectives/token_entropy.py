@@ -8,9 +8,10 @@ from torch import nn
 
 from icm_ray.base_model.decoding import Readout, answered
 from icm_ray.base_model.readers import Answered, Batch
-from icm_ray.learning.heads import entropy
 from icm_ray.learning.inputs import Seen, TaskInputs
-from icm_ray.learning.objectives import Measured, Memory, Scaling
+from icm_ray.learning.objectives.logits import entropy
+from icm_ray.learning.objectives.protocol import Measured, Memory, Scaling, TaskObjective
+from icm_ray.learning.objectives.tokens import needed
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TokenEntropy:
         reduction: Mean over an example's positions, or their sum, where long answers weigh more.
     """
 
-    readout: Readout
+    readout: Readout | None = None
     max_new_tokens: int = 1
     end: int | None = None
     reduction: Literal["mean", "sum"] = "mean"
@@ -41,27 +42,24 @@ class TokenEntropy:
         return _Tokens(self)
 
 
-class _Tokens:
-    hidden, compares, modules = True, False, ()
+class _Tokens(TaskObjective):
+    compares = False
 
     def __init__(self, options: TokenEntropy) -> None:
         self.options = options
 
-    def remember(self, batch: Batch, expert: Seen, base: Seen) -> Memory:
-        """Return what of expert and base the measure compares with."""
-        return {}
-
-    def answer(self, model: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+    def answered(self, merge: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Return the batches with what the model as it stands answers to them."""
         how = self.options
-        return answered(model, how.readout, batches, how.max_new_tokens, how.end)
+        readout = needed(how.readout, "token_entropy")
+        return answered(merge, readout, batches, how.max_new_tokens, how.end)
 
     def measure(self, batch: Batch, seen: Seen, memory: Memory) -> Measured:
         """Return sums by component, and how many things were summed."""
         assert isinstance(batch, Answered)
         assert seen.hidden is not None
         counts = batch.answers.to(seen.hidden.device)
-        values = entropy(self.options.readout(seen.hidden[counts]))
+        values = entropy(needed(self.options.readout, "token_entropy")(seen.hidden[counts]))
         if self.options.reduction == "mean":
             values = values / counts.sum(1)[counts.nonzero()[:, 0]]
         return values.sum()[None], float(len(batch.rows))

@@ -1,60 +1,52 @@
-"""Objectives of a language model's next tokens: as a text or answer has them, or an expert."""
+"""Losses of a language model's next tokens: as a text or answer has them, or an expert."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from icm_ray.base_model.decoding import TOKENS_AT_ONCE, Readout, answered, counted, next_token_nats
 from icm_ray.base_model.readers import Answered, Batch
 from icm_ray.errors import RecipeError
 from icm_ray.learning.inputs import Seen
-from icm_ray.learning.objectives import Measured, Memory
+from icm_ray.learning.objectives.logits import divergence
+from icm_ray.learning.objectives.protocol import Measured, Memory, TaskObjective
 
 
-class NextTokens:
+class NextTokens(TaskObjective):
     """Mean negative log-likelihood of a text's tokens after the first, or its answer's, in nats."""
 
-    hidden, compares = True, False
-    modules: tuple[str, ...] = ()
+    compares = False
 
     def __init__(self, readout: Readout | None) -> None:
         self.readout = readout
 
-    def remember(self, batch: Batch, expert: Seen, base: Seen) -> Memory:
-        """Return what of expert and base the measure compares with."""
-        return {}
-
     def measure(self, batch: Batch, seen: Seen, memory: Memory) -> Measured:
         """Return sums by component, and how many things were summed."""
         assert seen.hidden is not None
-        nats = next_token_nats(seen.hidden, batch, known(self.readout, "supervised"))
+        nats = next_token_nats(seen.hidden, batch, needed(self.readout, "supervised"))
         return nats.sum()[None], float(counted(batch).sum())
 
 
-class ExpertsTokens:
+class ExpertsTokens(TaskObjective):
     """Mean divergence of the next token's distribution from the expert's, over a text or an answer.
 
     The expert's last hidden states are kept, not its logits, which are a vocabulary wide.
     """
 
-    hidden, compares = True, True
-    modules: tuple[str, ...] = ()
-
     def __init__(self, readout: Readout | None, max_new_tokens: int, end: int | None) -> None:
         """Take the base's head and how long answers to prompts may be; 0: the inputs are texts."""
         self.readout, self.max_new_tokens, self.end = readout, max_new_tokens, end
 
-    def teach(self, expert: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
+    def taught(self, expert: nn.Module, batches: Sequence[Batch]) -> Sequence[Batch]:
         """Return prompts with the expert's answers, and texts as they are."""
         if not self.max_new_tokens:
             return batches
-        readout = known(self.readout, "distillation")
+        readout = needed(self.readout, "distillation")
         return answered(expert, readout, batches, self.max_new_tokens, self.end)
 
     def remember(self, batch: Batch, expert: Seen, base: Seen) -> Memory:
-        """Return what of expert and base the measure compares with."""
+        """Return what of the expert the measure compares with."""
         states = self._states(batch, expert)
         energy = self._divergence(self._states(batch, base), states)
         return {"states": states, "energy": energy[None]}
@@ -70,14 +62,14 @@ class ExpertsTokens:
         return seen.hidden[shown.to(seen.hidden.device)]
 
     def _divergence(self, states: Tensor, expected: Tensor) -> Tensor:
-        readout = known(self.readout, "distillation")
+        readout = needed(self.readout, "distillation")
         both = zip(states.split(TOKENS_AT_ONCE), expected.split(TOKENS_AT_ONCE), strict=True)
         return torch.stack(
             [divergence(readout(own), readout(theirs)).sum() for own, theirs in both]
         ).sum()
 
 
-def known(readout: Readout | None, objective: str) -> Readout:
+def needed(readout: Readout | None, objective: str) -> Readout:
     """Return the readout.
 
     Raises:
@@ -86,9 +78,3 @@ def known(readout: Readout | None, objective: str) -> Readout:
     if readout is None:
         raise RecipeError(f"objective: {objective} needs the base, to read its tokens.")
     return readout
-
-
-def divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    """Return each row's Kullback-Leibler divergence from the expected distribution, float32."""
-    own, theirs = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
-    return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1)

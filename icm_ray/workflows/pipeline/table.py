@@ -1,4 +1,4 @@
-"""What a pipeline has measured so far, set by set, and how its rows are named."""
+"""One results table while it is made: its recipe, its experts, and what was measured so far."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,18 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
-from icm_ray.config import MethodRow, PipelineRecipe
-from icm_ray.distributed.probes import read_probe
-from icm_ray.distributed.shared_base import SharedBase
+from icm_ray.config import DataSpec, FinetuneRecipe, MethodRow, PipelineRecipe
+from icm_ray.distributed.session import Session
 from icm_ray.evaluation.experts import Expert
-from icm_ray.evaluation.metrics import score
 from icm_ray.evaluation.scoring import TaskScore
 from icm_ray.merging.folder import MergedFolder
+from icm_ray.merging.order import MergeRequest
 from icm_ray.methods import find_method
 from icm_ray.suites import Suite
-
-BATCH = 64
-
 
 DEFAULT = "default"
 
@@ -38,13 +34,14 @@ class Variant:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class SetResults:
-    """All that was measured with one set of experts.
+    """One set of experts and all that was made of it and measured with it, stage by stage.
 
     Attributes:
         label: The set, for example "shared-seed0".
         experts: Experts by task.
+        evidence: Folder of task vectors and null-space ratios.
         grams: Folder of Gram statistics, if a row needs them.
         learned: By learned row: the folder of what it learned.
         fused: By fusion row: the folder of its Fusion-VAE, or of what was adapted from it.
@@ -55,9 +52,10 @@ class SetResults:
 
     label: str
     experts: Mapping[str, Expert]
+    evidence: Path | None = None
     grams: Path | None = None
-    learned: Mapping[str, Path] = field(default_factory=dict)
-    fused: Mapping[str, Path] = field(default_factory=dict)
+    learned: dict[str, Path] = field(default_factory=dict)
+    fused: dict[str, Path] = field(default_factory=dict)
     merged: dict[tuple[str, str], MergedFolder] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], dict[str, TaskScore]] = field(default_factory=dict)
@@ -68,14 +66,64 @@ class SetResults:
             [(t, e.adapter) for t, e in self.experts.items() if tasks is None or t in tasks]
         )
 
-    def evidence(self, row: MethodRow) -> Path | None:
-        """Return the evidence a row's method needs."""
+    def evidence_for(self, row: MethodRow) -> Path | None:
+        """Return the evidence that a row merges with."""
         made = self.made_for(row.name)
         return made or (self.grams if find_method(row.method).needs else None)
 
     def made_for(self, name: str) -> Path | None:
         """Return the folder that was learned or trained for a row, if one was."""
         return self.learned.get(name) or self.fused.get(name)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is being made; a second run of the same recipe only reads it.
+
+    Attributes:
+        recipe: What to run; experts alone are a table without rows.
+        suite: The recipe's.
+        root: Output folder.
+        session: The base on the cluster.
+        sets: One entry for each set of experts.
+        probes: Folder of each headed task's linear probe.
+        ratios: Folders of ratios by learned row, of the first set.
+        training_ratios: Mean expert ratio at kept steps of training, by task, of the first set.
+    """
+
+    recipe: FinetuneRecipe
+    suite: Suite
+    root: Path
+    session: Session
+    sets: list[SetResults] = field(default_factory=list)
+    probes: dict[str, Path] = field(default_factory=dict)
+    ratios: dict[str, Path] = field(default_factory=dict)
+    training_ratios: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[MethodRow]:
+        """The table's methods."""
+        return self.recipe.methods if isinstance(self.recipe, PipelineRecipe) else []
+
+    @property
+    def name(self) -> str:
+        """What the report is called."""
+        return self.recipe.name if isinstance(self.recipe, PipelineRecipe) else "experts"
+
+    def inputs(self, limit: int | None = None) -> DataSpec:
+        """Return which unlabelled inputs evidence is gathered from, `limit` of them if set."""
+        count = limit or self.recipe.sizes.calibration
+        return DataSpec(suite=self.recipe.suite, inputs_per_task=count)
+
+    def rows_that_need(self, kind: str) -> list[MethodRow]:
+        """Return the rows whose methods cannot do without a kind of evidence."""
+        return [row for row in self.rows if find_method(row.method).needs == kind]
+
+    def request(self, one: SetResults, variant: Variant) -> MergeRequest:
+        """Return what a setting asks of the merge of a set's experts."""
+        row = variant.row
+        evidence = one.evidence_for(row)
+        return MergeRequest(row.method, dict(variant.params), evidence, row.rank, self.session.seed)
 
 
 def variants(row: MethodRow) -> Iterator[Variant]:
@@ -89,40 +137,3 @@ def variants(row: MethodRow) -> Iterator[Variant]:
 
 def _as_text(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
-
-
-def order_of(variant: Variant, evidence: Path | None, seed: int) -> dict[str, Any]:
-    """Return what `merge` is called with."""
-    return {
-        "method": variant.row.method,
-        "params": dict(variant.params),
-        "evidence": evidence,
-        "output_rank": variant.row.rank,
-        "seed": seed,
-    }
-
-
-@dataclass(frozen=True)
-class PipelineResults:
-    """Everything the report is made from."""
-
-    recipe: PipelineRecipe
-    suite: Suite
-    base: SharedBase
-    base_path: Path
-    sets: list[SetResults]
-    probes: Mapping[str, Path]
-    evidence: Mapping[str, Path]
-    ratios: Mapping[str, Path]
-    training_ratios: Mapping[str, Mapping[int, float]]
-
-
-def probe_scores(results: PipelineResults) -> dict[str, TaskScore]:
-    """Return the linear probe's test scores by task."""
-    found = {}
-    for task, folder in results.probes.items():
-        _, predictions = read_probe(folder)
-        examples = results.suite.load(task, "test", results.recipe.sizes.test)
-        item = score(results.suite.tasks[task], predictions, examples.targets)
-        found[task] = TaskScore(item, predictions)
-    return found

@@ -1,0 +1,112 @@
+"""State that a killed run continues from: one safetensors file, replaced whole, with a checksum.
+
+A run keeps it in a scratch folder beside its output, named by what it depends on, so that another
+recipe never finds it. What is damaged is left aside, and its steps are simply made again.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW and Adam remember of a parameter."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run keeps its state.
+
+    Attributes:
+        path: The file; its folder exists.
+        key: Identifies the run; only a run with the same key resumes.
+    """
+
+    path: Path
+    key: str = ""
+
+    def save(
+        self, leaves: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, history: Any
+    ) -> None:
+        """Write parameters, their moments and the history, replacing an earlier state whole.
+
+        Args:
+            leaves: Parameters by name; those that never had a gradient have no moments.
+            optimizer: Adam or AdamW over the leaves.
+            history: What happened so far, as plain data; its length is the number of steps.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, leaf in leaves.items():
+            tensors[f"value/{name}"] = leaf.detach().cpu().contiguous()
+            for moment in MOMENTS if leaf in optimizer.state else ():
+                tensors[f"{moment}/{name}"] = optimizer.state[leaf][moment].cpu().contiguous()
+        notes = {"key": self.key, "history": json.dumps(history)}
+        notes["sha256"] = _digest(tensors, notes)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        save_file(tensors, temporary, metadata=notes)
+        temporary.replace(self.path)
+
+    def load(self, leaves: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[Any]:
+        """Set parameters and moments to the saved state of the same run; return its history.
+
+        Without one nothing is touched, and the history is empty.
+        """
+        if not self.path.is_file():
+            return []
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                notes = dict(file.metadata() or {})
+            if notes.pop("sha256") != _digest(stored, notes):
+                raise ValueError("checksum")
+            history = json.loads(notes["history"])
+            values = {name: stored[f"value/{name}"].reshape(v.shape) for name, v in leaves.items()}
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+            log.warning("%s: damaged, so the run starts again from its beginning.", self.path.name)
+            self.path.unlink()
+            return []
+        if notes["key"] != self.key:
+            return []
+        for name, leaf in leaves.items():
+            leaf.data.copy_(values[name])
+            if f"exp_avg/{name}" in stored:
+                optimizer.state[leaf] = {
+                    moment: stored[f"{moment}/{name}"].to(
+                        "cpu" if moment == "step" else leaf.device
+                    )
+                    for moment in MOMENTS
+                }
+        return history
+
+
+def scratch_folder(folder: Path, verb: str, key: str) -> Path:
+    """Return the existing scratch folder of the run that makes `folder`.
+
+    Args:
+        folder: What the run makes.
+        verb: What it does there: "learning" or "training".
+        key: Identifies the run.
+    """
+    scratch = folder.with_name(f".{folder.name}.{verb}-{key[:12]}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch
+
+
+def _digest(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    """Return the sha256 of all that is in a state."""
+    digest = hashlib.sha256(json.dumps(dict(sorted(notes.items()))).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""What all work of a job shares: a base on the cluster, what a worker gets of it, and the seed."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from icm_ray.config import Resources
+from icm_ray.distributed.actors import AdapterActor
+from icm_ray.distributed.cluster import Key, connected, run_bounded, worker_count, worker_options
+from icm_ray.distributed.shared_base import SharedBase, share_base
+
+
+@dataclass(frozen=True)
+class Session:
+    """A base on a cluster.
+
+    Attributes:
+        resources: What each actor or worker gets.
+        base: The base's folder, for its tokenizer.
+        shared: Its weights, which every worker of a node shares.
+        seed: Keys every draw.
+    """
+
+    resources: Resources
+    base: Path
+    shared: SharedBase
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """What identifies the base as workers run it: its weights, and their dtype."""
+        dtype, fingerprint = self.resources.dtype, self.shared.fingerprint
+        return fingerprint if dtype == "float32" else f"{fingerprint} {dtype}"
+
+    @contextlib.contextmanager
+    def pool(self, items: int) -> Iterator["Pool"]:
+        """Lend adapter actors to the body: one for each item while they fit, else what fits.
+
+        They start when the first call needs them and end with the body, so that what comes next
+        finds its CPUs free.
+        """
+        pool = Pool(self, items)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+@contextlib.contextmanager
+def opened(resources: Resources, base: Path, seed: int = 0) -> Iterator[Session]:
+    """Join or start a cluster, and put a base on it once; see `cluster.connected`."""
+    with connected(resources):
+        yield Session(resources, base, share_base(base), seed)
+
+
+class Pool:
+    """A bounded number of actors that hold the base; see `Session.pool`."""
+
+    def __init__(self, session: Session, items: int) -> None:
+        """Take what actors will be started with; none is yet."""
+        self.session, self.items = session, items
+
+    @cached_property
+    def actors(self) -> list[Any]:
+        """Their handles; asking for them starts them."""
+        session = self.session
+        kind: Any = AdapterActor  # what `ray.remote` returns is not what type checkers see
+        start = kind.options(**worker_options(session.resources)).remote
+        count = worker_count(session.resources, self.items)
+        return [start(session.shared, session.resources) for _ in range(count)]
+
+    def map(
+        self,
+        method: str,
+        arguments: Mapping[Key, tuple[Any, ...]],
+        *,
+        label: str = "",
+        done: Callable[[Key, Any], None] | None = None,
+    ) -> dict[Key, Any]:
+        """Call one method of an idle actor for each key; see `cluster.run_bounded`.
+
+        Args:
+            method: Name of a method of `AdapterActor`.
+            arguments: What it is called with, by key.
+            label: Of the progress bar; without one none is drawn.
+            done: Given each key and its result at once, in order of completion.
+        """
+        if not arguments:  # nothing is started for it
+            return {}
+
+        def call(given: tuple[Any, ...]) -> Callable[[Any], Any]:
+            return lambda actor: getattr(actor, method).remote(*given)
+
+        calls = {key: call(given) for key, given in arguments.items()}
+        timeout = self.session.resources.timeout_seconds
+        return run_bounded(self.actors, calls, timeout=timeout, label=label, done=done)
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self.__dict__.pop("actors", ()):
+            ray.kill(actor)

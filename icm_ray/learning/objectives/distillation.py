@@ -1,0 +1,36 @@
+"""A merge's answers beside those of each task's expert."""
+
+from dataclasses import dataclass
+
+from icm_ray.base_model.decoding import Readout
+from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.objectives.logits import HeadLoss, asked, divergence, squared_error
+from icm_ray.learning.objectives.protocol import Scaling, TaskObjective
+from icm_ray.learning.objectives.tokens import ExpertsTokens
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The merge's answers through the task's head should be the expert's.
+
+    Kullback-Leibler divergence from the expert's class probabilities, or the squared difference of
+    standardised predictions; divided by the base's, whose loss is then 1. A language model's head
+    is the base's own: of texts every next token counts, of prompts those of the expert's greedy
+    answer, decoded once (arXiv 1606.07947, with the whole distributions of arXiv 1503.02531).
+
+    Attributes:
+        readout: A language model's head.
+        end: Token that ends an answer, or None.
+    """
+
+    readout: Readout | None = None
+    end: int | None = None
+    scaling: Scaling = "energy"
+
+    def of(self, inputs: TaskInputs) -> TaskObjective | None:
+        """Return the task's objective; None without a head."""
+        if inputs.kind in ("language_modelling", "generation"):
+            return ExpertsTokens(self.readout, inputs.max_new_tokens, self.end)
+        known = {"classification": divergence, "regression": squared_error}
+        asks = asked(inputs)
+        return HeadLoss(inputs, known[asks]) if asks in known else None

@@ -1,0 +1,114 @@
+"""The experts of a recipe, set by set: ready ones where they are exactly these, else trained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from icm_ray.config import FinetuneRecipe
+from icm_ray.distributed.finetune import ExpertOrder, train_experts
+from icm_ray.distributed.probes import ProbeOrder, fit_probes, read_probe
+from icm_ray.distributed.session import Session
+from icm_ray.evaluation.experts import Expert
+from icm_ray.files import is_done, sha256_of
+from icm_ray.finetuning.expert import ExpertJob
+from icm_ray.suites import Suite, find_suite
+from icm_ray.suites.bases import base_name
+
+VERSION = 1
+"""Raise it when training or one of its defaults changes: older experts are not today's."""
+
+
+def expert_key(job: ExpertJob, base: str, data: str, recipe: FinetuneRecipe) -> str:
+    """Return what identifies an expert's bytes: base, data and every hyper-parameter."""
+    return sha256_of(
+        {
+            "version": VERSION,
+            "base": base,
+            "data": data,
+            "task": job.task.name,
+            # Without defaults, so that a new setting does not disown the experts there are.
+            "lora": job.lora.model_dump(exclude_defaults=True),
+            "training": job.training.model_dump(exclude_defaults=True, exclude={"save_every"}),
+            "set": job.which.label,
+            "validation": recipe.sizes.validation,  # chose the probe the expert starts from
+            "dtype": recipe.dtype,
+        }
+    )
+
+
+def expert_jobs(recipe: FinetuneRecipe, suite: Suite) -> dict[tuple[str, str], ExpertJob]:
+    """Return every expert of the recipe by (set label, task)."""
+    return {
+        (which.label, task): ExpertJob(suite.tasks[task], recipe.lora, recipe.training, which)
+        for which in recipe.sets
+        for task in recipe.tasks or suite.tasks
+    }
+
+
+def find_or_train(
+    session: Session, recipe: FinetuneRecipe, root: Path, ready: str | None = None
+) -> dict[str, dict[str, Expert]]:
+    """Train every expert that is not there yet; return all by set and task.
+
+    Args:
+        session: The base, and what each worker gets.
+        recipe: Suite, sets and hyper-parameters.
+        root: Experts go to `<root>/experts/<set>/<task>/`, each whole or not at all, and their
+            checkpoints to `<root>/trajectories/<set>/<task>/`.
+        ready: Folder of the same layout whose experts are used where they are exactly these.
+    """
+    suite = find_suite(recipe.suite)
+    jobs = expert_jobs(recipe, suite)
+    base = session.shared.fingerprint
+    keys = {
+        place: expert_key(job, base, suite.fingerprint(job.task.name), recipe)
+        for place, job in jobs.items()
+    }
+    folders = {place: root.joinpath("experts", *place) for place in jobs}
+    for place in jobs if ready else ():
+        if is_done(committed := Path(str(ready)).joinpath(*place), keys[place]):
+            folders[place] = committed
+    missing = [place for place in jobs if not is_done(folders[place], keys[place])]
+    if missing:
+        # All of them, so that one more expert does not find other heads.
+        probes = probes_of(session, recipe, root)
+        heads = {task: read_probe(folder)[0] for task, folder in probes.items()}
+        train_experts(
+            session,
+            {
+                folders[place]: ExpertOrder(
+                    jobs[place],
+                    suite.load(place[1], "train", recipe.training.train_examples),
+                    heads.get(place[1]),
+                    suite.fingerprint(place[1]),
+                    base_name(recipe.base or suite.base),
+                    recipe.dtype,
+                    keys[place],
+                )
+                for place in missing
+            },
+        )
+    experts: dict[str, dict[str, Expert]] = {}
+    for (label, task), folder in folders.items():
+        experts.setdefault(label, {})[task] = Expert(task, folder)
+    return experts
+
+
+def probes_of(session: Session, recipe: FinetuneRecipe, root: Path) -> Mapping[str, Path]:
+    """Return the folder of each headed task's refitted linear probe, fitted if it is not there.
+
+    A probe sees the same training examples as its task's experts, and they start from its head.
+    """
+    suite = find_suite(recipe.suite)
+    limits = {
+        "train": recipe.training.train_examples,
+        "validation": recipe.sizes.validation,
+        "test": recipe.sizes.test,
+    }
+    orders, folders = {}, {}
+    for task in recipe.tasks or suite.tasks:
+        if suite.tasks[task].headed:
+            folders[task] = root / "probes" / task
+            splits = {name: suite.load(task, name, limit) for name, limit in limits.items()}
+            orders[folders[task]] = ProbeOrder(suite.tasks[task], splits)
+    fit_probes(session, orders)
+    return folders
