@@ -44,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # transformers of its own models.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:beartype")
     config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing.*")
+    # Said of experts that were trained here, on a base in a temporary folder.
+    config.addinivalue_line("filterwarnings", "ignore:.*is a path or address of another machine")
 
 
 MakeAdapter = Callable[..., Adapter]

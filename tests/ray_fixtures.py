@@ -14,7 +14,7 @@ import pytest
 import icm_ray.distributed  # noqa: F401  isort: skip
 import ray
 import torch
-from ray_samples import ROOT, finetune_recipe, save_peft, save_tiny_bert
+from ray_samples import ROOT, finetune_recipe, save_peft, save_tiny_bert, session_on
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +96,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def experts(tiny_bert: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a fine-tuning of two tasks on the tiny base, a few steps each."""
-    from icm_ray.distributed.finetune import finetune
-    from icm_ray.distributed.shared_base import share_base
+    from icm_ray.workflows.experts import find_or_train
 
     root = tmp_path_factory.mktemp("experts")
-    finetune(finetune_recipe(tiny_bert, root), share_base(tiny_bert), "tiny", root)
+    recipe = finetune_recipe(tiny_bert, root)
+    find_or_train(session_on(tiny_bert, **recipe.resources.model_dump()), recipe, root)
     return root

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import yaml
 
-from icm_ray.config import FinetuneRecipe
+from icm_ray.config import FinetuneRecipe, Resources
+from icm_ray.distributed.session import Session
+from icm_ray.distributed.shared_base import share_base
 from icm_ray.files import RUN_FILE, sha256_of_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,3 +136,8 @@ def run(*words: str, timeout: float = 300, **more: str) -> subprocess.CompletedP
         text=True,
         timeout=timeout,
     )
+
+
+def session_on(base: Path, seed: int = 0, **resources: Any) -> Session:
+    """Return a session of the running Ray around a base."""
+    return Session(Resources(**resources), base, share_base(base), seed)

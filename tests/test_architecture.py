@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": BASICS | {"evidence", "fusion_vae", "linalg"},
     "suites": BASICS,
     "evaluation": BASICS | {"base_model", "linalg", "suites"},
-    "finetuning": BASICS | {"base_model", "config", "evaluation", "suites"},
+    "finetuning": BASICS | {"adapters", "base_model", "config", "evaluation", "suites"},
     "report": BASICS,
     "merging": BASICS | {"adapters", "config", "evidence", "linalg", "methods", "report", "suites"},
     "learning": BASICS

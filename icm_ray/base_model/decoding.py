@@ -111,7 +111,7 @@ def answered(
     prompts = [ids[m].tolist() for b in batches for ids, m in zip(b.ids, b.mask, strict=True)]
     answers = greedy(model, readout, prompts, max_new_tokens, end)
     pairs = list(zip(prompts, answers, strict=True))
-    made, start = [], 0
+    with_answers, start = [], 0
     for batch in batches:
         own = pairs[start : start + len(batch.rows)]
         start += len(own)
@@ -119,5 +119,7 @@ def answered(
         whole = pad_batch([p + a[:-1] for p, a in own], batch.rows.tolist(), 0)
         place = torch.arange(whole.ids.shape[1])[None]
         first = torch.tensor([len(prompt) - 1 for prompt, _ in own])[:, None]
-        made.append(Answered(whole.ids, whole.mask, whole.rows, whole.mask & (place >= first)))
-    return made
+        with_answers.append(
+            Answered(whole.ids, whole.mask, whole.rows, whole.mask & (place >= first))
+        )
+    return with_answers

@@ -30,6 +30,7 @@ class Comparison:
         result: "cut" to the recipe's rank, "whole" as the method gives it, or "dense": the method
             alone, written out as a matrix, without what a merge does around it.
         layers: Layers to compare on; None for all of the recipe.
+        draws: Whether each side draws masks of its own: the peer's result is no cut of ours.
         evidence: Makes the named tensors that both sides are given.
         goal: What is asked of the ratio and of the result, and its number in the list of goals.
     """
@@ -41,6 +42,7 @@ class Comparison:
     judged: Literal["truth", "peer", "residual", "noise"]
     result: Literal["cut", "whole", "dense"] = "whole"
     layers: tuple[str, ...] | None = None
+    draws: bool = False
     evidence: Callable[[Layers, int], EvidenceTensors] = no_evidence
     goal: str = ""
 
@@ -75,8 +77,8 @@ COMPARISONS: dict[str, Comparison] = {
     "linear": _peft("linear", "linear", "peft", judged="peer"),
     "ties": _peft("ties", "ties", "peft", judged="peer"),
     "ties_svd": _peft("ties_svd", "ties", "peft_svd", goal=_P6),
-    "dare_linear_svd": _peft("dare_linear_svd", "dare", "dare", goal=_P6),
-    "dare_ties_svd": _peft("dare_ties_svd", "dare_ties", "peft_svd", goal=_P6),
+    "dare_linear_svd": _peft("dare_linear_svd", "dare", "dare", draws=True, goal=_P6),
+    "dare_ties_svd": _peft("dare_ties_svd", "dare_ties", "peft_svd", draws=True, goal=_P6),
     "magnitude_prune_svd": _peft("magnitude_prune_svd", "magnitude_prune"),
     "ties_dense": _part(
         "ties", "ties", "peft_svd", judged="peer", goal=">= 10x (torch: 3x), < 150 MB (P4)"

@@ -99,12 +99,12 @@ def measure_fusion(how: FusionBenchmark, preset: str, seed: int) -> FusionRow:
 
 def _trajectory(adapter: Adapter) -> list[Sample]:
     """Return checkpoints on a shaky way to an adapter, which is the last of them."""
-    made = []
+    samples = []
     for step in range(1, CHECKPOINTS):
         rest = 1 - step / CHECKPOINTS
         late = {}
         for module, f in adapter.modules.items():
             shaken = torch.randn(f.a.shape, generator=generator(adapter.name, module, step))
             late[module] = LoRAFactors(f.a + rest * f.a.std() * shaken, f.b * (1 - rest / 2))
-        made.append(Sample(adapter.name, step, late))
-    return [*made, Sample(adapter.name, CHECKPOINTS, adapter.modules, is_final=True)]
+        samples.append(Sample(adapter.name, step, late))
+    return [*samples, Sample(adapter.name, CHECKPOINTS, adapter.modules, is_final=True)]

@@ -28,19 +28,18 @@ def judge(
     """
     if comparison.judged in ("truth", "peer"):
         is_true = comparison.judged == "truth"
-        truth = true_merge(comparison.method, adapters, rank) if is_true else None
+        cut = rank if comparison.result == "cut" else None
+        truth = true_merge(adapters, cut) if is_true else None
         expected = truth or results[comparison.peer]
         return {
-            side: max(distance(found[layer], expected[layer]) for layer in found)
+            side: max(distance(merged[layer], expected[layer]) for layer in merged)
             if is_true or side != comparison.peer
             else None
-            for side, found in results.items()
+            for side, merged in results.items()
         }
     if comparison.judged == "noise":
-        return {side: _noise(found, adapters) for side, found in results.items()}
-    # Another program's random masks are others, so its result is no cut of our matrix.
-    draws_alike = not comparison.method.startswith("dare")
-    judged = [side for side in results if draws_alike or side != comparison.peer]
+        return {side: _noise(merged, adapters) for side, merged in results.items()}
+    judged = [side for side in results if not (comparison.draws and side == comparison.peer)]
     worst: dict[str, float | None] = dict.fromkeys(results)
     for layer, whole in uncut().items():
         dense = as_matrix(whole).double()
@@ -83,22 +82,20 @@ def _noise(found: Found, adapters: Sequence[Adapter]) -> float:
     return max(shares, key=lambda share: abs(share - 1))
 
 
-def true_merge(
-    method: str, adapters: Sequence[Adapter], rank: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the average, cut by "svd", as float64 factors, by another route than the measured."""
-    found = {}
+def true_merge(adapters: Sequence[Adapter], rank: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the average, cut to a rank if one is named, in float64 and by another route."""
+    truth = {}
     for layer in adapters[0].modules:
         factors = [adapter.modules[layer] for adapter in adapters]
         b = torch.cat([f.b.double() for f in factors], dim=1) / len(factors)
         a = torch.cat([f.a.double() for f in factors])
-        if method == "svd":
+        if rank is not None:
             qb, rb = torch.linalg.qr(b)
             qa, ra = torch.linalg.qr(a.T)
             u, s, vh = torch.linalg.svd(rb @ ra.T)
             b, a = qb @ (u[:, :rank] * s[:rank]), vh[:rank] @ qa.T
-        found[layer] = (b, a)
-    return found
+        truth[layer] = (b, a)
+    return truth
 
 
 def relative_error(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> float:

@@ -102,14 +102,14 @@ def _compared(
 
     calls = {"ours": ours, "peer": Straightforward(how.objective, model, tasks).step}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    found: dict[str, Gradient] = {}
+    gradients: dict[str, Gradient] = {}
     for _ in range(how.repeats):
         for name, call in calls.items():
             begun = time.process_time()
-            found[name] = call()
+            gradients[name] = call()
             seconds[name].append(time.process_time() - begun)
     middle = {name: statistics.median(times) for name, times in seconds.items()}
-    off = _off(found["ours"], found["peer"])
+    off = _off(gradients["ours"], gradients["peer"])
     return StepRow(how.label, tokens, count, middle["ours"], middle["peer"], start, off, how.goal)
 
 

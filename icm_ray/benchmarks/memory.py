@@ -109,9 +109,11 @@ def many_adapters(
         for row in recipe.many_methods:
             request = MergeRequest(row.method, row.params, None, row.rank, recipe.seed)
             label = f"{row.name} {row.rank}" if row.rank else row.name
-            found = [
+            of_method = [
                 in_fresh_process(merge_many, paths[:count], request, recipe.resources, label)
                 for count in sorted(recipe.many)
             ]
-            rows += [ManyRow(**{**vars(one), "growth": one.net / found[0].net}) for one in found]
+            rows += [
+                ManyRow(**{**vars(one), "growth": one.net / of_method[0].net}) for one in of_method
+            ]
     return rows

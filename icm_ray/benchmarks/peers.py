@@ -191,17 +191,17 @@ def regmean(factors: Sequence[LoRAFactors], evidence: EvidenceTensors) -> Tensor
 
 def first_units(layers: Layers, rank: int) -> EvidenceTensors:
     """Return units to start k-means from, the same on both sides."""
-    found = {}
+    units = {}
     for layer, factors in layers.items():
         count = sum(one.rank for one in factors)
         draw = generator(DRAW_SEED, "first units", layer)
-        found[f"{layer}.init_idx"] = torch.randperm(count, generator=draw)[:rank]
-    return found
+        units[f"{layer}.init_idx"] = torch.randperm(count, generator=draw)[:rank]
+    return units
 
 
 def input_grams(layers: Layers, rank: int) -> EvidenceTensors:
     """Return a Gram matrix for each task: few strong directions over an uneven diagonal."""
-    found = {}
+    grams = {}
     for layer, factors in layers.items():
         d_in = factors[0].shape[1]
         for k in range(len(factors)):
@@ -209,5 +209,5 @@ def input_grams(layers: Layers, rank: int) -> EvidenceTensors:
             x = torch.randn(4 * rank, d_in, generator=draw)
             gram = x.T @ x / len(x)
             gram.diagonal().add_(torch.rand(d_in, generator=draw) + 0.5)
-            found[f"{layer}.gram.task{k}"] = gram
-    return found
+            grams[f"{layer}.gram.task{k}"] = gram
+    return grams

@@ -52,7 +52,7 @@ def run(recipe: BenchmarkRecipe, target: Path) -> dict[str, Any]:
     ]
     tables = as_tables(recipe, rows, whole, memory, steps, fusion)
     show(tables)
-    found = {
+    measured = {
         "peft": [asdict(row) for row in rows],
         "whole_model": whole,
         "many": [asdict(row) for row in memory],
@@ -61,10 +61,10 @@ def run(recipe: BenchmarkRecipe, target: Path) -> dict[str, Any]:
     }
     with whole_folder(target) as folder:
         (folder / "benchmark.md").write_text(as_markdown(tables))
-        write_json(folder / "measured.json", found)
+        write_json(folder / "measured.json", measured)
         if memory:
             draw_many(memory, folder / "many.png")
-    return {"outputs": {"tables": str(target / "benchmark.md")}, "scores": found}
+    return {"outputs": {"tables": str(target / "benchmark.md")}, "scores": measured}
 
 
 def check_comparisons(recipe: BenchmarkRecipe) -> None:
@@ -142,11 +142,11 @@ def _take_turns(
             # The first call of a side finds no memory to reuse, so it alone tells the peak.
             with PeakMemory(wanted=turn == 0) as peak:
                 started = time.process_time()
-                found = side.call()
+                merged = side.call()
                 seconds[label].append(time.process_time() - started)
             if turn == 0:
-                peaks[label], first[label] = peak.extra_bytes, found
-            del found
+                peaks[label], first[label] = peak.extra_bytes, merged
+            del merged
             side.tidy()
     return seconds, peaks, first
 

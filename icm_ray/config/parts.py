@@ -39,12 +39,12 @@ def changed(spec: Spec, changes: Mapping[str, Any], where: str) -> Spec:
 
 
 def _laid_over(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(plain)
+    merged = dict(plain)
     for name, value in changes.items():
-        inside = found.get(name)
+        inside = merged.get(name)
         both = isinstance(inside, Mapping) and isinstance(value, Mapping)
-        found[name] = _laid_over(inside, value) if both else value  # type: ignore[arg-type]
-    return found
+        merged[name] = _laid_over(inside, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 class Resources(Part):

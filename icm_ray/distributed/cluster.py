@@ -263,11 +263,11 @@ def run_tasks(
         return {}
     remote = function.options(**worker_options(resources)).remote
 
-    def call(given: tuple[Any, ...]) -> Callable[[Any], Any]:
-        return lambda _slot: remote(*given)
+    def call(own: tuple[Any, ...]) -> Callable[[Any], Any]:
+        return lambda _slot: remote(*own)
 
     slots = [None] * worker_count(resources, len(arguments))
-    calls = {key: call(given) for key, given in arguments.items()}
+    calls = {key: call(own) for key, own in arguments.items()}
     return run_bounded(slots, calls, timeout=resources.timeout_seconds, label=label)
 
 

@@ -176,8 +176,8 @@ def _has_state_api() -> bool:
 def _own(folder: Path) -> None:
     """Make a folder of this user alone: what DeepSpeed saves there it unpickles when it resumes."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    told = folder.lstat()
-    if not stat.S_ISDIR(told.st_mode) or told.st_uid != os.getuid() or told.st_mode & 0o077:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise InputError(
             f"{folder}: not a folder that only this user can use, which checkpoints to resume from "
             "have to be in. Remove it and run the same command again."
@@ -201,12 +201,12 @@ def _trained(order: FusionOrder, table: FusionTable, checkpoint: Any) -> Trained
     with checkpoint.as_directory() as name:
         folder = Path(name)
         check_hashes(folder)
-        told = [read_json(path) for path in sorted(folder.glob("progress-*.json"))]
+        notes = [read_json(path) for path in sorted(folder.glob("progress-*.json"))]
         vae = build_vae(order.spec.vae, order.layout.sizes, table.v.shape[1])
         vae.load_state_dict(load_file(folder / VAE))
-    history = told[0]["history"]
+    history = notes[0]["history"]
     check_kept(history)
-    return Trained(vae, history, [one["optimizer_bytes"] for one in told])
+    return Trained(vae, history, [one["optimizer_bytes"] for one in notes])
 
 
 def _wants(order: FusionOrder) -> dict[str, float]:

@@ -169,11 +169,11 @@ def _step(engine: Any, meta: MetaTraining, step: int) -> dict[str, float]:
         mine = names[rank::world][part::parts]
         # ZeRO 2 pairs gradients of workers in the order in which they come, so a worker without a
         # task runs one too, for nothing.
-        found = engine(step, mine or names[:1])
+        losses = engine(step, mine or names[:1])
         # The engine averages over workers and parts; this makes it the mean over tasks.
-        engine.backward(found["loss"] * (len(mine) * world * parts / len(names)))
+        engine.backward(losses["loss"] * (len(mine) * world * parts / len(names)))
         engine.step()
-        told = torch.stack([found[name].detach().double() for name in COLUMNS])
+        told = torch.stack([losses[name].detach().double() for name in COLUMNS])
         sums += told * len(mine) / len(names)
     dist.all_reduce(sums)
     return dict(zip(COLUMNS, sums.tolist(), strict=True))

@@ -144,8 +144,8 @@ def _learned(
     ends = _joined(_all([a.ends.remote(values) for a in actors], timeout, "end"))
     seconds = sum(_all([a.cpu_seconds.remote() for a in actors], timeout, "cost"))
     before = {task: starts[task] for task in covered}
-    told = report(descent, before, {task: ends[task] for task in covered})
-    return learned_merge(learning, order.tasks, told), seconds
+    outcome = report(descent, before, {task: ends[task] for task in covered})
+    return learned_merge(learning, order.tasks, outcome), seconds
 
 
 def _all(calls: Sequence[Any], timeout: float, what: str) -> list[Any]:

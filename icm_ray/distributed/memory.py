@@ -136,13 +136,13 @@ class Sampler:
 
 
 def _workers(driver: psutil.Process) -> list[psutil.Process]:
-    found = []
+    workers = []
     for process in driver.children(recursive=True):
         with contextlib.suppress(psutil.Error, IndexError):
             title = process.cmdline()[0]
             if title.startswith("ray::") and "Agent" not in title:
-                found.append(process)
-    return found
+                workers.append(process)
+    return workers
 
 
 def _pss(process: psutil.Process) -> int:

@@ -84,11 +84,11 @@ def measure(
         steps: See `Wanted`.
     """
     started = time.monotonic()
-    told: dict[str, Any] = {"node": ray.get_runtime_context().get_node_id()}
+    answer: dict[str, Any] = {"node": ray.get_runtime_context().get_node_id()}
     try:
         wanted = Wanted(Setting(**setting), tuple(objectives), examples, steps)
         found = measurer.measure(wanted)
-        told |= {"metrics": dict(found.metrics), "scores": dict(found.scores)}
+        answer |= {"metrics": dict(found.metrics), "scores": dict(found.scores)}
     except (ICMRayError, ArithmeticError, ValueError, RuntimeError) as error:
-        told["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return {**told, "seconds": time.monotonic() - started}
+        answer["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return {**answer, "seconds": time.monotonic() - started}

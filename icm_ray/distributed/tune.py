@@ -187,10 +187,10 @@ def _trial_function() -> Callable[..., None]:
             order = {name: look.get(name) for name in ("examples", "steps")}
             order |= {name: config[name] for name in ("setting", "objectives")}
             call = actors[config["slot"]].measure.remote(material, order)
-            told: dict[str, Any] = ray.get(call, timeout=timeout)  # type: ignore[assignment]
-            seconds = told["seconds"] = told["seconds"] + seconds
-            tune.report({"rung": look["rung"], **told, **told.get("metrics", {})})
-            if "error" in told:
+            outcome: dict[str, Any] = ray.get(call, timeout=timeout)  # type: ignore[assignment]
+            seconds = outcome["seconds"] = outcome["seconds"] + seconds
+            tune.report({"rung": look["rung"], **outcome, **outcome.get("metrics", {})})
+            if "error" in outcome:
                 return
 
     return trial
@@ -248,9 +248,9 @@ class _Asker(Searcher):
             return
         last = int(result[RUNG]) >= self.looks.rungs[-1]
         state = "failed" if "error" in result else "complete" if last else "stopped"
-        told = {key: result[key] for key in ("node", "seconds", "error") if key in result}
-        told |= {key: _part(result, key) for key in ("metrics", "scores")}
-        self.finished(self.study.tell(number, state=state, **told))
+        outcome = {key: result[key] for key in ("node", "seconds", "error") if key in result}
+        outcome |= {key: _part(result, key) for key in ("metrics", "scores")}
+        self.finished(self.study.tell(number, state=state, **outcome))
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the ledger is the memory."""

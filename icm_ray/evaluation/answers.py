@@ -158,11 +158,11 @@ def with_answers(reader: Reader, prompts: Read, answers: Sequence[str], task: Ta
     """Return what makes batches of prompts that were read, each followed by its answer."""
     assert isinstance(reader, TextReader)
     end = _end(reader.tokenizer)
-    told = reader.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-    told = [[*ids[: task.max_new_tokens - 1], end] for ids in told]
+    spoken = reader.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    spoken = [[*ids[: task.max_new_tokens - 1], end] for ids in spoken]
 
     def make(rows: Sequence[int]) -> Answered:
-        whole = pad_batch([prompts[row] + told[row] for row in rows], rows, 0)
+        whole = pad_batch([prompts[row] + spoken[row] for row in rows], rows, 0)
         place = torch.arange(whole.ids.shape[1])[None]
         first = torch.tensor([len(prompts[row]) for row in rows])[:, None] - 1
         last = whole.mask.sum(1, keepdim=True) - 1

@@ -49,4 +49,4 @@ def find_experts(folder: Path) -> Mapping[str, Expert]:
     found = sorted(folder.glob(f"*/{METRICS}"))
     if not found:
         raise InputError(f"{folder}: no expert in it. Train some with jobs.finetune.")
-    return {told.parent.name: Expert(told.parent.name, told.parent) for told in found}
+    return {metrics.parent.name: Expert(metrics.parent.name, metrics.parent) for metrics in found}

@@ -68,12 +68,12 @@ def example_ratios(
         batches: The examples; rows of the result are in their original order.
     """
     bases = _bases(judge)
-    found: list[dict[str, Tensor]] = []
+    ratios: list[dict[str, Tensor]] = []
     mask = [torch.ones(0, dtype=torch.bool)]  # the current batch's, read by the hooks
 
     def keeper(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[-1][path] = bases[path].by_example(inputs[0], mask[0]).cpu()
+            ratios[-1][path] = bases[path].by_example(inputs[0], mask[0]).cpu()
 
         return keep
 
@@ -82,13 +82,13 @@ def example_ratios(
         with applied(model, features):
             for batch in batches:
                 mask[0] = batch.mask
-                found.append({})
+                ratios.append({})
                 pooled(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    reached = tuple(path for path in bases if all(path in one for one in found))
-    values = torch.cat([torch.stack([one[path] for path in reached], 1) for one in found])
+    reached = tuple(path for path in bases if all(path in one for one in ratios))
+    values = torch.cat([torch.stack([one[path] for path in reached], 1) for one in ratios])
     order = torch.cat([batch.rows for batch in batches]).argsort()
     return reached, values[order]
 

@@ -63,13 +63,13 @@ class Evidence:
         if not kind.endswith(TASK):
             name = f"{module}.{kind}"
             return {kind: name} if name in self.names else {}
-        found = {}
+        names = {}
         for task in tasks:
             of_task = kind.replace(TASK, task)
             name = f"{self.shared.get(task, {}).get(module, module)}.{of_task}"
             if name in self.names:
-                found[of_task] = name
-        return found
+                names[of_task] = name
+        return names
 
     def of(self, module: str, kinds: Iterable[str], tasks: Sequence[str]) -> ModuleEvidence:
         """Return one module's tensors by `<kind>` or `<kind>.<task>`."""
@@ -178,7 +178,7 @@ def write_evidence(
         write_json(target / DESCRIPTION, content)
 
 
-def model_of(told: Evidence) -> FusionModel:
+def model_of(evidence: Evidence) -> FusionModel:
     """Return the Fusion-VAE that evidence of its kind holds."""
-    tensors = load_file(told.file) if told.file else dict(told.tensors)
-    return FusionModel.restored(told.described, tensors, told.adapters)
+    tensors = load_file(evidence.file) if evidence.file else dict(evidence.tensors)
+    return FusionModel.restored(evidence.described, tensors, evidence.adapters)

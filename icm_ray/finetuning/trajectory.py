@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from icm_ray.adapters.contents import PREFIX
 from icm_ray.errors import InputError
 from icm_ray.types import Adapter, LoRAFactors
 
 FOLDER = "trajectory"
-PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+A, B = ".lora_A.weight", ".lora_B.weight"
 Item = TypeVar("Item")
 
 

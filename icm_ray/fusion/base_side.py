@@ -78,19 +78,19 @@ class BaseSide:
                 second batch.
         """
         objective = objective_of(inner_objective(spec), self.base)
-        made = {name: objective.of(task) for name, task in self.tasks.items()}
-        if not any(made.values()):
+        objectives = {name: objective.of(task) for name, task in self.tasks.items()}
+        if not any(objectives.values()):
             raise RecipeError(
                 f"inner.loss: {spec.loss} says nothing about any of the tasks. Give heads and "
                 "labels, or choose task_vector."
             )
-        single = [n for n, one in made.items() if one and len(self.tasks[n].batches) < 2]
+        single = [n for n, one in objectives.items() if one and len(self.tasks[n].batches) < 2]
         if new and single:
             raise RecipeError(
                 f"query: {', '.join(sorted(single))}: one batch but two are expected, or there are "
                 "no new inputs. Give more inputs, lower input_batch, or set query to 0."
             )
-        self.objectives, self.scaling, self.kept = made, objective.scaling, {}
+        self.objectives, self.scaling, self.kept = objectives, objective.scaling, {}
         self.adapted = AdaptedBase(self.model, layout)
 
     def covers(self, task: str) -> bool:

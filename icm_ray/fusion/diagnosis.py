@@ -70,27 +70,27 @@ def against_soup(model: FusionModel, adapters: Sequence[Adapter]) -> dict[str, d
     average = soup([adapter.modules for adapter in adapters])
     point = model.point([adapter.name for adapter in adapters])
     own = soup([adapter.modules for adapter in adapters], [point.weights[a.name] for a in adapters])
-    found = {}
+    forms = {}
     for form in ("decoded", "residual"):
         parts = model.parts(model.fused(point, residual=form == "residual"))
         made = {path: factors_of(part) for path, part in parts.items()}
         whole = added(made, own) if form == "residual" else made
-        found[form] = {
+        forms[form] = {
             "cosine": cosine(whole, average),
             "norm": norm(whole) / max(norm(average), 1e-30),
         }
-    return found
+    return forms
 
 
 def soup(every: Sequence[Modules], weights: Sequence[float] | None = None) -> Modules:
     """Return the weighted average of deltas, as stacked factors; equal weights unless given."""
     shares = weights or [1 / len(every)] * len(every)
-    made = {}
+    factors = {}
     for path in sorted({path for modules in every for path in modules}):
         mine = [(m[path], w) for m, w in zip(every, shares, strict=True) if path in m]
         b = torch.cat([w * f.b for f, w in mine], 1)
-        made[path] = LoRAFactors(torch.cat([f.a for f, _ in mine]), b)
-    return made
+        factors[path] = LoRAFactors(torch.cat([f.a for f, _ in mine]), b)
+    return factors
 
 
 def added(one: Modules, two: Modules) -> Modules:
@@ -105,9 +105,9 @@ def added(one: Modules, two: Modules) -> Modules:
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:
     """Return what is wrong, each with what to do."""
-    found = []
+    warnings = []
     if report["kl_total"] < COLLAPSED:
-        found.append(
+        warnings.append(
             f"posterior collapsed: KL {report['kl_total']:.3f} nats but more than {COLLAPSED:g} is "
             "expected; the decoder reads the task vector alone and fused latents do nothing. Lower "
             "kl_weight (1e-5), raise free_bits, or choose preset default."
@@ -115,12 +115,12 @@ def warnings_of(report: Mapping[str, Any]) -> list[str]:
     blurred = {t: e for t, e in report["reconstruction_error"].items() if e > BLURRED}
     if blurred:
         task, worst = max(blurred.items(), key=lambda item: item[1])
-        found.append(
+        warnings.append(
             f"{len(blurred)} reconstructions are off by more than {BLURRED:.0%}, {task} by "
             f"{worst:.0%}. Raise vae.latent or representation.components, train longer, or on "
             "all tasks if it joined later."
         )
-    return found
+    return warnings
 
 
 def _size(model: FusionModel) -> int:

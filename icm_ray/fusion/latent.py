@@ -290,13 +290,13 @@ def in_stages(
     """
     origin = {"method": "icm_fusion", "latent": latent.model_dump()}
     plan = latent_plan(model, adapters, latent, residual=residual, beneath=beneath)
-    found = stage(plan, "latent")
+    first = stage(plan, "latent")
     if direct is None:
-        return replace(found, origin=origin)
-    then = direct_plan(adapters, parts_of(found.tensors), direct, beneath=beneath)
+        return replace(first, origin=origin)
+    then = direct_plan(adapters, parts_of(first.tensors), direct, beneath=beneath)
     last = stage(then, "direct")
     origin["direct"] = direct.model_dump()
-    return replace(last, origin=origin, report={**last.report, "latent": found.report})
+    return replace(last, origin=origin, report={**last.report, "latent": first.report})
 
 
 def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, Part]:

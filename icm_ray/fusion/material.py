@@ -25,13 +25,13 @@ def hashes_of(trajectories: Trajectories) -> list[str]:
     Raises:
         InputError: a task has none.
     """
-    found = []
+    hashes = []
     for task, folder in trajectories.items():
         paths = sorted(folder.glob("*.parquet"))
         if not paths:
             raise InputError(f"{folder}: no trajectory of {task} there. Train with jobs.finetune.")
-        found += [sha256_of_file(path) for path in paths]
-    return found
+        hashes += [sha256_of_file(path) for path in paths]
+    return hashes
 
 
 def content_of(

@@ -59,8 +59,8 @@ class Checkpoints:
         samples = _taken(self.samples, spec.checkpoints)
         kinds = {path: kind for adapter in adapters for path, kind in adapter.layouts.items()}
         layout = Layout.fit(spec, samples, kinds)
-        told = told_vectors(self.vectors, spec.task_vectors)
-        return layout, FusionTable.of(layout, samples, told)
+        vectors = told_vectors(self.vectors, spec.task_vectors)
+        return layout, FusionTable.of(layout, samples, vectors)
 
 
 def join(model: FusionModel, adapters: Sequence[Adapter], known: Checkpoints) -> FusionModel:
@@ -88,9 +88,9 @@ def check_joins(model: FusionModel, tasks: Sequence[str]) -> None:
     problems = []
     if twice := sorted({*tasks} & {*model.tasks}):
         problems.append(f"adapters: {', '.join(twice)}: known to the Fusion-VAE already.")
-    if (told := model.report.get("task_vectors", "own")) != "own":
+    if (which := model.report.get("task_vectors", "own")) != "own":
         problems.append(
-            f"joins: trained with representation.task_vectors {told} but own is expected, or a "
+            f"joins: trained with representation.task_vectors {which} but own is expected, or a "
             "new task's vector says nothing. Train another one."
         )
     if problems:

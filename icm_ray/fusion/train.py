@@ -83,11 +83,11 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spec, step)
             optimizer.zero_grad()
-            found = meta(step, meta.tasks_of(step))
-            found["loss"].backward()
+            losses = meta(step, meta.tasks_of(step))
+            losses["loss"].backward()
             torch.nn.utils.clip_grad_norm_(meta.vae.parameters(), spec.clip)
             optimizer.step()
-            history.append({name: float(value.detach()) for name, value in found.items()})
+            history.append({name: float(value.detach()) for name, value in losses.items()})
             if checkpoint and len(history) % spec.save_every == 0 and not is_lost(history):
                 checkpoint.save(leaves, optimizer, history)
             if progress:
@@ -120,5 +120,5 @@ def finished(meta: MetaTraining, history: History, adapters: Sequence[Adapter]) 
         {task: table.v[row] for task, row in rows.items()},
         {adapter.name: adapter.fingerprint for adapter in adapters},
     )
-    told = meta.spec.representation.task_vectors
-    return diagnosis(replace(model, report={"task_vectors": told}), table, adapters, history)
+    which = meta.spec.representation.task_vectors
+    return diagnosis(replace(model, report={"task_vectors": which}), table, adapters, history)

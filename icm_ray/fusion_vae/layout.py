@@ -169,13 +169,13 @@ class Layout:
             raise InputError("samples: no final adapter among them, but one a task is expected.")
         gauged = _gauged(spec.gauge, samples)
         paths = sorted({path for sample in finals for path in sample.modules})
-        made = []
+        layout = []
         for path in paths:
             mine = [modules.get(path) for modules in gauged]
             ends = [f for f, s in zip(mine, samples, strict=True) if s.is_final and f is not None]
             one = _plain(spec.gauge, path, ends, mine, kinds.get(path, "linear"))
-            made.append(_fitted(one, mine, [s.is_final for s in samples], spec.components))
-        return cls(spec.gauge, tuple(made))
+            layout.append(_fitted(one, mine, [s.is_final for s in samples], spec.components))
+        return cls(spec.gauge, tuple(layout))
 
     @property
     def size(self) -> int:
@@ -240,13 +240,13 @@ class Layout:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return bases and directions by name, to be saved."""
-        found = {}
+        tensors = {}
         for module in self.modules:
             for name in ("left", "right", "directions"):
                 value = getattr(module, name)
                 if value is not None:
-                    found[f"{module.path}.{name}"] = value.contiguous()
-        return found
+                    tensors[f"{module.path}.{name}"] = value.contiguous()
+        return tensors
 
     def described(self) -> dict[str, Any]:
         """Return everything else as plain data."""

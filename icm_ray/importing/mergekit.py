@@ -41,9 +41,9 @@ def read_mergekit(source: Path) -> Imported:
     merged = [entry for entry in entries if entry.adapter]
     adapters = _adapters(merged, findings)
     params: dict[str, Any] = {}
-    told: list[str] = []
+    notes: list[str] = []
     if counterpart and adapters:
-        params, told = _params(counterpart, entries, list(adapters), findings)
+        params, notes = _params(counterpart, entries, list(adapters), findings)
     if findings.problems:
         raise RecipeError([f"{source}: {problem}" for problem in findings.problems])
     assert counterpart
@@ -56,7 +56,7 @@ def read_mergekit(source: Path) -> Imported:
         output=f"merged/{adapter_names([source.stem])[0]}",
         dtype=dtype,
         base=base,
-        differences=(NO_BASE, *told, *counterpart.differences),
+        differences=(NO_BASE, *notes, *counterpart.differences),
         warnings=(*findings.warnings, *to_download(adapters)),
     )
 
@@ -134,10 +134,10 @@ def _params(
     params: dict[str, Any] = {n: _one_for_all(n, merged, findings) for n in counterpart.reads}
     if _leaves_range(params):
         findings.problems.append("epsilon: mergekit wants density +- epsilon inside 0 and 1.")
-    told = []
+    notes = []
     if counterpart.weighted:
         weighed = entries if counterpart.method == "soup" else merged
-        weights, told = _weights(counterpart, weighed, shared, findings)
+        weights, notes = _weights(counterpart, weighed, shared, findings)
         numbers = [w for entry, w in zip(weighed, weights, strict=True) if entry.adapter]
         params["weights"] = dict(zip(names, numbers, strict=True))
     if counterpart.elects:
@@ -145,16 +145,16 @@ def _params(
         params["aggregate"] = "mean" if normalized else "sum"
     if counterpart.scaled:
         params["scale"] = _number(shared, "lambda", "parameters", findings, default=1.0)
-        told.append("`scale` is mergekit's `lambda`.")
+        notes.append("`scale` is mergekit's `lambda`.")
     if _flag(shared, "rescale", counterpart.rescales, findings) != counterpart.rescales:
-        told += _without_rescaling(counterpart, params, findings)
+        notes += _without_rescaling(counterpart, params, findings)
     if _flag(shared, "filter_wise", False, findings):
         findings.problems.append("parameters.filter_wise: there is no counterpart. Leave it out.")
     if counterpart.preset:
         params["preset"] = counterpart.preset
     params |= {name: factor * params[name] for name, factor in TIMES.items() if name in params}
     _mention_unread(counterpart, entries, findings)
-    return params, told
+    return params, notes
 
 
 def _leaves_range(params: dict[str, Any]) -> bool:
@@ -187,9 +187,9 @@ def _weights(
 def _votes(
     counterpart: Counterpart, weights: list[float], normalized: bool, findings: Findings
 ) -> tuple[list[float], list[str]]:
-    told = "Weights multiply the changes before signs are elected; "
+    notes = "Weights multiply the changes before signs are elected; "
     if not normalized:
-        return weights, [told + "of those that agree the sum is taken (normalize: false)."]
+        return weights, [notes + "of those that agree the sum is taken (normalize: false)."]
     if counterpart.elects == "by number":
         if len(set(weights)) > 1:
             findings.problems.append(
@@ -198,7 +198,7 @@ def _votes(
             )
         # Equal weights divide out, and what is left is the mean of those that agree.
         return [1.0] * len(weights), ["Equal weights divide out (normalize: true)."]
-    return weights, [told + "of those that agree the weighted mean is taken (normalize: true)."]
+    return weights, [notes + "of those that agree the weighted mean is taken (normalize: true)."]
 
 
 def _without_rescaling(

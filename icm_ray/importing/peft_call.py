@@ -38,22 +38,22 @@ def read_peft_call(source: Path, text: str) -> Imported:
     calls = [node for node in _calls(tree) if _called(node) == CALL]
     if len(calls) != 1:
         lines = ", ".join(str(call.lineno) for call in calls)
-        told = f"{len(calls)} calls (lines {lines})" if calls else "no call"
-        raise RecipeError(f"{source}: {told} of {CALL} but one is expected.")
+        notes = f"{len(calls)} calls (lines {lines})" if calls else "no call"
+        raise RecipeError(f"{source}: {notes} of {CALL} but one is expected.")
     constants = constants_of(tree)
-    given = _arguments(calls[0], constants, findings)
-    names, weights = _adapters(given, findings)
-    kind, params, rank = _combination(given, len(names), findings)
+    arguments = _arguments(calls[0], constants, findings)
+    names, weights = _adapters(arguments, findings)
+    kind, params, rank = _combination(arguments, len(names), findings)
     paths = _paths(tree, constants, findings)
     if findings.problems:
         where = f"{source}: line {calls[0].lineno}"
         raise RecipeError([f"{where}: {problem}" for problem in findings.problems])
     ours = dict(zip(names, adapter_names(names), strict=True))
     adapters = {ours[name]: paths.get(name, f"{FILL_IN}{ours[name]}") for name in names}
-    merged = given.get("adapter_name", source.stem)
-    told = [NO_BASE, RSLORA, *COMBINATIONS[kind].differences]
+    merged = arguments.get("adapter_name", source.stem)
+    notes = [NO_BASE, RSLORA, *COMBINATIONS[kind].differences]
     if COMBINATIONS[kind].method == "svd":
-        told.append("The cut to output.rank is the largest input rank unless given, as with PEFT.")
+        notes.append("The cut to output.rank is the largest input rank unless given, as with PEFT.")
     return Imported(
         source=source,
         tool=f"PEFT's {CALL}(combination_type={kind!r})",
@@ -62,7 +62,7 @@ def read_peft_call(source: Path, text: str) -> Imported:
         params={**params, "weights": dict(zip(adapters, weights, strict=True))},
         output=f"merged/{adapter_names([merged if isinstance(merged, str) else source.stem])[0]}",
         rank=rank,
-        differences=tuple(told),
+        differences=tuple(notes),
         warnings=(*findings.warnings, *_renamed(ours), *to_download(adapters)),
     )
 
@@ -116,15 +116,15 @@ def _arguments(
             findings.problems.append(f"{keyword.arg}: {CALL} has no such argument.{near}")
         else:
             findings.problems.append("**: what it holds is not known. Write the arguments out.")
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, node in nodes.items():
         try:
-            given[name] = value_of(node, constants)
+            arguments[name] = value_of(node, constants)
         except (NotLiteral, RecursionError):
-            given[name] = UNKNOWN
+            arguments[name] = UNKNOWN
             if name not in ("adapter_name", "svd_full_matrices", "svd_driver"):
                 findings.problems.append(f"{name}: its value is computed. Write the value itself.")
-    return given
+    return arguments
 
 
 def _adapters(given: Mapping[str, Any], findings: Findings) -> tuple[list[str], list[float]]:

@@ -134,13 +134,13 @@ def adapter_names(texts: Collection[str]) -> list[str]:
 
 def to_download(adapters: Mapping[str, str]) -> list[str]:
     """Return a line for each path that is no folder here, saying how to get it."""
-    found = []
+    names = []
     for name, path in adapters.items():
         if path.startswith(FILL_IN):
-            found.append(f"adapters: {name}: the file does not say its path. Fill it in.")
+            names.append(f"adapters: {name}: the file does not say its path. Fill it in.")
         elif not Path(path).is_dir():
-            found.append(
+            names.append(
                 f"adapters: {name}: no folder {path} here. If that is a hub repository: "
                 f"hf download {path} --local-dir FOLDER, and write the folder."
             )
-    return found
+    return names

@@ -42,7 +42,7 @@ class FixedLosses:
     @torch.no_grad()
     def of(self, adapter: Adapter) -> dict[str, float]:
         """Return each task's loss of the base plus `adapter`, a mean over its inputs."""
-        side, found = self.side, {}
+        side, losses = self.side, {}
         with applied(side.model, adapter):
             for task in self.tasks:
                 objective, sums, total = side.objectives[task], [], 0.0
@@ -54,5 +54,5 @@ class FixedLosses:
                     sums.append(parts.double().cpu())
                     total += count
                 components = torch.stack(sums).sum(0) / total
-                found[task] = float((components * side.scales[task]).mean())
-        return found
+                losses[task] = float((components * side.scales[task]).mean())
+        return losses

@@ -112,8 +112,8 @@ class Coefficients:
         self.link: Link = link
         self.keys = {module: _key(module, sharing) for module in terms.modules}
         sizes = dict.fromkeys(self.keys.values(), 1)
-        for module, given in terms.modules.items():
-            ranks = max(term.rank for term in given.values())
+        for module, terms_of in terms.modules.items():
+            ranks = max(term.rank for term in terms_of.values())
             wanted = max(ranks, 1) if groups == "rank" else groups
             sizes[self.keys[module]] = max(sizes[self.keys[module]], wanted)
         leaf = _unlinked(start, link)
@@ -122,14 +122,14 @@ class Coefficients:
             for key, size in sorted(sizes.items())
         }
         self.positions = {
-            module: positions(given, terms.tasks, sizes[self.keys[module]])
-            for module, given in terms.modules.items()
+            module: positions(terms_of, terms.tasks, sizes[self.keys[module]])
+            for module, terms_of in terms.modules.items()
         }
         self.frames = {
             module: Frame(
-                *stacks(given), terms.residual.get(module), terms.layouts.get(module, "linear")
+                *stacks(terms_of), terms.residual.get(module), terms.layouts.get(module, "linear")
             )
-            for module, given in terms.modules.items()
+            for module, terms_of in terms.modules.items()
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -170,15 +170,15 @@ class CoreMatrices:
         """
         self.terms = terms
         self.frames, self.starts, self.units = {}, {}, {}
-        for module, given in terms.modules.items():
+        for module, terms_of in terms.modules.items():
             residual = terms.residual.get(module)
-            left, right = bases(given, residual if extend else None)
+            left, right = bases(terms_of, residual if extend else None)
             layout = terms.layouts.get(module, "linear")
             self.frames[module] = Frame(left, right, residual, layout)
-            b, a = (stack.double() for stack in stacks(given))
+            b, a = (stack.double() for stack in stacks(terms_of))
             core = start * (left.double().T @ b) @ (a @ right.double().T)
             self.starts[module] = core.float()
-            squares = [float(((f.b.T @ f.b) * (f.a @ f.a.T)).sum()) for f in given.values()]
+            squares = [float(((f.b.T @ f.b) * (f.a @ f.a.T)).sum()) for f in terms_of.values()]
             unit = (sum(squares) / len(squares)) ** 0.5 / max(*core.shape, 1)
             self.units[module] = unit
         self.leaves = {m: torch.zeros_like(c).requires_grad_() for m, c in self.starts.items()}

@@ -114,15 +114,15 @@ def regmean_terms(
         ridge: Added to Gram diagonals, over their mean entry.
     """
 
-    def remake(module: str, given: ModuleTerms) -> dict[str, LoRAFactors]:
-        context = ModuleContext(module, tuple(given), terms.tasks)
+    def remake(module: str, own: ModuleTerms) -> dict[str, LoRAFactors]:
+        context = ModuleContext(module, tuple(own), terms.tasks)
         evidence = {f"gram.{task}": gram for task, gram in grams.get(module, {}).items()}
         whole = regmean(
-            list(given.values()), context=context, evidence=evidence, rho=rho, ridge=ridge
+            list(own.values()), context=context, evidence=evidence, rho=rho, ridge=ridge
         )
         assert isinstance(whole, LoRAFactors)
-        ranks = [term.rank for term in given.values()]
-        parts = zip(given, whole.a.split(ranks), whole.b.split(ranks, 1), strict=True)
+        ranks = [term.rank for term in own.values()]
+        parts = zip(own, whole.a.split(ranks), whole.b.split(ranks, 1), strict=True)
         return {task: LoRAFactors(a, b.contiguous()) for task, a, b in parts}
 
     return terms.remade(remake)

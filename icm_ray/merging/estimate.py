@@ -83,10 +83,8 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
     size = sum(ranks[m] * _width(order, files, m) for m in ranks)
     stored = recipe.output.dtype or dtype_name(files[0].dtype)
     workers = recipe.resources.workers or "as many as CPUs allow"
-    if recipe.method == "task_arithmetic" and len(files) > 2 and order.params["scale"] == 1:
-        warnings.append(
-            f"scale 1 adds {len(files)} deltas up; 0.3 to 0.5 is usual, 1/K is their average."
-        )
+    if warning := find_method(recipe.method).warns(len(files), **order.params):
+        warnings.append(warning)
     summary = {
         "adapters": f"{len(files)}: " + ", ".join(f.name for f in files),
         "fit together": f"yes, {len(order.present)} modules",

@@ -148,7 +148,7 @@ def _write_per_task(
     result: MergeResult, dtype: torch.dtype, folder: Path, checks: dict[str, float]
 ) -> dict[str, Any]:
     """Write each task's own adapter, check it like the common one, and say what the cut kept."""
-    told = {}
+    written = {}
     for task, adapter in result.per_task.items():
         stored = replace(adapter, dtype=dtype)
         save_adapter(stored, folder / task)
@@ -156,12 +156,12 @@ def _write_per_task(
         checks["max_relative_error"] = max(
             checks["max_relative_error"], found["max_relative_error"]
         )
-        told[task] = {
+        written[task] = {
             "fingerprint": open_adapter(folder / task).fingerprint,
             "retained_energy": result.report.per_task[task],
         }
         (folder / task / MANIFEST).unlink()  # the whole folder's own covers it
-    return told
+    return written
 
 
 def _per_task_card(per_task: Mapping[str, float]) -> str:
@@ -251,7 +251,7 @@ def report_from_dict(plain: Mapping[str, Any]) -> MergeReport:
         name: ModuleReport(**{**module, "absent": tuple(module["absent"])})
         for name, module in plain["modules"].items()
     }
-    per_task = {task: told["retained_energy"] for task, told in plain.get("per_task", {}).items()}
+    per_task = {task: own["retained_energy"] for task, own in plain.get("per_task", {}).items()}
     return MergeReport(**{name: plain[name] for name in names}, modules=modules, per_task=per_task)
 
 

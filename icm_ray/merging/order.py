@@ -141,14 +141,14 @@ def _check_evidence(
         )
     used = 0
     for kind in row.takes:
-        found = {m: evidence.keys(m, kind, tasks) for m, tasks in present.items()}
-        used += sum(map(len, found.values()))
+        names = {m: evidence.keys(m, kind, tasks) for m, tasks in present.items()}
+        used += sum(map(len, names.values()))
         for module, tasks in present.items():
             expected = len(tasks) if kind.endswith(TASK) else 1
-            some_lack = any(found.values()) and not row.needs
-            if len(found[module]) < expected and (found[module] or some_lack):
+            some_lack = any(names.values()) and not row.needs
+            if len(names[module]) < expected and (names[module] or some_lack):
                 problems.append(
-                    f"evidence: {module}.{kind}: {len(found[module])} of {expected} tensors. "
+                    f"evidence: {module}.{kind}: {len(names[module])} of {expected} tensors. "
                     "Give all of them, or none of the kind."
                 )
     if not used:

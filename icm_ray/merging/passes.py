@@ -48,7 +48,7 @@ def measure_modules(
     order: MergeOrder, number: int, modules: Iterable[str], read: ReadFactors
 ) -> Measured:
     """Measure some modules for pass `number`; any split over workers gives the same sums."""
-    found = Measured()
+    sums = Measured()
     measure = passes_of(order)[number].measure
     with kernel_threads(1), torch.no_grad():
         for module in modules:
@@ -57,10 +57,10 @@ def measure_modules(
                 measured = measure(factors, context=context, **extra, **order.params)
             floats = {n: t for n, t in measured.items() if t.is_floating_point()}
             if floats:
-                found.floats[module] = floats
+                sums.floats[module] = floats
             for name in measured.keys() - floats.keys():
-                found.add_whole(name, measured[name])
-    return found
+                sums.add_whole(name, measured[name])
+    return sums
 
 
 def concluded(order: MergeOrder, number: int, parts: Sequence[Measured]) -> MergeOrder:

@@ -61,8 +61,8 @@ def verify_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
             )
     if adapter.fingerprint != report["fingerprint"]:
         problems.append(f"{folder}: fingerprint differs from {REPORT}. Merge again.")
-    for task, told in report.get("per_task", {}).items():
-        if open_adapter(folder / PER_TASK / task).fingerprint != told["fingerprint"]:
+    for task, own in report.get("per_task", {}).items():
+        if open_adapter(folder / PER_TASK / task).fingerprint != own["fingerprint"]:
             problems.append(f"{folder / PER_TASK / task}: differs from {REPORT}. Merge again.")
     if problems:
         raise InputError(problems)

@@ -35,7 +35,7 @@ from icm_ray.methods.soup import soup
 from icm_ray.methods.svd import svd
 from icm_ray.methods.svd_latent import svd_latent, svd_latent_passes
 from icm_ray.methods.table import Method, frozen
-from icm_ray.methods.task_arithmetic import task_arithmetic
+from icm_ray.methods.task_arithmetic import adds_up, task_arithmetic
 from icm_ray.methods.ties import ties, ties_passes
 from icm_ray.methods.tsv import tsv
 
@@ -72,6 +72,7 @@ METHODS: Mapping[str, Method] = frozen(
             paper="arXiv 2212.04089",
             use="When a scale can be chosen on validation data.",
             cost=_STACK,
+            warns=adds_up,
         ),
         "cat": Method(
             "cat",

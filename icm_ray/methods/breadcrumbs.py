@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from icm_ray.methods.shared.blocks import Density, added, deltas
-from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights, usual
 from icm_ray.methods.shared.trim import exactly
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
@@ -18,7 +18,9 @@ def breadcrumbs(
     context: ModuleContext,
     density: Density = 0.14,
     gamma: Annotated[
-        float, Field(ge=0, lt=1, description="Share of the largest entries to leave out first.")
+        float,
+        Field(ge=0, lt=1, description="Share of the largest entries to leave out first."),
+        usual("uniform(0, 0.1)"),
     ] = 0.01,
     scale: Scale = 1.0,
     weights: Weights = None,

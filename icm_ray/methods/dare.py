@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icm_ray.methods.shared.blocks import Density, added, deltas, dropped
 from icm_ray.methods.shared.factor_wise import Side, dropped_of_each, factor_wise
-from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights, usual
 from icm_ray.types import Delta, LoRAFactors, ModuleContext, ModuleEvidence
 
 
@@ -18,7 +18,7 @@ def dare(
     *,
     context: ModuleContext,
     evidence: ModuleEvidence | None = None,
-    density: Density = 0.1,
+    density: Annotated[Density, usual("uniform(0.1, 1)")] = 0.1,  # fewer: louder noise
     scale: Scale = 1.0,
     weights: Weights = None,
     preset: Annotated[

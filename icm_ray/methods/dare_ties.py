@@ -13,7 +13,7 @@ from icm_ray.errors import RecipeError
 from icm_ray.linalg.consensus import vote
 from icm_ray.methods.shared.blocks import Density, deltas, dropped
 from icm_ray.methods.shared.factor_wise import Side, dropped_of_each, factor_wise
-from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights, usual
 from icm_ray.methods.shared.trim import exactly, majority_sign, thresholds, trim_passes
 from icm_ray.methods.shared.votes import (
     MERGEKIT,
@@ -47,7 +47,7 @@ def dare_ties(
     *,
     context: ModuleContext,
     evidence: ModuleEvidence | None = None,
-    density: Density = 0.1,
+    density: Annotated[Density, usual("uniform(0.1, 1)")] = 0.1,  # fewer: louder noise
     trim_density: Annotated[
         float,
         Field(gt=0, le=1, description="Share TIES trims to besides; presets dare_ties and nsc."),

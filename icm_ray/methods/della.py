@@ -10,7 +10,7 @@ from torch import Tensor
 from icm_ray.errors import RecipeError
 from icm_ray.linalg.sparsify import drop_by_rank, row_keys
 from icm_ray.methods.shared.blocks import Density, deltas
-from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights, usual
 from icm_ray.methods.shared.votes import PAPER, AggregateChoice, voted
 from icm_ray.seeding import seed_for
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
@@ -20,9 +20,12 @@ def della(
     factors: Sequence[LoRAFactors],
     *,
     context: ModuleContext,
-    density: Density = 0.5,
+    # epsilon has to be less than twice the density.
+    density: Annotated[Density, usual("uniform(0.2, 1)")] = 0.5,
     epsilon: Annotated[
-        float, Field(ge=0, lt=1, description="Width of the range of probabilities in a row.")
+        float,
+        Field(ge=0, lt=1, description="Width of the range of probabilities in a row."),
+        usual("uniform(0, 0.3)"),
     ] = 0.2,
     scale: Scale = 1.0,
     weights: Weights = None,

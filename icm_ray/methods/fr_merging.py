@@ -8,7 +8,7 @@ from pydantic import Field
 
 from icm_ray.linalg.fourier import HighPass
 from icm_ray.linalg.lowrank import NUMERICAL_RANK, norm
-from icm_ray.methods.shared.parameters import Scale
+from icm_ray.methods.shared.parameters import Scale, usual
 from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
@@ -23,6 +23,7 @@ def fr_merging(
     ratio: Annotated[
         float,
         Field(ge=0, allow_inf_nan=False, description="Radius that is kept, over the shorter side."),
+        usual("uniform(0.1, 0.95)"),
     ] = 0.7,
     scale: Scale = 0.7,
     align: Annotated[

@@ -108,7 +108,7 @@ def _between(left: Tensor, factors: LoRAFactors, right: Tensor) -> Tensor | None
 
 
 def prepared(
-    told: Evidence,
+    model_evidence: Evidence,
     tasks: Sequence[str],
     *,
     weights: Mapping[str, float] | None,
@@ -121,9 +121,9 @@ def prepared(
 ) -> Evidence:
     """Return a Fusion-VAE's fusion of some tasks, as tensors by module; other evidence as it is."""
     del scale
-    if told.kind != KIND:
-        return told
-    model = model_of(told)
+    if model_evidence.kind != KIND:
+        return model_evidence
+    model = model_of(model_evidence)
     point = model.point(
         tasks, weights=weights, rule=rule, temperature=temperature, strength=strength
     )
@@ -140,4 +140,4 @@ def prepared(
         if residual:
             shares = torch.tensor([point.weights[task] for task in sorted(tasks)])
             tensors[f"{path}.shares"] = shares
-    return replace(told, tensors=tensors, names=frozenset(tensors), file=None)
+    return replace(model_evidence, tensors=tensors, names=frozenset(tensors), file=None)

@@ -31,8 +31,10 @@ def learned(
             f"evidence: {context.module}: neither coefficients nor core. Learn them with "
             "jobs.learn."
         )
-    told = {name: tensor.float() for name, tensor in evidence.items()}
-    shape = told["coefficients"].shape if "coefficients" in told else (len(context.all_tasks), 1)
+    tensors = {name: tensor.float() for name, tensor in evidence.items()}
+    shape = (
+        tensors["coefficients"].shape if "coefficients" in tensors else (len(context.all_tasks), 1)
+    )
     if len(shape) != 2 or shape[0] != len(context.all_tasks) or shape[1] < 1:
         raise InputError(
             f"evidence: {context.module}.coefficients: {tuple(shape)} but one row for each of the "
@@ -40,7 +42,7 @@ def learned(
         )
     present = dict(zip(context.tasks, factors, strict=True))
     try:
-        merged = rebuild(present, context.all_tasks, told)
+        merged = rebuild(present, context.all_tasks, tensors)
     except (KeyError, RuntimeError, IndexError) as error:
         raise InputError(
             f"evidence: {context.module}: tensors that do not fit together or the adapters "

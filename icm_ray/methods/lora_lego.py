@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icm_ray.errors import InputError
 from icm_ray.linalg.clusters import averages, lloyd, spread_out
-from icm_ray.methods.shared.parameters import Scale
+from icm_ray.methods.shared.parameters import Scale, usual
 from icm_ray.seeding import generator
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 
@@ -40,7 +40,7 @@ def lora_lego(
     output_reweight: Annotated[
         bool, Field(description="Multiply the delta by sqrt(r / k), r the input rank.")
     ] = True,
-    scale: Scale = 1.0,
+    scale: Annotated[Scale, usual("loguniform(0.3, 4)")] = 1.0,
 ) -> LoRAFactors:
     """Average similar units: `sum_c f_c^2 sqrt(r/k) b_c a_c`, `[a_c; b_c]` a cluster's mean.
 
@@ -84,23 +84,23 @@ def lora_lego(
 
 
 def _first_units(
-    given: Tensor | None, alive: Bool[Tensor, " units"], module: str
+    start: Tensor | None, alive: Bool[Tensor, " units"], module: str
 ) -> Int[Tensor, " k"] | None:
     """Return the places, among the units that are not zero, of those given that are not."""
-    if given is None:
+    if start is None:
         return None
-    if given.ndim != 1 or given.is_floating_point():
+    if start.ndim != 1 or start.is_floating_point():
         raise InputError(
-            f"evidence: {module}.init_idx: {tuple(given.shape)} of {given.dtype} but a list of "
+            f"evidence: {module}.init_idx: {tuple(start.shape)} of {start.dtype} but a list of "
             "whole numbers, one a cluster, is expected."
         )
-    outside = [int(i) for i in given if not 0 <= i < len(alive)]
+    outside = [int(i) for i in start if not 0 <= i < len(alive)]
     if outside:
         raise InputError(
             f"{module}.init_idx: {outside[0]} but units 0 to {len(alive) - 1} are expected. "
             "Count the ranks of the tasks in the order of their names."
         )
-    places = (alive.cumsum(0) - 1)[given.long()][alive[given.long()]]
+    places = (alive.cumsum(0) - 1)[start.long()][alive[start.long()]]
     return places if len(places) else None
 
 

@@ -1,15 +1,19 @@
 """Model Stock: the average drawn back to the base, the more so the less the deltas agree."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from icm_ray.linalg.gram import inner_products
-from icm_ray.methods.shared.parameters import Scale
+from icm_ray.methods.shared.parameters import Scale, usual
 from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
 
 def model_stock(
-    factors: Sequence[LoRAFactors], *, context: ModuleContext, scale: Scale = 1.0
+    factors: Sequence[LoRAFactors],
+    *,
+    context: ModuleContext,
+    scale: Annotated[Scale, usual("loguniform(0.5, 6)")] = 1.0,
 ) -> LoRAFactors | Delta:
     """Average and shrink: `scale * t * (1/K) sum_k delta_k`, `t = n c / (1 + (n - 1) c)`.
 

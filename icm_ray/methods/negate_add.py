@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from icm_ray.methods.shared.parameters import Scale
+from icm_ray.methods.shared.parameters import Scale, usual
 from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext
 
@@ -19,7 +19,7 @@ def negate_add(
     target: Annotated[Role, Field(description="Adapter that receives the vector.")] = "target",
     a: Annotated[Role, Field(description="Adapter that has the capability.")] = "a",
     b: Annotated[Role, Field(description="Its sibling without the capability.")] = "b",
-    scale: Scale = 1.0,
+    scale: Annotated[Scale, usual("uniform(-1, 2)")] = 1.0,
 ) -> LoRAFactors | Delta:
     """Move a capability: `delta_target + scale * (delta_a - delta_b)`.
 

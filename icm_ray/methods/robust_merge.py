@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from icm_ray.methods.linear import sum_of_factors
-from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
+from icm_ray.methods.shared.parameters import Scale, Weights, task_weights, usual
 from icm_ray.types import LoRAFactors, ModuleContext
 
 
@@ -25,7 +25,7 @@ def robust_merge(
         Field(ge=0, le=1, description="Share of a task's ranks that the other ones are raised to."),
     ] = 0.2,
     weights: Weights = None,
-    scale: Scale = 1.0,
+    scale: Annotated[Scale, usual("loguniform(0.05, 2)")] = 1.0,
     preset: Annotated[
         Literal["robust", "raw"],
         Field(description="robust: an adapter's scaling goes half to A, half to B; raw: ignored."),

@@ -40,6 +40,11 @@ def no_passes(**_params: Any) -> tuple[Pass, ...]:
     return ()
 
 
+def no_warning(_count: int, **_params: Any) -> str | None:
+    """Say that nothing has to be said before a merge."""
+    return None
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the METHODS table.
@@ -60,6 +65,7 @@ class Method:
             as a model; None where evidence comes as it is used.
         default_rank: "exact" or "largest input": what `output_rank=None` means.
         family: Where it stands in a list of methods.
+        warns: `(count, **params)` returns what should be said before such a merge, or nothing.
         is_dense: The result is of full rank: deltas are visited entry by entry, in blocks, and a
             cut to a LoRA always loses some of it.
         exempt: Contract properties that do not hold, each with the reason.
@@ -77,6 +83,7 @@ class Method:
     prepare: Callable[..., Any] | None = None
     default_rank: Literal["exact", "largest input"] = "exact"
     family: Family = "sums"
+    warns: Callable[..., str | None] = no_warning
     is_dense: bool = False
     exempt: Mapping[str, str] = field(default_factory=dict)
 
@@ -105,15 +112,15 @@ class Method:
             RecipeError: an unknown parameter, a wrong type or a value out of range; all at once.
         """
         known = self.parameters()
-        given = dict(params or {})
+        values = dict(params or {})
         problems = [
             f"params.{name}: method {self.name!r} has no such parameter but takes "
             f"{', '.join(known) or 'none'}.{did_you_mean(name, known)}"
-            for name in sorted(set(given) - set(known))
+            for name in sorted(set(values) - set(known))
         ]
         bound: dict[str, Any] = {}
         for name, parameter in known.items():
-            value = given.get(name, parameter.default)
+            value = values.get(name, parameter.default)
             try:
                 if name == "weights":
                     value = _weights_by_task(value, tasks)

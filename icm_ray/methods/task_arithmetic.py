@@ -1,6 +1,7 @@
 """Task arithmetic: one scale times the sum of the deltas."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
 from icm_ray.methods.shared.weighted_sum import weighted_sum
@@ -21,3 +22,10 @@ def task_arithmetic(
     """
     numbers = task_weights(context, weights, default=1.0)
     return weighted_sum(factors, [scale * number for number in numbers])
+
+
+def adds_up(count: int, *, scale: float, **_params: Any) -> str | None:
+    """Warn of a plain sum of many deltas."""
+    if count > 2 and scale == 1:
+        return f"scale 1 adds {count} deltas up; 0.3 to 0.5 is usual, 1/K is their average."
+    return None

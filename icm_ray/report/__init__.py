@@ -1,13 +1,19 @@
 """Result tables, pictures, one static HTML page, and the model card of a merged adapter.
 
-data.py        the plain values a report is made from
-summary.py     mean and worst task, per expert set and per init
-findings.py    who won, and whether the experts beat a linear probe
-tables.py      Parquet, JSON, Markdown and terminal tables
-pictures.py    SVG pictures (imported only when a page is written: needs matplotlib)
+data.py              the plain values the page of a pipeline is made from
+summary.py           mean and worst task, per expert set and per init
+findings.py          who won, and whether the experts beat a linear probe
+tables.py            Parquet, JSON, Markdown and terminal tables
+html.py              the page of a pipeline or of a learned merge, from template.html
+pictures.py          SVG pictures (imported only when a page is written: needs matplotlib)
 learned_pictures.py  more of them, of what was learned
-html.py        the page, from template.html
-model_card.py  README.md of a merged adapter
+search_data.py       the plain values the page of a search is made from
+search_page.py       that page, from search.html
+search_pictures.py   its pictures
+fusion_page.py       the page of a Fusion-VAE, from fusion.html
+method_table.py      the list of methods, and one method in full
+model_card.py        README.md of a merged adapter
+text.py              numbers and names as they are shown
 """
 
 from pathlib import Path

@@ -131,7 +131,6 @@ class ReportData:
         task_vector_cosines: Cosine of each pair of task vectors.
         delta_cosines: Cosine of each pair of whole weight changes.
         retained_energy: For each method and module, the share the final cut kept, in [0, 1].
-        output_norms: For each method and module, the Frobenius norm of the merged delta.
         expert_gains: Paired 95 % interval of the expert's test score minus the probe's, or minus
             the base's for tasks without a head.
         learned: What the learned rows of the first expert set learned.
@@ -153,7 +152,6 @@ class ReportData:
     task_vector_cosines: Table = field(default_factory=dict)
     delta_cosines: Table = field(default_factory=dict)
     retained_energy: Table = field(default_factory=dict)
-    output_norms: Table = field(default_factory=dict)
     expert_gains: Gains = field(default_factory=dict)
     learned: Sequence[LearnedRow] = ()
     state_ratios: Mapping[str, Table] = field(default_factory=dict)

@@ -90,16 +90,16 @@ def check_experts(
         gains: Paired intervals of expert minus probe. Both answered the same examples, so these
             are sharper than two intervals side by side, which decide where none is given.
     """
-    found = {
+    findings = {
         (row.expert_set, row.task, row.method): row
         for row in scores
         if row.split == split and row.method in REFERENCES
     }
     checks = []
-    for (expert_set, task, method), row in found.items():
+    for (expert_set, task, method), row in findings.items():
         if method == EXPERT:
-            probe = found.get((expert_set, task, PROBE))
-            base = found.get((expert_set, task, BASE))
+            probe = findings.get((expert_set, task, PROBE))
+            base = findings.get((expert_set, task, BASE))
             gain = (gains or {}).get(expert_set, {}).get(task)
             verdict = _verdict(row, probe, gain)
             checks.append(ExpertCheck(expert_set, task, row, probe, base, verdict))

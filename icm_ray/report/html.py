@@ -140,13 +140,6 @@ def _pictures(data: ReportData, summary: Summary) -> Iterator[Picture]:
             pictures.module_picture("energy", cut, (0.0, 1.0)),
             folded=len(cut) > METHODS_SHOWN,
         )
-    if any(data.output_norms.values()):
-        yield Picture(
-            "Size of the merged change",
-            "Frobenius norm of each module's merged delta.",
-            pictures.module_picture("norms", data.output_norms),
-            folded=len(data.output_norms) > METHODS_SHOWN,
-        )
     yield from learned_figures(data, summary)
 
 

@@ -78,8 +78,8 @@ def write_trials(data: SearchData, folder: Path) -> None:
     pq.write_table(pa.table(columns), folder / "trials.parquet", compression="zstd")
     best = asdict(data.trial(data.best))
     del best["node"], best["seconds"]
-    told = {"importance": dict(data.importance), "front": list(data.front), "best": best}
-    write_json(folder / "search.json", {**told, "standing": dict(data.standing)})
+    summary = {"importance": dict(data.importance), "front": list(data.front), "best": best}
+    write_json(folder / "search.json", {**summary, "standing": dict(data.standing)})
 
 
 def _column(values: list[Any]) -> list[Any]:

@@ -64,7 +64,7 @@ def _pictures(data: SearchData) -> dict[str, tuple[str, str, str]]:
     """Return heading, caption and SVG by name."""
     from icm_ray.report import search_pictures
 
-    found = {
+    pictures = {
         "history": (
             "History",
             "A dot is one trial. Trials that were stopped early are shown with what was measured "
@@ -73,17 +73,17 @@ def _pictures(data: SearchData) -> dict[str, tuple[str, str, str]]:
         )
     }
     if data.importance:
-        found["importance"] = (
+        pictures["importance"] = (
             "What mattered",
             "fANOVA over the complete trials: the share of the first objective's variance that "
             "each name explains by itself and with others.",
             search_pictures.importance_picture(data.importance),
         )
     if len(data.objectives) > 1:
-        found["front"] = (
+        pictures["front"] = (
             "Front",
             "No other trial beats those on the front in every objective. Their recipes are in "
             "front/<trial>.yaml.",
             search_pictures.front_picture(data),
         )
-    return found
+    return pictures

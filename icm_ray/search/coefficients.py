@@ -53,5 +53,5 @@ def coefficients_of(
     rows = {g: torch.tensor([[value(t, g)] for t in tasks]) for g in set(group.values())}
     tensors = {f"{m}.coefficients": rows[group[m]].clone() for m in sorted(modules)}
     origin: dict[str, Any] = {"layers": dict(setting.layers), "weights": dict(setting.weights)}
-    told: dict[str, Any] = {"losses": {}, "warnings": {}, "unmoved": [], "history": {}}
-    return LearnedMerge(tensors, tasks, dict(adapters), origin, told)
+    report: dict[str, Any] = {"losses": {}, "warnings": {}, "unmoved": [], "history": {}}
+    return LearnedMerge(tensors, tasks, dict(adapters), origin, report)

@@ -7,22 +7,6 @@ from typing import Any
 from icm_ray.learning.recipes import LEARNERS
 from icm_ray.methods import find_method
 
-SCALES: Mapping[str, str] = {
-    # Sums over tasks want less than 1, averages about 1, and these more than that.
-    "lora_lego": "loguniform(0.3, 4)",
-    "model_stock": "loguniform(0.5, 6)",
-    "robust_merge": "loguniform(0.05, 2)",
-    "negate_add": "uniform(-1, 2)",
-}
-USUAL_SCALE = "loguniform(0.1, 2)"
-RANGES: Mapping[tuple[str, str], str] = {
-    ("fr_merging", "ratio"): "uniform(0.1, 0.95)",
-    ("breadcrumbs", "gamma"): "uniform(0, 0.1)",
-    ("della", "density"): "uniform(0.2, 1)",  # epsilon has to be less than twice the density
-    ("della", "epsilon"): "uniform(0, 0.3)",
-    ("dare", "density"): "uniform(0.1, 1)",  # the fewer are kept, the louder the noise
-    ("dare_ties", "density"): "uniform(0.1, 1)",
-}
 FUSION: Mapping[str, str | list[Any]] = {
     "fusion.kl_weight": "loguniform(1e-7, 1e-2)",  # above, the posterior collapses
     "fusion.inner.steps": "int(1, 4)",
@@ -36,8 +20,8 @@ LEAST = 0.02
 def default_space(method: str) -> dict[str, str | list[Any]]:
     """Return what is searched for a method unless the recipe says otherwise.
 
-    The scale; every number with a lower and an upper bound; a learner's rate; and where there is
-    none of these, one weight a task or the method's own choices.
+    What a parameter calls usual; every other number with a lower and an upper bound; a learner's
+    rate; and where there is none of these, one weight a task or the method's own choices.
     """
     row = find_method(method)
     described = row.schema()["parameters"]
@@ -45,10 +29,8 @@ def default_space(method: str) -> dict[str, str | list[Any]]:
     for name, schema in described.items():
         low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
         high = schema.get("exclusiveMaximum", high)
-        if (method, name) in RANGES:
-            space[f"params.{name}"] = RANGES[method, name]
-        elif name == "scale":
-            space["params.scale"] = SCALES.get(method, USUAL_SCALE)
+        if "usual" in schema:
+            space[f"params.{name}"] = schema["usual"]
         elif schema.get("type") == "number" and low is not None and high is not None:
             space[f"params.{name}"] = f"uniform({max(low, LEAST)}, {high})"
     if row.needs == "fusion_model":

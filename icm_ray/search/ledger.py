@@ -76,10 +76,10 @@ class Ledger:
                 )
             (folder / TRIALS).mkdir(parents=True, exist_ok=True)
             write_json(header, {"format": FORMAT, "key": key})
-        told = read_json(header)
-        if not isinstance(told, dict) or told.get("format") != FORMAT:
+        stored = read_json(header)
+        if not isinstance(stored, dict) or stored.get("format") != FORMAT:
             raise InputError(f"{header}: not a search's header. Choose a new folder.")
-        if told.get("key") != key:
+        if stored.get("key") != key:
             raise RecipeError(
                 f"output: {folder} holds another search, but its memory only serves the same "
                 "adapters, data, space, objectives, sampler and seed. Choose another output."

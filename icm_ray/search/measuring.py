@@ -206,27 +206,30 @@ class Measurer:
         return Path(tempfile.mkdtemp(prefix="icm_ray-search-"))
 
     def _grams_by_task(self) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {}
+        grams: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.material.grams.items():
             module, _, task = name.partition(".gram.")
-            found.setdefault(module, {})[task] = tensor
-        return found
+            grams.setdefault(module, {})[task] = tensor
+        return grams
 
     def _scores(
         self, adapter: Adapter, examples: int | None
     ) -> tuple[dict[str, float], dict[str, float]]:
         data = {task: _first(item, examples) for task, item in self.material.scored.items()}
-        found = values(
+        scores = values(
             evaluate(self.base, adapter, data, batch=BATCH, threads=self.material.threads)
         )
         # On everything, at each rung: an expert's score on a few examples may be zero, and nothing
         # can be compared with that.
         references = {
-            who: {t: _score(self.material.scored[t], told) for t, told in by_task.items()}
+            who: {
+                t: _score(self.material.scored[t], predictions)
+                for t, predictions in by_task.items()
+            }
             for who, by_task in self.material.references.items()
         }
-        where = standing(found, references["expert"], references["base"])
-        return found, {"validation_mean": where.mean, "validation_worst": where.worst}
+        where = standing(scores, references["expert"], references["base"])
+        return scores, {"validation_mean": where.mean, "validation_worst": where.worst}
 
     def _losses(self, name: str, examples: int | None) -> FixedLosses:
         if (name, examples) not in self.known:

@@ -158,33 +158,35 @@ def plan_of(recipe: SearchRecipe) -> Plan:
 
 
 def _problems(plan: Plan, tasks: Sequence[str]) -> list[str]:
-    recipe, found = plan.recipe, []
+    recipe, problems = plan.recipe, []
     names = [row.name for row, _ in plan.rows]
-    found += [f"rows: {n!r} twice. Set labels." for n in sorted(set(names)) if names.count(n) > 1]
+    problems += [
+        f"rows: {n!r} twice. Set labels." for n in sorted(set(names)) if names.count(n) > 1
+    ]
     if len(set(recipe.objectives)) < len(recipe.objectives):
-        found.append("objectives: one is named twice.")
+        problems.append("objectives: one is named twice.")
     heads = any(map(reads_heads, plan.objectives))
     if (heads or plan.needs_scores or recipe.test is not None) and (
         recipe.suite is None or set(plan.experts) != set(tasks)
     ):
         missing = ", ".join(sorted(set(tasks) - set(plan.experts))) or "suite"
-        found.append(
+        problems.append(
             f"suite, experts: scores and heads are asked for, but {missing} has none. Name a suite "
             "and a folder of experts with every adapter's task."
         )
     if plan.needs_inputs and recipe.data is None:
-        found.append("data: missing but an objective or method looks at unlabelled inputs.")
+        problems.append("data: missing but an objective or method looks at unlabelled inputs.")
     only = {find_method(method).needs for method in plan.methods} == {"fusion_model"}
     if not only and (aims := [o for o in recipe.objectives if AIMS[o].needs == "fusion"]):
-        found.append(f"objectives: {', '.join(aims)}: only method icm_fusion has a Fusion-VAE.")
+        problems.append(f"objectives: {', '.join(aims)}: only method icm_fusion has a Fusion-VAE.")
     if missing := [task for task, folder in plan.trajectories.items() if not folder.is_dir()]:
-        found.append(f"trajectories: {recipe.trajectories} has no {', '.join(missing)}.")
+        problems.append(f"trajectories: {recipe.trajectories} has no {', '.join(missing)}.")
     if recipe.halving and len(recipe.objectives) > 1:
-        found.append("halving: stops trials by one objective, but several are named.")
+        problems.append("halving: stops trials by one objective, but several are named.")
     by_steps = recipe.halving is not None and recipe.halving.by == "steps"
     if by_steps and (strange := sorted(plan.methods - set(LEARNERS))):
-        found.append(f"halving.by: steps, but {', '.join(strange)} learns nothing.")
-    return found
+        problems.append(f"halving.by: steps, but {', '.join(strange)} learns nothing.")
+    return problems
 
 
 def searches_of(plan: Plan, target: Path) -> list[Search]:
@@ -193,7 +195,7 @@ def searches_of(plan: Plan, target: Path) -> list[Search]:
     if not recipe.rows:
         ((row, space),) = plan.rows
         return [Search(row, space, recipe.seed, target, recipe.output)]
-    found = []
+    searches = []
     tasks = [file.name for file in plan.files]
     for row, space in plan.rows:
         runs: dict[str, tuple[Space, int | None]] = {}
@@ -204,8 +206,8 @@ def searches_of(plan: Plan, target: Path) -> list[Search]:
         runs |= {f"seed{seed}": (space, seed) for seed in recipe.seeds or [recipe.seed]}
         for name, (searched, seed) in runs.items():
             part = f"{row.name}/{name}"
-            found.append(Search(row, searched, seed, target / part, f"{recipe.output}/{part}"))
-    return found
+            searches.append(Search(row, searched, seed, target / part, f"{recipe.output}/{part}"))
+    return searches
 
 
 def key_of(plan: Plan, search: Search) -> str:

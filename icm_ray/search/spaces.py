@@ -140,12 +140,12 @@ def space_of(row: SearchRow, tasks: Sequence[str], groups: int) -> Space:
     Raises:
         RecipeError: all unknown names and values out of range.
     """
-    given = dict(row.search)
+    fixed = dict(row.search)
     methods = (row.method,)
     problems: list[str] = []
     dimensions: dict[str, Dimension] = {}
-    if "method" in given:
-        dimensions["method"] = _parsed("method", given.pop("method"), problems)
+    if "method" in fixed:
+        dimensions["method"] = _parsed("method", fixed.pop("method"), problems)
         methods = tuple(map(str, dimensions["method"].choices))
     for method in methods:
         try:
@@ -154,7 +154,7 @@ def space_of(row: SearchRow, tasks: Sequence[str], groups: int) -> Space:
             problems += [f"search.method: {line}" for line in error.problems]
     if problems:
         raise RecipeError(problems)
-    for name, text in _with_defaults(row, methods, given).items():
+    for name, text in _with_defaults(row, methods, fixed).items():
         dimension = _parsed(name, text, problems)
         for full in _expanded(name, tasks, groups):
             dimensions[full] = dimension
@@ -168,14 +168,14 @@ def space_of(row: SearchRow, tasks: Sequence[str], groups: int) -> Space:
 def _with_defaults(
     row: SearchRow, methods: Sequence[str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    space: dict[str, Any] = {}
     for method in methods if row.space == "default" else ():
         prefix = f"{method}." if len(methods) > 1 else ""
         for name, text in default_space(method).items():
             set_already = name in given or name.removeprefix("params.") in row.params
             if not set_already and f"{prefix}{name}" not in given:
-                found[f"{prefix}{name}"] = text
-    return {**found, **given}
+                space[f"{prefix}{name}"] = text
+    return {**space, **given}
 
 
 def _parsed(name: str, text: object, problems: list[str]) -> Dimension:
@@ -222,22 +222,24 @@ def _applies(name: str, method: str) -> bool:
 
 def _problems(space: Space) -> list[str]:
     """Return what is wrong with the names and with both ends of every range."""
-    found = [
+    problems = [
         _unknown(name, space)
         for name in space.dimensions
         if name != "method" and not any(_applies(name, method) for method in space.methods)
     ]
     known = {name for method in space.methods for name in METHODS[method].parameters()}
-    found += [f"params.{name}: no such parameter." for name in set(space.row.params) - known]
+    problems += [f"params.{name}: no such parameter." for name in set(space.row.params) - known]
     if not space.dimensions and not space.row.grid:
-        found.append("search: empty but names and distributions are expected, or space: default.")
+        problems.append(
+            "search: empty but names and distributions are expected, or space: default."
+        )
     for method in space.methods:
         dimensions = space.of(method)
         plain = {name: d.corners()[0] for name, d in dimensions.items()}
         points = [plain, *({**plain, n: v} for n, d in dimensions.items() for v in d.corners())]
         for point in points:
-            found += _refusals(space.setting({**point, "method": method}), space.tasks)
-    return found
+            problems += _refusals(space.setting({**point, "method": method}), space.tasks)
+    return problems
 
 
 def _unknown(name: str, space: Space) -> str:
@@ -252,10 +254,12 @@ def _unknown(name: str, space: Space) -> str:
 
 def _refusals(setting: Setting, tasks: Sequence[str]) -> list[str]:
     """Return why a setting cannot be merged."""
-    found = []
+    problems = []
     wrong = {task for task in setting.weights if task not in tasks}
     wrong |= {k for k in setting.layers if "." in k and k.partition(".")[2] not in tasks}
-    found += [f"search: {name}: names no adapter but {', '.join(tasks)}." for name in sorted(wrong)]
+    problems += [
+        f"search: {name}: names no adapter but {', '.join(tasks)}." for name in sorted(wrong)
+    ]
     try:
         row = find_method(setting.method)
         row.bind(setting.params, tasks)
@@ -265,5 +269,5 @@ def _refusals(setting: Setting, tasks: Sequence[str]) -> list[str]:
             fusion_spec_of(setting.fusion)
         RankRule.parse(setting.rank, row.default_rank, 1)
     except RecipeError as error:
-        found += [f"search: {line}" for line in error.problems]
-    return found
+        problems += [f"search: {line}" for line in error.problems]
+    return problems

@@ -37,10 +37,10 @@ def starts_of(
     Raises:
         RecipeError: a point names what is not searched, or a value out of range.
     """
-    found: list[Start] = []
+    starts: list[Start] = []
     for entry in entries:
         if isinstance(entry, Mapping):
-            found.append(("recipe", _written(entry, space)))
+            starts.append(("recipe", _written(entry, space)))
             continue
         if entry == "default":
             point = _defaults(space)
@@ -50,8 +50,8 @@ def starts_of(
             point = _from_folder(Path(entry), space, modules, groups)
         kept = {n: v for n, v in point.items() if space.dimensions[n].holds(v)}
         if kept:
-            found.append((entry, kept))
-    return found
+            starts.append((entry, kept))
+    return starts
 
 
 def _written(entry: Mapping[str, Any], space: Space) -> dict[str, Value]:
@@ -133,10 +133,10 @@ def _from_folder(
 
 def _from_best(path: Path, space: Space) -> dict[str, Value]:
     best = MergeRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    told: dict[str, Any] = {f"params.{k}": v for k, v in best.params.items()}
-    told |= {f"weights.{t}": v for t, v in (best.params.get("weights") or {}).items()}
-    told |= {f"learn.{s}.{k}": v for s, part in best.learn.items() for k, v in part.items()}
-    told |= {"method": best.method, "rank": best.output.rank}
+    values: dict[str, Any] = {f"params.{k}": v for k, v in best.params.items()}
+    values |= {f"weights.{t}": v for t, v in (best.params.get("weights") or {}).items()}
+    values |= {f"learn.{s}.{k}": v for s, part in best.learn.items() for k, v in part.items()}
+    values |= {"method": best.method, "rank": best.output.rank}
     point: Point = _equal(space, float(best.params["scale"])) if "scale" in best.params else {}
     names = {name: name.removeprefix(f"{best.method}.") for name in space.dimensions}
-    return {**point, **{n: told[bare] for n, bare in names.items() if bare in told}}
+    return {**point, **{n: values[bare] for n, bare in names.items() if bare in values}}

@@ -186,15 +186,15 @@ def _lock(path: Path, tell: Progress) -> Iterator[None]:
         ) from None
     with handle:
         deadline = time.monotonic() + FETCH_SECONDS
-        told = False
+        was_said = False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not told:
+                if not was_said:
                     tell(f"waiting for another process that prepares {path.parent}")
-                    told = True
+                    was_said = True
             if time.monotonic() > deadline:
                 raise ResourceError(
                     f"{path}: held by another process for {FETCH_SECONDS:.0f} s but expected to "

@@ -8,50 +8,62 @@ import psutil
 import pytest
 import ray
 import torch
+from ray_samples import session_on
 from safetensors.torch import load_file, save_file
 
 from icm_ray.adapters import load_adapter, open_all
-from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.loading import fingerprint_weights, load_base
 from icm_ray.base_model.states import make_batches, tokenize
-from icm_ray.config import Resources
-from icm_ray.distributed.actors import AdapterSource, start_actors
+from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.evidence import evidence_key, gather_on_ray
 from icm_ray.distributed.scores import ScoreItem, load_scores, score_on_ray
-from icm_ray.distributed.shared_base import share_base
+from icm_ray.distributed.session import Pool
 from icm_ray.errors import InputError
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.evidence.gather import gather
 from icm_ray.suites import SUITES
 
-SMALL = Resources(cpus_per_worker=0.25, workers=4)
 BATCH = 8
 TASKS = ("year", "depth")
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_bert, ray_session):
-    return share_base(tiny_bert)
+def session(tiny_bert, ray_session):
+    return session_on(tiny_bert, cpus_per_worker=0.25, workers=4, timeout_seconds=300)
 
 
 @pytest.fixture(scope="module")
-def pool(shared):
-    actors = start_actors(shared, SMALL, 4)
-    yield actors
-    for actor in actors:
-        ray.kill(actor)
+def pool(session):
+    with session.pool(4) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
-def sources(adapters):
-    files = open_all(adapters)
-    return [AdapterSource(f.name, str(f.path), f.fingerprint) for f in files]
+def files(adapters):
+    return open_all(adapters)
 
 
 @pytest.fixture(scope="module")
-def inputs(sources):
+def inputs(files):
     texts = SUITES["text"].load("year", "calibration", 60).texts
-    return {s.name: (texts[i : i + 20 + i], 24) for i, s in enumerate(sources)}
+    return {f.name: (texts[i : i + 20 + i], 24) for i, f in enumerate(files)}
+
+
+def part_of(pool, start, stop):
+    """Return some of a pool's actors as a pool."""
+    part = Pool(pool.session, stop - start)
+    part.__dict__["actors"] = pool.actors[start:stop]
+    return part
+
+
+def base_fingerprint(actor):
+    """Return the sha256 of the base as an actor sees it now."""
+
+    def read(self):
+        return fingerprint_weights({n: t.numpy() for n, t in self.base.weights().items()})
+
+    return ray.get(actor.__ray_call__.remote(read), timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -78,41 +90,38 @@ def equal(found, expected):
     assert found.inputs == expected.inputs
 
 
-def test_any_number_of_actors_gives_the_serial_evidence(
-    pool, sources, inputs, tiny_bert, one_thread
-):
+def test_any_number_of_actors_gives_the_serial_evidence(pool, files, inputs, tiny_bert, one_thread):
     base = load_base(tiny_bert)
     expected = []
-    for source in sources:
-        texts, tokens = inputs[source.name]
+    for file in files:
+        texts, tokens = inputs[file.name]
         ids = tokenize(base.tokenizer, texts, tokens)
         batches = make_batches(ids, BATCH, base.tokenizer.pad_token_id)
-        expected.append(gather(base.model, load_adapter(source.path, source.name), batches))
+        expected.append(gather(base.model, load_adapter(file.path, file.name), batches))
     for count in (1, 2, 4):
         # Given backwards and with more adapters than actors: neither shows in the result.
-        found = gather_on_ray(pool[:count], sources[::-1], inputs, batch=BATCH, timeout=120)
-        assert [e.task for e in found] == sorted(s.name for s in sources)
+        found = gather_on_ray(part_of(pool, 0, count), files[::-1], inputs, BATCH)
+        assert [e.task for e in found] == sorted(file.name for file in files)
         for one, other in zip(found, expected, strict=True):
             equal(one, other)
         assert all(0 < e.task_vector.norm() < 100 for e in found)
 
 
-def test_each_adapter_changes_its_own_evidence(pool, sources, inputs):
-    found = gather_on_ray(pool, sources, inputs, batch=BATCH, timeout=120)
+def test_each_adapter_changes_its_own_evidence(pool, files, inputs):
+    found = gather_on_ray(pool, files, inputs, BATCH)
     vectors = [e.task_vector for e in found]
     assert all(not torch.equal(a, b) for i, a in enumerate(vectors) for b in vectors[i + 1 :])
     assert set(found[4].expert_ratios) < set(found[0].expert_ratios)  # values only
 
 
-def test_two_actors_work_at_the_same_time(pool, sources):
-    pids = {pid_of(actor) for actor in pool}
+def test_two_actors_work_at_the_same_time(pool, files):
+    pids = {pid_of(actor) for actor in pool.actors}
     assert len(pids) == 4
     assert os.getpid() not in pids
     texts = SUITES["text"].load("year", "train", 1500).texts
     since = time.time() * 1e6
-    gather_on_ray(
-        pool[:2], sources[:2], {s.name: (texts, 24) for s in sources}, batch=BATCH, timeout=300
-    )
+    inputs = {file.name: (texts, 24) for file in files}
+    gather_on_ray(part_of(pool, 0, 2), files[:2], inputs, BATCH)
     calls = []
     for _ in range(60):  # Ray writes its events out every second
         calls = [
@@ -130,29 +139,35 @@ def test_two_actors_work_at_the_same_time(pool, sources):
 
 
 def test_an_extra_actor_costs_less_than_a_quarter_of_the_base(minilm, pool, ray_session):
-    large = share_base(minilm)
-    assert large.bytes > 80_000_000
-    actors = start_actors(large, Resources(cpus_per_worker=0.25, workers=2), 2)
-    try:
-        ray.get([actor.base_fingerprint.remote() for actor in actors], timeout=120)
-        without = min(psutil.Process(pid_of(actor)).memory_full_info().uss for actor in pool)
-        for actor in actors:
+    large = session_on(minilm, cpus_per_worker=0.25, workers=2)
+    assert large.shared.bytes > 80_000_000
+    with large.pool(2) as two:
+        for actor in two.actors:
+            assert base_fingerprint(actor) == large.shared.fingerprint
+        without = min(psutil.Process(pid_of(a)).memory_full_info().uss for a in pool.actors)
+        for actor in two.actors:
             own = psutil.Process(pid_of(actor)).memory_full_info().uss
-            assert own - without < large.bytes / 4
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+            assert own - without < large.shared.bytes / 4
+
+
+def test_actors_start_when_they_are_needed_and_end_with_the_pool(session, files, inputs):
+    with session.pool(2) as pool:
+        assert pool.map("evidence", {}) == {}
+        assert "actors" not in vars(pool), "nothing was to be done"
+        gather_on_ray(pool, files[:1], inputs, BATCH)
+        (actor, *_) = pool.actors
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(actor.__ray_ready__.remote(), timeout=60)
 
 
 def test_scores_are_the_serial_ones_and_kept_by_content(
-    pool, shared, sources, data, tiny_bert, tmp_path, one_thread
+    pool, session, files, data, tiny_bert, tmp_path, one_thread
 ):
-    items = [ScoreItem("base", None, TASKS), ScoreItem("one", sources[0], TASKS)]
-    items.append(ScoreItem("one task", sources[1], ("year",)))
-    order = {"base": shared.fingerprint, "batch": BATCH, "timeout": 120}
-    found = score_on_ray(pool, items, data, tmp_path, **order)
+    items = [ScoreItem("base", None, TASKS), ScoreItem("one", AdapterSource(files[0]), TASKS)]
+    items.append(ScoreItem("one task", AdapterSource(files[1]), ("year",)))
+    found = score_on_ray(pool, items, data, tmp_path, BATCH)
     base = load_base(tiny_bert)
-    adapter = load_adapter(sources[0].path, sources[0].name)
+    adapter = load_adapter(files[0].path, files[0].name)
     for label, one in (("base", None), ("one", adapter)):
         expected = evaluate(base, one, data, batch=BATCH)
         for task in TASKS:
@@ -160,7 +175,9 @@ def test_scores_are_the_serial_ones_and_kept_by_content(
             assert (found[label][task].predictions == expected[task].predictions).all()
     assert list(found["one task"]) == ["year"]
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    again = score_on_ray([], items, data, tmp_path, **order)  # no actor is needed any more
+    idle = Pool(session, 1)
+    again = score_on_ray(idle, items, data, tmp_path, BATCH)
+    assert "actors" not in vars(idle), "no actor is needed any more"
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == stamps
     assert again["one"]["year"].score == found["one"]["year"].score
     # Other examples are another score.
@@ -168,23 +185,20 @@ def test_scores_are_the_serial_ones_and_kept_by_content(
         t: TaskData(d.task, SUITES["text"].load(t, "validation", 20), d.head)
         for t, d in data.items()
     }
-    key = items[0].key(shared.fingerprint, data, BATCH)
-    assert items[0].key(shared.fingerprint, fewer, BATCH) != key
+    key = items[0].key(session.key, data, BATCH)
+    assert items[0].key(session.key, fewer, BATCH) != key
     assert load_scores(tmp_path / key[:20])["year"].score == found["base"]["year"].score
 
 
-def test_the_shared_base_stays_as_it_was(pool, shared, sources, inputs, data, tmp_path):
-    gather_on_ray(pool, sources, inputs, batch=BATCH, timeout=120)
-    items = [ScoreItem("a", sources[2], TASKS)]
-    order = {"base": shared.fingerprint, "batch": BATCH, "timeout": 120}
-    score_on_ray(pool, items, data, tmp_path, **order)
-    prints = ray.get([actor.base_fingerprint.remote() for actor in pool], timeout=120)
-    assert set(prints) == {shared.fingerprint}
+def test_the_shared_base_stays_as_it_was(pool, session, files, inputs, data, tmp_path):
+    gather_on_ray(pool, files, inputs, BATCH)
+    score_on_ray(pool, [ScoreItem("a", AdapterSource(files[2]), TASKS)], data, tmp_path, BATCH)
+    assert {base_fingerprint(actor) for actor in pool.actors} == {session.shared.fingerprint}
 
 
-def test_an_actor_holds_one_adapter_at_a_time(pool, sources, inputs):
-    first, second = sources[:2]
-    actor = pool[0]
+def test_an_actor_holds_one_adapter_at_a_time(pool, files, inputs):
+    first, second = (AdapterSource(file) for file in files[:2])
+    actor = pool.actors[0]
     for source in (first, second, second):
         texts, tokens = inputs[source.name]
         ray.get(actor.evidence.remote(source, texts, tokens, BATCH), timeout=60)
@@ -192,25 +206,25 @@ def test_an_actor_holds_one_adapter_at_a_time(pool, sources, inputs):
         assert held == source.name
 
 
-def test_an_adapter_that_changes_during_the_job_is_refused(pool, sources, inputs, tmp_path):
-    folder = shutil.copytree(sources[0].path, tmp_path / "changing")
-    source = AdapterSource("task0", str(folder), sources[0].fingerprint)
-    gather_on_ray(pool[:1], [source], inputs, batch=BATCH, timeout=120)
+def test_an_adapter_that_changes_during_the_job_is_refused(pool, files, inputs, tmp_path):
+    folder = shutil.copytree(files[0].path, tmp_path / "changing")
+    (file,) = open_all([("task0", folder)])
+    gather_on_ray(part_of(pool, 0, 1), [file], inputs, BATCH)
     weights = folder / "adapter_model.safetensors"
     save_file({n: t * 2 for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
     # Another actor, which has not read it yet.
     with pytest.raises(InputError, match="changed while the job ran") as caught:
-        gather_on_ray(pool[1:2], [source], inputs, batch=BATCH, timeout=120)
+        gather_on_ray(part_of(pool, 1, 2), [file], inputs, BATCH)
     assert str(folder) in str(caught.value)
 
 
-def test_evidence_is_keyed_by_all_that_it_is_made_from(shared, sources, inputs):
-    def key(base=shared.fingerprint, sources=sources, inputs=inputs, batch=BATCH):
-        return evidence_key(base, sources, inputs, batch)
+def test_evidence_is_keyed_by_all_that_it_is_made_from(session, adapters, files, inputs, tmp_path):
+    def key(base=session.key, files=files, inputs=inputs, batch=BATCH):
+        return evidence_key(base, files, inputs, batch)
 
-    other = AdapterSource("task0", sources[0].path, "0" * 64)
+    (other,) = open_all([("task0", adapters[1][1])])
     fewer = {**inputs, "task0": (inputs["task0"][0][:5], 24)}
-    keys = {key(), key(base="x"), key(batch=9), key(sources=[other]), key(inputs=fewer)}
+    keys = {key(), key(base="x"), key(batch=9), key(files=[other]), key(inputs=fewer)}
     assert len(keys) == 5
-    moved = [AdapterSource(s.name, "/elsewhere", s.fingerprint) for s in sources[::-1]]
-    assert key(sources=moved) == key()
+    moved = [(name, shutil.copytree(path, tmp_path / name)) for name, path in adapters[::-1]]
+    assert key(files=open_all(moved)) == key()

@@ -13,9 +13,9 @@ from icm_ray.distributed.cluster import (
     check_fits,
     connected,
     fetch,
-    request,
     run_bounded,
     worker_count,
+    worker_options,
 )
 from icm_ray.errors import ClusterError, ICMRayError, InputError
 
@@ -42,8 +42,8 @@ def calls(**values):
 
 
 def test_a_request_says_all_that_one_worker_needs():
-    assert request(Resources()) == {"num_cpus": 1.0, "num_gpus": 0.0}
-    found = request(
+    assert worker_options(Resources()) == {"num_cpus": 1.0, "num_gpus": 0.0}
+    found = worker_options(
         Resources(
             cpus_per_worker=2, gpus_per_worker=0.5, memory_per_worker=10**9, custom={"slot": 1.0}
         )
@@ -125,8 +125,10 @@ def test_an_open_session_is_used_and_left_open():
 
 
 def test_two_actors_share_one_gpu():
-    whole = Held.options(**request(Resources(cpus_per_worker=0, gpus_per_worker=1.0))).remote()
-    half = request(Resources(cpus_per_worker=0, gpus_per_worker=0.5))
+    whole = Held.options(
+        **worker_options(Resources(cpus_per_worker=0, gpus_per_worker=1.0))
+    ).remote()
+    half = worker_options(Resources(cpus_per_worker=0, gpus_per_worker=0.5))
     halves = [Held.options(**half).remote() for _ in range(2)]
     alone, *shared = ray.get([a.gpus.remote() for a in (whole, *halves)], timeout=120)
     assert len(alone) == len(shared[0]) == 1
@@ -138,7 +140,7 @@ def test_two_actors_share_one_gpu():
 
 
 def test_custom_resources_are_assigned():
-    options = request(Resources(cpus_per_worker=0.5, custom={"slot": 2.0}))
+    options = worker_options(Resources(cpus_per_worker=0.5, custom={"slot": 2.0}))
     actor = Held.options(**options).remote()
     found = ray.get(actor.resources.remote(), timeout=60)
     assert (found["CPU"], found["slot"]) == (0.5, 2.0)

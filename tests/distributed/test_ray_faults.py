@@ -18,13 +18,11 @@ import psutil
 import pytest
 import ray
 import torch
-from ray_samples import ROOT, environment, finetune_recipe, hashes, write_yaml
+from ray_samples import ROOT, environment, finetune_recipe, hashes, session_on, write_yaml
 
 from icm_ray.adapters import open_all
-from icm_ray.config import Resources
-from icm_ray.distributed.actors import AdapterSource, start_actors
 from icm_ray.distributed.evidence import gather_on_ray
-from icm_ray.distributed.shared_base import share_base
+from icm_ray.distributed.session import Pool
 from icm_ray.files import read_manifest
 from icm_ray.suites import SUITES
 
@@ -134,19 +132,17 @@ def test_a_terminated_pipeline_says_how_to_go_on(unbroken, tiny_bert, tmp_path):
 
 @pytest.mark.cluster
 def test_a_killed_actor_changes_no_byte(ray_session, tiny_bert, adapters):
-    shared = share_base(tiny_bert)
     files = open_all(adapters[:2])
-    sources = [AdapterSource(f.name, str(f.path), f.fingerprint) for f in files]
     texts = SUITES["text"].load("year", "train", 3000).texts
-    inputs = {source.name: (texts, 24) for source in sources}
-    actors = start_actors(shared, Resources(cpus_per_worker=0.5, workers=2), 2)
-    expected = gather_on_ray(actors, sources, inputs, batch=8, timeout=300)
-    victim = ray.get(actors[0].__ray_call__.remote(lambda _: os.getpid()))
+    inputs = {file.name: (texts, 24) for file in files}
+    pool = Pool(session_on(tiny_bert, cpus_per_worker=0.5, workers=2), 2)
+    expected = gather_on_ray(pool, files, inputs, batch=8)
+    victim = ray.get(pool.actors[0].__ray_call__.remote(lambda _: os.getpid()))
     killer = threading.Timer(0.5, os.kill, (victim, signal.SIGKILL))
     killer.start()
-    found = gather_on_ray(actors, sources, inputs, batch=8, timeout=300)
+    found = gather_on_ray(pool, files, inputs, batch=8)
     killer.join()
-    assert ray.get(actors[0].__ray_call__.remote(lambda _: os.getpid())) != victim
+    assert ray.get(pool.actors[0].__ray_call__.remote(lambda _: os.getpid())) != victim
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.task_vector, other.task_vector)
         assert (one.expert_ratios, one.base_ratios) == (other.expert_ratios, other.base_ratios)

@@ -1,31 +1,31 @@
 """Experts trained on Ray: whole, kept by content, the same bytes for any number of workers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray
 import torch
-from ray_samples import finetune_recipe, hashes, stamps
+from ray_samples import finetune_recipe, hashes, session_on, stamps
 
 from icm_ray.adapters import load_adapter
 from icm_ray.base_model.loading import fingerprint_weights, load_base
 from icm_ray.base_model.states import features, make_batches, tokenize
-from icm_ray.config import Resources
-from icm_ray.distributed.finetune import expert_jobs, expert_key, finetune
-from icm_ray.distributed.probes import fit_probes, read_probe
-from icm_ray.distributed.shared_base import share_base
+from icm_ray.distributed.probes import read_probe
 from icm_ray.evaluation.experts import Expert
 from icm_ray.evaluation.probe import fit_probe
 from icm_ray.files import read_json, read_manifest
 from icm_ray.finetuning.trajectory import read_trajectory, unflatten
 from icm_ray.suites import SUITES
+from icm_ray.workflows.experts import expert_jobs, expert_key, find_or_train, probes_of
 
 SET = "shared-seed0"
 TASKS = ("depth", "supersense")
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_bert, ray_session):
-    return share_base(tiny_bert)
+def session(tiny_bert, ray_session):
+    return session_on(tiny_bert, workers=2, cpus_per_worker=0.5)
 
 
 def test_every_expert_is_a_whole_folder(experts):
@@ -66,57 +66,58 @@ def test_the_checkpoints_of_the_second_half_are_a_data_set(experts):
             assert torch.equal(a, factors.a)
 
 
-def test_a_second_run_trains_nothing(experts, tiny_bert, shared):
+def test_a_second_run_trains_nothing(experts, tiny_bert, session):
     before = stamps(experts)
-    folders = finetune(finetune_recipe(tiny_bert, experts), shared, "tiny", experts)
-    assert set(folders) == {(SET, task) for task in TASKS}
+    found = find_or_train(session, finetune_recipe(tiny_bert, experts), experts)
+    assert {label: set(of_set) for label, of_set in found.items()} == {SET: set(TASKS)}
     assert stamps(experts) == before
 
 
-def test_one_worker_gives_the_bytes_of_two(experts, tiny_bert, shared, tmp_path):
+def test_one_worker_gives_the_bytes_of_two(experts, tiny_bert, session, tmp_path):
     recipe = finetune_recipe(tiny_bert, tmp_path, resources={"workers": 1})
-    finetune(recipe, shared, "tiny", tmp_path)
+    find_or_train(replace(session, resources=recipe.resources), recipe, tmp_path)
     assert hashes(tmp_path / "experts") == hashes(experts / "experts")
     assert hashes(tmp_path / "trajectories") == hashes(experts / "trajectories")
 
 
-def test_another_seed_trains_other_experts(experts, tiny_bert, shared, tmp_path):
+def test_another_seed_trains_other_experts(experts, tiny_bert, session, tmp_path):
     sets = [{"init": "own", "seed": 1}]
     recipe = finetune_recipe(tiny_bert, tmp_path, sets=sets, tasks=["depth"])
-    folders = finetune(recipe, shared, "tiny", tmp_path)
-    assert list(folders) == [("own-seed1", "depth")]
-    found = load_adapter(folders["own-seed1", "depth"] / "adapter")
+    trained = find_or_train(session, recipe, tmp_path)
+    assert {label: list(of_set) for label, of_set in trained.items()} == {"own-seed1": ["depth"]}
+    found = load_adapter(trained["own-seed1"]["depth"].adapter)
     before = load_adapter(experts / "experts" / SET / "depth" / "adapter")
     assert found.fingerprint != before.fingerprint
 
 
-def test_other_steps_train_again_in_the_same_place(tiny_bert, shared, tmp_path):
+def test_other_steps_train_again_in_the_same_place(tiny_bert, session, tmp_path):
     keys = []
     for steps in (2, 3, 3):
         training = {"steps": steps, "batch": 8, "train_examples": 48}
         recipe = finetune_recipe(tiny_bert, tmp_path, training=training, tasks=["depth"])
-        folder = finetune(recipe, shared, "tiny", tmp_path)[SET, "depth"]
+        folder = find_or_train(session, recipe, tmp_path)[SET]["depth"].folder
         assert len(read_json(folder / "metrics.json")["losses"]) == steps
         keys.append(read_manifest(folder)["key"])
     assert keys[0] != keys[1] == keys[2]
 
 
-def test_ready_experts_are_used_only_if_they_are_these(experts, tiny_bert, shared, tmp_path):
+def test_ready_experts_are_used_only_if_they_are_these(experts, tiny_bert, session, tmp_path):
     recipe = finetune_recipe(tiny_bert, tmp_path, tasks=["depth"])
     ready = str(experts / "experts")
-    found = finetune(recipe, shared, "tiny", tmp_path, ready=ready)
-    assert found[SET, "depth"] == experts / "experts" / SET / "depth"
+    found = find_or_train(session, recipe, tmp_path, ready)
+    assert found[SET]["depth"].folder == experts / "experts" / SET / "depth"
     assert not (tmp_path / "experts").exists()
     other = finetune_recipe(tiny_bert, tmp_path, tasks=["depth"], dtype="float16")
-    found = finetune(other, shared, "tiny", tmp_path, ready=ready)
-    assert found[SET, "depth"] == tmp_path / "experts" / SET / "depth"
+    found = find_or_train(session, other, tmp_path, ready)
+    assert found[SET]["depth"].folder == tmp_path / "experts" / SET / "depth"
 
 
 def test_every_hyper_parameter_counts_but_how_often_the_state_is_saved(tiny_bert, tmp_path):
     def key(base="b", data="d", validation=24, dtype="float32", **changes):
-        recipe = finetune_recipe(tiny_bert, tmp_path, **changes)
+        sizes = {"calibration": 12, "validation": validation, "test": 24}
+        recipe = finetune_recipe(tiny_bert, tmp_path, sizes=sizes, dtype=dtype, **changes)
         job = next(iter(expert_jobs(recipe, SUITES["text"]).values()))
-        return expert_key(job, base, data, validation, dtype)
+        return expert_key(job, base, data, recipe)
 
     training = {"steps": 6, "batch": 8, "train_examples": 48, "checkpoints": 3}
     assert key(training={**training, "save_every": 1}) == key()
@@ -136,16 +137,18 @@ def test_every_hyper_parameter_counts_but_how_often_the_state_is_saved(tiny_bert
     assert len(keys) == 14
 
 
-def test_training_leaves_the_base_in_the_store_alone(experts, shared):
+def test_training_leaves_the_base_in_the_store_alone(experts, session):
+    shared = session.shared
     assert fingerprint_weights(ray.get(shared.weights)) == shared.fingerprint
 
 
-def test_probes_are_the_serial_ones_and_kept_by_content(tiny_bert, shared, tmp_path):
+def test_probes_are_the_serial_ones_and_kept_by_content(tiny_bert, session, tmp_path):
     recipe = finetune_recipe(tiny_bert, tmp_path)
-    suite, resources = SUITES["text"], Resources(workers=2, cpus_per_worker=0.5)
+    suite = SUITES["text"]
 
-    def probes(sizes=recipe.sizes):
-        return fit_probes(suite, list(TASKS), recipe.training, sizes, shared, resources, tmp_path)
+    def probes(**sizes):
+        changed = recipe.model_copy(update={"sizes": recipe.sizes.model_copy(update=sizes)})
+        return probes_of(session, changed, tmp_path)
 
     folders = probes()
     base = load_base(tiny_bert)
@@ -163,5 +166,5 @@ def test_probes_are_the_serial_ones_and_kept_by_content(tiny_bert, shared, tmp_p
     before = stamps(tmp_path)
     assert probes() == folders
     assert stamps(tmp_path) == before
-    probes(recipe.sizes.model_copy(update={"test": 20}))
+    probes(test=20)
     assert len(read_probe(folders["depth"])[1]) == 20

@@ -114,7 +114,7 @@ def test_grams_of_many_serve_any_of_them(recipe, adapters, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["data=null"], "evidence: missing but method 'regmean' needs GramStatistics"),
+        (["data=null"], "evidence: missing but method 'regmean' needs gram_statistics"),
         (["base=null"], "base: missing but data are run through it"),
         (["evidence=somewhere"], "data, evidence: both named"),
         (["method=soup"], "data: method 'soup' gathers none"),

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import ray
 import torch
-from ray_samples import hashes, write_yaml
+from learning_samples import rebuilt
+from ray_samples import hashes, session_on, write_yaml
 
 from icm_ray.adapters import load_adapter
 from icm_ray.base_model.loading import load_base
@@ -15,7 +17,6 @@ from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.command import run_job
 from icm_ray.config import LearnRecipe, MergeRecipe, Resources
 from icm_ray.distributed.learning import LearnOrder, TaskActor, learn_on_ray
-from icm_ray.distributed.shared_base import share_base
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.learned import load_learned
 from icm_ray.learning.inputs import TaskInputs
@@ -46,17 +47,15 @@ def order_for(tasks, method, **changes):
 
 
 @pytest.fixture
-def shared(tiny_bert, ray_session):
-    return share_base(tiny_bert)
+def session(tiny_bert, ray_session):
+    return session_on(tiny_bert)
 
 
-def on_ray(shared, order, folder, workers):
+def on_ray(session, order, folder, workers):
     folder.mkdir(parents=True, exist_ok=True)
-    names = sorted(task.name for task in order.tasks)
     resources = Resources(workers=workers, cpus_per_worker=0.5)
-    learned, seconds = learn_on_ray(
-        shared, order, names, resources, origin={}, scratch=folder, key="k", label="test"
-    )
+    order = replace(order, run=replace(order.run, scratch=folder, key="k"))
+    learned, seconds = learn_on_ray(replace(session, resources=resources), order, "test")
     assert seconds > 0
     return learned
 
@@ -84,23 +83,20 @@ CASES = {
     ],
 )
 def test_any_number_of_actors_gives_the_serial_learner(
-    tasks, tiny_bert, shared, tmp_path, one_thread, method
+    tasks, tiny_bert, session, tmp_path, one_thread, method
 ):
     order = order_for(tasks, method, **CASES[method])
     base = load_base(tiny_bert)
-    plan = order.plan
-    expected = learn(
-        base.model, tasks, plan.parameters(), plan.objective(base), plan.optimisation(), order.run
-    )
+    expected = learn(base.model, order.plan.learning(base), tasks, order.run)
     assert expected.report["losses"]["task0"]["start"] != expected.report["losses"]["task0"]["end"]
     for workers in (1, 2, 4):
-        same(on_ray(shared, order, tmp_path / str(workers), workers), expected)
+        same(on_ray(session, order, tmp_path / str(workers), workers), expected)
 
 
 @pytest.mark.slow
-def test_a_dead_actor_leaves_no_trace(tasks, shared, tmp_path, monkeypatch):
+def test_a_dead_actor_leaves_no_trace(tasks, session, tmp_path, monkeypatch):
     order = order_for(tasks, "row_space_match", **PLAIN)
-    expected = on_ray(shared, order, tmp_path / "whole", 2)
+    expected = on_ray(session, order, tmp_path / "whole", 2)
     started = TaskActor.options
 
     def options(**wants):
@@ -117,14 +113,14 @@ def test_a_dead_actor_leaves_no_trace(tasks, shared, tmp_path, monkeypatch):
         return Doomed
 
     monkeypatch.setattr(TaskActor, "options", options)
-    same(on_ray(shared, order, tmp_path / "killed", 2), expected)
+    same(on_ray(session, order, tmp_path / "killed", 2), expected)
 
 
-def test_a_run_continues_where_it_stopped(tasks, shared, tmp_path, monkeypatch):
+def test_a_run_continues_where_it_stopped(tasks, session, tmp_path, monkeypatch):
     from icm_ray.learning.descent import Descent
 
     order = order_for(tasks, "row_space_match", **PLAIN)
-    expected = on_ray(shared, order, tmp_path / "whole", 1)
+    expected = on_ray(session, order, tmp_path / "whole", 1)
     moves = []
     move = Descent.move
 
@@ -136,14 +132,14 @@ def test_a_run_continues_where_it_stopped(tasks, shared, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Descent, "move", stopping)
     with pytest.raises(KeyboardInterrupt):
-        on_ray(shared, order, tmp_path / "stopped", 1)
+        on_ray(session, order, tmp_path / "stopped", 1)
 
     def counting(self, parts):
         moves.append(self.step)
         move(self, parts)
 
     monkeypatch.setattr(Descent, "move", counting)
-    same(on_ray(shared, order, tmp_path / "stopped", 1), expected)
+    same(on_ray(session, order, tmp_path / "stopped", 1), expected)
     assert moves == [0, 1, 2, 2, 3, 4], "the state of step 2 was saved"
 
 
@@ -179,7 +175,7 @@ def test_the_job_s_evidence_and_a_merge_that_gathers_it_are_one(recipe, adapters
     assert hashes(root / "merged.evidence") == hashes(root / "learned")
     given = [load_adapter(path, name) for name, path in adapters[:3]]
     by_hand = merge(given, "task_vector_match", evidence=root / "learned")
-    exact = load_learned(root / "learned").factors(given)
+    exact = rebuilt(load_learned(root / "learned"), given)
     for module, factors in exact.items():
         found = by_hand.adapter.modules[module]
         torch.testing.assert_close(found.delta(), factors.delta())

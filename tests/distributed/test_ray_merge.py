@@ -15,7 +15,7 @@ from icm_ray.config import MergeRecipe, Resources
 from icm_ray.distributed.merge import merge_on_ray, shard_modules
 from icm_ray.errors import InputError
 from icm_ray.merging.merge import merge
-from icm_ray.merging.order import plan_merge
+from icm_ray.merging.order import MergeRequest, plan_merge
 from jobs.merge import work
 
 METHODS = {
@@ -51,33 +51,27 @@ def test_any_number_of_workers_gives_the_serial_merge(adapters, method):
     order = {"params": METHODS[method], "seed": 3}
     expected = merge([file.load() for file in files], method, **order)
     for workers in (1, 2, 4):
-        found = merge_on_ray(
-            files, method, resources=Resources(workers=workers), shard_bytes=500, **order
-        )
+        request = MergeRequest(method, **order)
+        found = merge_on_ray(files, request, Resources(workers=workers), shard_bytes=500)
         same(found, expected)
 
 
 def test_any_shard_size_gives_the_serial_merge(adapters):
     files = open_all(adapters)
     expected = merge([file.load() for file in files], "svd", output_rank="energy:0.9")
-    order = plan_merge(files, "svd", None, None, "energy:0.9", 0)
+    request = MergeRequest("svd", output_rank="energy:0.9")
+    order = plan_merge(files, request)
     counts = []
     for size in (1, 5000, 10**9):
         counts.append(len(shard_modules(order, files, size)))
-        found = merge_on_ray(
-            files,
-            "svd",
-            resources=Resources(workers=2),
-            output_rank="energy:0.9",
-            shard_bytes=size,
-        )
+        found = merge_on_ray(files, request, Resources(workers=2), shard_bytes=size)
         same(found, expected)
     assert counts[0] == len(order.present) > counts[1] > counts[2] == 1
 
 
 def test_shards_cover_every_module_once_and_in_order(adapters):
     files = open_all(adapters)
-    order = plan_merge(files, "soup", None, None, None, 0)
+    order = plan_merge(files, MergeRequest("soup"))
     for size in (1, 1500, 5000, 10**9):
         shards = shard_modules(order, files, size)
         assert [module for shard in shards for module in shard] == list(order.present)
@@ -95,7 +89,7 @@ def test_thirty_adapters(tiny_bert, tmp_path):
         save_file(tensors, weights, metadata={"format": "pt"})
         refs.append((f"{i:02d}", folder))
     files = open_all(refs)
-    found = merge_on_ray(files, "soup", resources=Resources(workers=4), shard_bytes=1000)
+    found = merge_on_ray(files, MergeRequest("soup"), Resources(workers=4), shard_bytes=1000)
     same(found, merge([file.load() for file in files], "soup"))
     assert found.adapter.max_rank == 16  # 30 adapters of rank 2 fill a 16 x 16 module
 
@@ -133,7 +127,7 @@ def test_a_workers_complaint_about_nan_names_the_file(adapters, tmp_path):
     # Opened, not scanned: only the worker that reads the module can notice.
     files = [open_adapter(folder, name), open_adapter(adapters[1][1], adapters[1][0])]
     with pytest.raises(InputError) as caught:
-        merge_on_ray(files, "soup", resources=Resources(workers=2), shard_bytes=500)
+        merge_on_ray(files, MergeRequest("soup"), Resources(workers=2), shard_bytes=500)
     assert str(weights) in str(caught.value)
     assert spoilt in str(caught.value)
     assert caught.value.exit_code == 3
@@ -145,12 +139,12 @@ def test_a_file_that_vanishes_before_the_worker_reads_it_is_named(adapters, tmp_
     files = open_all([(name, folder), adapters[1]])
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="gone"):
-        merge_on_ray(files, "soup", resources=Resources())
+        merge_on_ray(files, MergeRequest("soup"), Resources())
 
 
 def test_modules_and_ranks_may_differ(adapters):
     files = open_all(adapters)
-    found = merge_on_ray(files, "cat", resources=Resources(workers=2), shard_bytes=1)
+    found = merge_on_ray(files, MergeRequest("cat"), Resources(workers=2), shard_bytes=1)
     same(found, merge([file.load() for file in files], "cat"))
     absent = {report.absent for report in found.report.modules.values()}
     assert ("task0", "task1", "task3", "task4") in absent  # only task2 has keys

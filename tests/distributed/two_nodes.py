@@ -19,8 +19,8 @@ from icm_ray.adapters import load_adapter, open_all
 from icm_ray.base_model.loading import load_base
 from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.config import Resources
-from icm_ray.distributed.actors import AdapterSource, start_actors
 from icm_ray.distributed.evidence import gather_on_ray
+from icm_ray.distributed.session import Pool, Session
 from icm_ray.distributed.shared_base import share_base
 from icm_ray.evidence.gather import gather
 from icm_ray.suites import SUITES
@@ -66,14 +66,13 @@ def main(base: Path, folders: list[Path]) -> None:
     second = cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
     ray.init(address=cluster.address, logging_level="warning", log_to_driver=False)
     try:
-        shared = share_base(base)
         files = open_all(refs)
-        sources = [AdapterSource(f.name, str(f.path), f.fingerprint) for f in files]
-        actors = start_actors(shared, Resources(cpus_per_worker=1), len(sources))
-        found = gather_on_ray(actors, sources, inputs, batch=8, timeout=300)
+        session = Session(Resources(cpus_per_worker=1, timeout_seconds=300), base, share_base(base))
+        pool = Pool(session, len(files))
+        found = gather_on_ray(pool, files, inputs, batch=8)
         where = [
             actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
-            for actor in actors
+            for actor in pool.actors
         ]
         nodes = set(ray.get(where, timeout=60))
         expected = serial(base, refs, list(texts))
@@ -83,7 +82,7 @@ def main(base: Path, folders: list[Path]) -> None:
         lose = threading.Timer(0.5, cluster.remove_node, (second,), {"allow_graceful": False})
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the node's log
             lose.start()
-            found = gather_on_ray(actors, sources, inputs, batch=8, timeout=300)
+            found = gather_on_ray(pool, files, inputs, batch=8)
             lose.join()
         alive = sum(node["Alive"] for node in ray.nodes())
         print(json.dumps({"nodes": alive, "same": same(found, expected)}), flush=True)

@@ -12,13 +12,12 @@ from pathlib import Path
 import icm_ray.distributed  # noqa: F401  isort: skip
 import ray
 from ray.cluster_utils import Cluster
-from ray_samples import finetune_recipe, save_tiny_bert
+from ray_samples import finetune_recipe, save_tiny_bert, session_on
 
 from icm_ray.config import SearchRecipe
-from icm_ray.distributed.finetune import finetune
-from icm_ray.distributed.shared_base import share_base
 from icm_ray.files import read_json
-from icm_ray.workflows.search.run import search_and_write
+from icm_ray.workflows.experts import find_or_train
+from icm_ray.workflows.search.run import run
 
 
 def main(root: Path) -> None:
@@ -31,7 +30,7 @@ def main(root: Path) -> None:
         base = save_tiny_bert(root / "base")
         train = finetune_recipe(base, root, tasks=["keyword", "supersense"])
         with contextlib.redirect_stdout(io.StringIO()):
-            finetune(train, share_base(base), "tiny", root)
+            find_or_train(session_on(base), train, root)
             recipe = SearchRecipe(
                 base=str(base),
                 suite="text",
@@ -41,7 +40,7 @@ def main(root: Path) -> None:
                 trials=8,
                 output=str(root / "out"),
             )
-            search_and_write(recipe, root / "out")
+            run(recipe, root / "out")
         trials = [read_json(path) for path in sorted((root / "out" / "trials").glob("*.json"))]
         nodes = {trial["node"] for trial in trials}
         told = {"nodes": len(nodes), "states": [trial["state"] for trial in trials]}

@@ -52,7 +52,6 @@ def make_data(**changes) -> ReportData:
         "task_vector_cosines": {"topic": {"topic": 1.0, "year": 0.25}, "year": {"year": 1.0}},
         "delta_cosines": {"topic": {"topic": 1.0}, "year": {"year": 1.0}},
         "retained_energy": per_module,
-        "output_norms": per_module,
         "notes": ["Mind the gap."],
     }
     return ReportData(**(values | changes))

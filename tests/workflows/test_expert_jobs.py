@@ -11,6 +11,9 @@ from icm_ray.evaluation.experts import find_experts
 from icm_ray.evidence.store import load_evidence
 from icm_ray.files import read_json
 
+SET = "shared-seed0"
+TASKS = ("depth", "supersense")
+
 
 def test_the_evidence_job(experts, tiny_bert, tmp_path):
     from jobs.evidence import work

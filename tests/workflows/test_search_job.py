@@ -12,7 +12,15 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from ray_samples import ROOT, environment, finetune_recipe, hashes, stamps, write_yaml
+from ray_samples import (
+    ROOT,
+    environment,
+    finetune_recipe,
+    hashes,
+    session_on,
+    stamps,
+    write_yaml,
+)
 
 from icm_ray.command import run_job
 from icm_ray.config import MergeRecipe, SearchRecipe, TrainFusionRecipe
@@ -28,11 +36,11 @@ TASKS = ["keyword", "supersense"]
 @pytest.fixture(scope="module")
 def classifiers(tiny_bert, ray_session, tmp_path_factory):
     """Two experts of the tiny base that are right now and then, which a regression is not."""
-    from icm_ray.distributed.finetune import finetune
-    from icm_ray.distributed.shared_base import share_base
+    from icm_ray.workflows.experts import find_or_train
 
     root = tmp_path_factory.mktemp("classifiers")
-    finetune(finetune_recipe(tiny_bert, root, tasks=TASKS), share_base(tiny_bert), "tiny", root)
+    recipe = finetune_recipe(tiny_bert, root, tasks=TASKS)
+    find_or_train(session_on(tiny_bert, **recipe.resources.model_dump()), recipe, root)
     return root / "experts" / "shared-seed0"
 
 

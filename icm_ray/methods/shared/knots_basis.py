@@ -65,12 +65,13 @@ def knots(
     roots = torch.block_diag(*(row_root(f.a) for f in factors))
     basis = basis_of(torch.cat([f.b for f in factors], dim=1), roots)
     u = basis.product(torch.eye(basis.s.numel(), dtype=torch.float64))
-    told = evidence.get("U") if evidence else None
-    if told is not None and told.shape != u.shape:
+    signs = evidence.get("U") if evidence else None
+    if signs is not None and signs.shape != u.shape:
         raise InputError(
-            f"evidence: {context.module}.U is {tuple(told.shape)} but {tuple(u.shape)} is expected."
+            f"evidence: {context.module}.U is {tuple(signs.shape)} but {tuple(u.shape)} is "
+            "expected."
         )
-    flips = _signs(u if told is None else u * told, largest=told is None)
+    flips = _signs(u if signs is None else u * signs, largest=signs is None)
     cores = (basis.coordinates * flips.double()[:, None]).float()
     parts = cores.split([f.rank for f in factors], dim=1)
     coordinates = tuple(LoRAFactors(f.a, b) for f, b in zip(factors, parts, strict=True))

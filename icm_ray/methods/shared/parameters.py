@@ -1,7 +1,7 @@
 """Parameter types that several methods share; their metadata is the schema users see."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -22,8 +22,20 @@ Weights = Annotated[
 ]
 Scale = Annotated[
     float,
-    Field(ge=-1e6, le=1e6, allow_inf_nan=False, description="Multiplies the merged delta."),
+    Field(
+        ge=-1e6,
+        le=1e6,
+        allow_inf_nan=False,
+        description="Multiplies the merged delta.",
+        json_schema_extra={"usual": "loguniform(0.1, 2)"},
+    ),
 ]
+"""Of sums over tasks, which want less than 1, and of averages, which want about 1."""
+
+
+def usual(distribution: str) -> Any:
+    """Return what a parameter's annotation says of the range that searches try by default."""
+    return Field(json_schema_extra={"usual": distribution})
 
 
 def task_weights(

@@ -30,8 +30,8 @@ NO_TARGET = float("nan")
 def pronunciations(dictionary: Path) -> Iterator[Candidate]:
     """Yield words of CMUdict with their phones, stress marks left out."""
     for line in dictionary.read_text(encoding="utf-8").splitlines():
-        word, _, told = line.partition("  ")
-        phones = re.sub(r"\d", "", told).split()
+        word, _, phones_text = line.partition("  ")
+        phones = re.sub(r"\d", "", phones_text).split()
         # Variants such as WORD(1), possessives and spelled-out marks are left out.
         if re.fullmatch(r"[A-Z]{4,}", word) and len(phones) in PHONES:
             word = word.lower()
@@ -43,11 +43,11 @@ def pronunciations(dictionary: Path) -> Iterator[Candidate]:
 def definitions(wordnet: Path) -> Iterator[Candidate]:
     """Yield terms of WordNet's nouns that have one meaning only, with its definition."""
     for synset in read_synsets(wordnet).values():
-        term, told = synset.lemma, synset.definition
-        plain = re.fullmatch(r"[a-z]+( [a-z]+)?", term) and re.fullmatch(r"[a-z ,'-]+", told)
-        if plain and len(told.split()) in DEFINITION_WORDS:
+        term, definition = synset.lemma, synset.definition
+        plain = re.fullmatch(r"[a-z]+( [a-z]+)?", term) and re.fullmatch(r"[a-z ,'-]+", definition)
+        if plain and len(definition.split()) in DEFINITION_WORDS:
             # Terms that share their head noun ("alarm clock") share a document.
-            yield Candidate(f"Define: {term}\n", NO_TARGET, term.split()[-1], answer=told)
+            yield Candidate(f"Define: {term}\n", NO_TARGET, term.split()[-1], answer=definition)
 
 
 def lemmas(wordnet: Path) -> Iterator[Candidate]:

@@ -37,15 +37,15 @@ def learned_report(table: Table) -> dict[str, Any]:
 def _quartiles(table: Table, one: SetResults) -> dict[str, dict[str, list[float]]]:
     """Return accuracy by row and classification, from the lowest quarter of ratios up."""
     kinds = {name: task.kind for name, task in table.suite.tasks.items()}
-    found: dict[str, dict[str, list[float]]] = {}
+    quartiles: dict[str, dict[str, list[float]]] = {}
     for row, folder in table.ratios.items():
         ratios = read_ratios(folder)
         scores = one.scores[row, DEFAULT, "test"]
-        found[row] = {}
+        quartiles[row] = {}
         for task in (task for task in ratios.values if kinds[task] == "classification"):
             right = scores[task].predictions == _targets(table, task)
-            found[row][task] = [float(right[part].mean()) for part in ratios.quarters(task)]
-    return found
+            quartiles[row][task] = [float(right[part].mean()) for part in ratios.quarters(task)]
+    return quartiles
 
 
 def _targets(table: Table, task: str) -> np.ndarray:
@@ -77,7 +77,7 @@ def _means(sets: list[SetResults]) -> dict[tuple[str, bool], float]:
 
     The chosen setting may differ from set to set.
     """
-    found: dict[tuple[str, bool], list[float]] = {}
+    means: dict[tuple[str, bool], list[float]] = {}
     for one in sets:
         expert = values(one.scores[EXPERT, DEFAULT, "test"])
         base = values(one.scores[BASE, DEFAULT, "test"])
@@ -86,8 +86,8 @@ def _means(sets: list[SetResults]) -> dict[tuple[str, bool], float]:
                 mean = standing(values(one.scores[row, variant, "test"]), expert, base).mean
                 # The default can be the best setting, and then it is both.
                 for tuned in {variant != DEFAULT, one.chosen.get(row) == variant}:
-                    found.setdefault((row, tuned), []).append(mean)
-    return {key: sum(m) / len(m) for key, m in found.items() if len(m) == len(sets)}
+                    means.setdefault((row, tuned), []).append(mean)
+    return {key: sum(m) / len(m) for key, m in means.items() if len(m) == len(sets)}
 
 
 def _gap(

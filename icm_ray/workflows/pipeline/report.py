@@ -102,13 +102,13 @@ def console(data: ReportData) -> None:
 
 
 def _rows(table: Table, one: SetResults) -> list[ScoreRow]:
-    found = [
+    rows = [
         row
         for (name, variant, split), scores in one.scores.items()
         for row in _score_rows(table, one, name, variant, split, scores)
     ]
     probes = probe_scores(table)
-    return found + _score_rows(table, one, PROBE, "default", "test", probes) if probes else found
+    return rows + _score_rows(table, one, PROBE, "default", "test", probes) if probes else rows
 
 
 def _score_rows(

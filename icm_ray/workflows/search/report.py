@@ -78,11 +78,11 @@ def publish_table(
     for row, _ in plan.rows:
         mine = [(search, study) for search, study in pairs if search.row.name == row.name]
         grid = [_best(study, name) for search, study in mine if search.seed is None]
-        found = [_best(study, name) for search, study in mine if search.seed is not None]
-        wins = sum(better(name, value, grid[0]) for value in found) if grid else 0
+        searched = [_best(study, name) for search, study in mine if search.seed is not None]
+        wins = sum(better(name, value, grid[0]) for value in searched) if grid else 0
         # A row's search is better if its mean over seeds is.
         compared += bool(grid)
-        won += bool(grid) and better(name, statistics.fmean(found), grid[0])
+        won += bool(grid) and better(name, statistics.fmean(searched), grid[0])
         trials = max(len(study.finished()) for search, study in mine if search.seed is not None)
         tests = [
             [scores[s.output]["test"]["mean"] for s, _ in mine if (s.seed is None) is is_grid]
@@ -90,17 +90,19 @@ def publish_table(
             else []
             for is_grid in (True, False)
         ]
-        wins_told = f"{wins} of {len(found)}" if grid else ""
+        wins_told = f"{wins} of {len(searched)}" if grid else ""
         lines.append(
-            [markdown(row.name), str(trials), *map(_spread, (grid, found)), wins_told]
+            [markdown(row.name), str(trials), *map(_spread, (grid, searched)), wins_told]
             + [_spread(values) for values in tests]
         )
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    told = f"Best {name} ({AIMS[name].meaning}); mean over seeds, lowest and highest in brackets.\n"
-    told += f"Better than the grid on average over seeds: {won} of {compared} rows.\n"
+    summary = (
+        f"Best {name} ({AIMS[name].meaning}); mean over seeds, lowest and highest in brackets.\n"
+    )
+    summary += f"Better than the grid on average over seeds: {won} of {compared} rows.\n"
     path = target / TABLE
-    path.write_text(f"{told}\n{text}\n", encoding="utf-8")
-    print(f"{told}\n{text}")
+    path.write_text(f"{summary}\n{text}\n", encoding="utf-8")
+    print(f"{summary}\n{text}")
     return path
 
 
