@@ -123,6 +123,12 @@ def test_whatever_is_distributed_uses_ray(path: Path) -> None:
     )
 
 
+def test_what_is_distributed_knows_no_recipe() -> None:
+    for path in (path for path in FILES if room_of(path) == "distributed"):
+        named = [m for m in imports(path) if m.startswith("icm_ray.config.")]
+        assert not [m for m in named if m.endswith("Recipe")], name_of(path)
+
+
 def test_methods_see_evidence_as_named_tensors_alone() -> None:
     for path in (path for path in FILES if room_of(path) == "methods"):
         for module in imports(path):

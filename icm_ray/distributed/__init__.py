@@ -1,4 +1,7 @@
-"""The only package that imports Ray. Every function here wraps a serial one of another room."""
+"""Ray alone: actors, tasks, sessions, Tune and Train around serial functions of other rooms.
+
+Nothing else imports Ray, and every file here does.
+"""
 
 import os
 import secrets

@@ -1,1 +1,1 @@
-"""Everything that runs the base model: hidden states, task vectors, null-space ratios."""
+"""What methods may know beside the adapters: how it is gathered, and how it lies on disk."""

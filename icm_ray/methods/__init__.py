@@ -1,8 +1,8 @@
 """The merge methods: one file each, one row each in METHODS.
 
 To add a method: write `methods/<name>.py` with one function whose keyword-only parameters are its
-schema, add a row here, `configs/merge/<name>.yaml` and a golden test. Help, validation, contract
-tests and the search space read the row.
+schema, add a row here and in the README, `configs/merge/<name>.yaml` and a golden test. Help,
+validation, contract tests and the search space read the row.
 """
 
 from collections.abc import Mapping

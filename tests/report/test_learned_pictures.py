@@ -58,7 +58,7 @@ def test_the_report_shows_all_that_was_learned(learned, make_data):
         "✗ worse",
     ):
         assert word in text, word
-    assert text.count("<svg") == 9
+    assert text.count("<svg") == 8
 
 
 def test_tasks_without_classes_have_no_accuracy_by_ratio(learned, make_data):

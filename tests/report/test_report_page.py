@@ -72,7 +72,7 @@ def test_page_has_each_method_task_hash_and_note_and_loads_nothing(data):
     for word in ("soup", "ties", "topic", "year", "hash of topic", "ab12", "Mind the gap."):
         assert word in text, word
     assert data.command in text
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 4
     for word in ("<script", "<link", "src=", "@import", "url(http"):
         assert word not in text, word
     tags = Tags()
