@@ -1,8 +1,4 @@
-"""What a recipe may say: one class a job, no unknown keys, every range checked.
-
-`recipe_files.load_recipe` reads them from YAML. Relative paths are relative to the folder the
-command runs in.
-"""
+"""What several recipes share: resources, adapters, data, outputs, and how parts are changed."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -113,7 +113,8 @@ class CheckpointSource:
     def load(self) -> Adapter:
         """Read the checkpoint."""
         expert = self.expert.load()
-        modules = dict(checkpoints_of(expert, self.trajectory))[self.step]
+        checkpoints = checkpoints_of(expert, self.trajectory)
+        modules = next(modules for step, modules in checkpoints if step == self.step)
         return replace(expert, modules=modules, fingerprint=self.fingerprint)
 
 
@@ -184,11 +185,11 @@ class AdapterActor:
         return evaluate(self.base, adapter, wanted, batch=batch, threads=self.threads)
 
     def measure(self, material: Sequence[Any], order: Mapping[str, Any]) -> dict[str, Any]:
-        """Measure a trial of a search; see `search_trials.measure`.
+        """Measure a trial of a search; see `trials.measure`.
 
         Args:
-            material: What `search_trials.share_material` returned.
-            order: Arguments of `search_trials.measure` but for the measurer.
+            material: What `trials.share_material` returned.
+            order: Arguments of `trials.measure` but for the measurer.
         """
         if self.measurer is None or self.measurer[0] != material[0]:
             self.measurer = (material[0], measurer_of(self.base, ray.get(material[0])))

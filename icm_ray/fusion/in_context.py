@@ -1,4 +1,4 @@
-"""Fusion in context (F3): what moves, how, and what that depends on; `learned_on_ray` runs it."""
+"""Fusion in context (F3): what moves, how, and what that depends on; a learner runs it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

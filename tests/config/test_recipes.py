@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from icm_ray import config
-from icm_ray.config import FinetuneRecipe, MergeRecipe, PipelineRecipe, Recipe
-from icm_ray.config import loading as recipe_files
+from icm_ray.config import FinetuneRecipe, MergeRecipe, PipelineRecipe, Recipe, loading
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import RecipeError
 from icm_ray.storage import STORAGE_VARIABLE, SUBMITTED_JOB_VARIABLE, output_folder
@@ -220,7 +219,7 @@ def test_files_that_are_missing_or_huge_are_refused(tmp_path: Path) -> None:
         load_recipe(MergeRecipe, tmp_path / "none.yaml")
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(MergeRecipe, tmp_path)
-    (tmp_path / "big.yaml").write_text(PLAIN + "#" * recipe_files.MAX_RECIPE_BYTES)
+    (tmp_path / "big.yaml").write_text(PLAIN + "#" * loading.MAX_RECIPE_BYTES)
     with pytest.raises(RecipeError, match="A recipe is a short text"):
         load_recipe(MergeRecipe, tmp_path / "big.yaml")
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from icm_ray.adapters import load_adapter
 from icm_ray.command import run_job
 from icm_ray.config import EngineSpec, FusionSpec, LearnRecipe, Resources, TrainFusionRecipe
-from icm_ray.distributed import fusion_worker as fusion_engine
+from icm_ray.distributed import fusion_worker
 from icm_ray.distributed.fusion_trainer import train_fusion_on_ray
 from icm_ray.distributed.fusion_worker import FusionOrder, check_hashes
 from icm_ray.errors import ClusterError, InputError, RecipeError
@@ -97,7 +97,7 @@ def test_two_workers_train_the_serial_loops_network_and_halve_the_optimiser(mate
 
     def watched(config):
         os.environ["TORCH_EXTENSIONS_DIR"] = str(built)
-        fusion_engine.train_worker(config)
+        fusion_worker.train_worker(config)
 
     order = order_of(layout, zero_stage=1)
     found = train_fusion_on_ray(order, table, tmp_path, 2, worker=watched)
@@ -128,7 +128,7 @@ def test_a_lost_worker_changes_nothing(ray_session, material, tmp_path, max_fail
     mark, made = tmp_path / "died", tmp_path / "made"
 
     def dying(config):
-        step = fusion_engine._step
+        step = fusion_worker._step
 
         def last_words(engine, meta, number):
             rank = torch.distributed.get_rank()
@@ -142,8 +142,8 @@ def test_a_lost_worker_changes_nothing(ray_session, material, tmp_path, max_fail
                     file.write(f"{number} ")
             return found
 
-        fusion_engine._step = last_words
-        fusion_engine.train_worker(config)
+        fusion_worker._step = last_words
+        fusion_worker.train_worker(config)
 
     order = order_of(layout, zero_stage=stage, checkpoint_every=3, max_failures=max_failures)
     if max_failures == 0:
