@@ -18,7 +18,7 @@ from icm_ray.fusion.latent import DIRECT, IN_CONTEXT
 from icm_ray.fusion_vae import network
 from icm_ray.importing import counterparts
 from icm_ray.learning.descent import Descent, Optimisation
-from icm_ray.learning.objectives import NullSpaceRatio, RowSpaceMatch, TaskVectorMatch
+from icm_ray.learning.objectives import NullSpaceRatio, RowSpaceMatch, TaskVectorMatch, Tokens
 from icm_ray.learning.recipes import LEARNERS
 from icm_ray.learning.targets import Targets
 from icm_ray.learning.tasks import load_inputs
@@ -188,15 +188,16 @@ def kernels() -> list[int]:
 
 CONSTANTS: Mapping[str, Callable[[], Any]] = {
     "split that learners read": split_of_inputs,
+    "inputs of a task": lambda: DataSpec().inputs_per_task,
     "targets of the null-space ratio": lambda: list(astuple(NullSpaceRatio().targets)),
     "targets of the row-space match": lambda: list(astuple(RowSpaceMatch().targets)),
-    "share of blocks": lambda: Targets().share,
-    "pooling of task vectors": lambda: TaskVectorMatch().pooling,
+    "targets": lambda: list(astuple(Targets())),
+    "tokens": lambda: list(astuple(Tokens())),
+    "task vectors": lambda: list(astuple(TaskVectorMatch())),
     "floor under the ratio's root": lambda: RATIO_FLOOR,
     "singular values that count": lambda: NUMERICAL_RANK,
-    "ridge of RegMean beneath a learner": lambda: (
-        signature(regmean_terms).parameters["ridge"].default
-    ),
+    "RegMean beneath a learner": lambda: [default_of(regmean_terms, n) for n in ("rho", "ridge")],
+    "descent": lambda: list(astuple(Optimisation(1, 1.0)))[2:],
     "moments of AdamW": partial(moments, "adamw"),
     "moments of Adam": partial(moments, "adam"),
     "numbers in a token of preset paper": lambda: network.CHUNK,

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray_samples import save_tiny_bert
 from safetensors.torch import load_file, save_file
 
 from icm_ray.adapters import load_adapter, open_all
@@ -129,19 +130,17 @@ def test_two_actors_work_at_the_same_time(pool, sources):
     assert overlap > 0.25 * min(a["dur"], b["dur"])
 
 
-def test_an_extra_actor_costs_less_than_a_quarter_of_the_base(minilm, pool, ray_session):
-    large = share_base(minilm)
+def test_an_extra_actor_costs_less_than_a_quarter_of_the_base(pool, ray_session, tmp_path):
+    large = share_base(save_tiny_bert(tmp_path, rows=1_300_000))
     assert large.bytes > 80_000_000
-    actors = start_actors(large, Resources(cpus_per_worker=0.25, workers=2), 2)
+    (actor,) = start_actors(large, SMALL, 1)
     try:
-        ray.get([actor.base_fingerprint.remote() for actor in actors], timeout=120)
-        without = min(psutil.Process(pid_of(actor)).memory_full_info().uss for actor in pool)
-        for actor in actors:
-            own = psutil.Process(pid_of(actor)).memory_full_info().uss
-            assert own - without < large.bytes / 4
+        ray.get(actor.base_fingerprint.remote(), timeout=120)
+        without = min(psutil.Process(pid_of(one)).memory_full_info().uss for one in pool)
+        own = psutil.Process(pid_of(actor)).memory_full_info().uss
+        assert own - without < large.bytes / 4
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        ray.kill(actor)
 
 
 def test_scores_are_the_serial_ones_and_kept_by_content(

@@ -140,6 +140,8 @@ def test_runs_of_the_paper_s_network_are_told_apart_by_their_places() -> None:
     runs = numbers(2, CHUNK)
     one, other = (vae.encode(x.reshape(1, -1), v)[0] for x in (runs, runs.flip(0)))
     assert not torch.allclose(one, other, atol=1e-4)
+    slope = jacobian(lambda x: vae.encode(x, v)[0].sum(), runs.reshape(1, -1))
+    assert bool(slope.view(2, CHUNK).any(1).all()), "all of them count"
     made = vae.decode(numbers(1, vae.latent), v)
     assert not torch.allclose(made[0, :CHUNK], made[0, CHUNK:], atol=1e-3)
 
