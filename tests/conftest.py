@@ -1,8 +1,9 @@
 """What every test shares: checked types, one kernel thread, small things to merge and to run."""
 
 import os
+import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,14 @@ install_import_hook(
     [f"icm_ray.{p.stem}" for p in PACKAGE.glob("[a-z]*") if p.stem != "distributed"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# However pytest is started: nothing of the caller's cluster, storage, hub or terminal gets in.
+FOREIGN = ("RAY_", "ICM_RAY_", "HF_", "TRANSFORMERS_", "WANDB_", "MLFLOW_", "TOKENIZERS_")
+TERMINAL = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PYTHONWARNINGS")
+KEPT = ("ICM_RAY_CACHE",)  # fetched bases, which are checked by their hashes
+for name in list(os.environ):
+    if name in TERMINAL or (name.startswith(FOREIGN) and name not in KEPT):
+        del os.environ[name]
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 import torch  # noqa: E402
 
@@ -46,6 +54,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing.*")
     # Said of experts that were trained here, on a base in a temporary folder.
     config.addinivalue_line("filterwarnings", "ignore:.*is a path or address of another machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def usual_signals() -> Iterator[None]:
+    """A script's background job ignores Ctrl-C, and so would its tests and their children."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler or signal.SIG_DFL)
 
 
 MakeAdapter = Callable[..., Adapter]

@@ -54,14 +54,6 @@ def on_ray(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def minilm() -> Path:
-    """The prepared MiniLM base; fetched once into the cache."""
-    from icm_ray.suites import prepare_base
-
-    return prepare_base("minilm", progress=print)
-
-
-@pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random BERT of the other tests, but with room for the texts of the suite."""
     return save_tiny_bert(tmp_path_factory.mktemp("tiny-bert"))

@@ -20,8 +20,11 @@ VARIES = (RUN_FILE, "results.json")
 """Files with a clock, a host or a path in them, outside every comparison of bytes."""
 
 
-def save_tiny_bert(folder: Path) -> Path:
-    """Save a random two-layer BERT of width 16 whose tokenizer knows the letters."""
+def save_tiny_bert(folder: Path, rows: int = 30) -> Path:
+    """Save a random two-layer BERT of width 16 whose tokenizer knows the letters.
+
+    `rows` of its table of words make it as large as is asked for.
+    """
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
@@ -40,7 +43,7 @@ def save_tiny_bert(folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(names),
+        vocab_size=rows,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,

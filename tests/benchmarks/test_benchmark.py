@@ -1,6 +1,7 @@
 """The benchmark's answers at a tiny size; never its times."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from icm_ray.benchmarks.tables import as_markdown, as_tables
 from icm_ray.config import BenchmarkRecipe, FusionBenchmark
 from icm_ray.config.loading import load_recipe
 
+CONFIGS = Path(__file__).parents[2] / "configs/benchmark"
 LAYERS = {"q_proj": [64, 48], "v_proj": [16, 48]}
 # What both sides' results may differ by, where that is judged.
 TOLERANCE = {"truth": 1e-4, "peer": 1e-4, "residual": 1e-4}
@@ -205,8 +207,8 @@ def test_a_fusion_vae_s_parameters_do_not_grow_with_the_adapter():
     assert "| 8 | default | 3,328 | 384 |" in text
 
 
-@pytest.mark.parametrize("name", ["peft", "many", "methods", "fusion"])
-def test_shipped_recipes_load(name):
-    recipe = load_recipe(BenchmarkRecipe, f"configs/benchmark/{name}.yaml")
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_load(path):
+    recipe = load_recipe(BenchmarkRecipe, path)
     assert recipe.output
     assert set(recipe.methods) <= set(COMPARISONS)

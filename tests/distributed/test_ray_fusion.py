@@ -401,8 +401,6 @@ def start(recipe, log):
             env=environment(),
             stdout=file,
             stderr=file,
-            # A shell's background job ignores Ctrl-C, and so would its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
 

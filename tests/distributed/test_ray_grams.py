@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from ray_samples import hashes, merge_recipe, write_yaml
+from ray_samples import hashes, write_yaml
 from typer.testing import CliRunner
 
 from icm_ray.adapters import load_adapter
@@ -13,6 +13,7 @@ from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.cli import app
 from icm_ray.command import run_job
 from icm_ray.config import EvidenceRecipe, MergeRecipe
+from icm_ray.errors import InputError
 from icm_ray.evidence.grams import gather_grams
 from icm_ray.evidence.tensors import read_evidence
 from icm_ray.merging.merge import merge
@@ -23,42 +24,40 @@ SMALL = {"workers": 2, "cpus_per_worker": 0.5}
 TEXTS = ("abc de", "fgh", "i j k l m", "nop qrs tuv")
 
 
-@pytest.fixture
-def recipe(adapters, tiny_bert, tmp_path):
-    """A recipe of RegMean over three adapters and texts of their own."""
-    refs = adapters[:3]
-    for number, (name, _) in enumerate(refs):
+@pytest.fixture(scope="module")
+def content(adapters, tiny_bert, tmp_path_factory):
+    """What a recipe says of three adapters and texts of their own."""
+    data = tmp_path_factory.mktemp("data")
+    for number, (name, _) in enumerate(adapters[:3]):
         lines = [json.dumps({"text": f"{text} {name[-1]}{number}"}) for text in TEXTS]
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines))
-    content = merge_recipe(
-        refs,
-        tmp_path / "merged",
-        method="regmean",
-        base=str(tiny_bert),
-        data={"path": str(tmp_path / "data"), "inputs_per_task": 4},
-        resources=SMALL,
-    )
-    return write_yaml(tmp_path / "regmean.yaml", content)
+        (data / f"{name}.jsonl").write_text("\n".join(lines))
+    return {
+        "adapters": [{"name": name, "path": str(path)} for name, path in adapters[:3]],
+        "base": str(tiny_bert),
+        "data": {"path": str(data), "inputs_per_task": 4},
+        "resources": SMALL,
+    }
 
 
-def gathered(recipe, output, **changes):
-    """Run jobs.evidence on the recipe's adapters and data."""
-    import yaml
+@pytest.fixture
+def recipe(content, tmp_path):
+    """A recipe of RegMean."""
+    merged = {"method": "regmean", "output": {"path": str(tmp_path / "merged")}}
+    return write_yaml(tmp_path / "regmean.yaml", {**content, **merged})
 
-    whole = yaml.safe_load(recipe.read_text())
-    content = {name: whole[name] for name in ("adapters", "base", "data", "resources")}
-    path = write_yaml(
-        output.with_suffix(".yaml"),
-        {**content, "kind": "gram_statistics", "output": str(output), **changes},
-    )
+
+@pytest.fixture(scope="module")
+def grams(content, ray_session, tmp_path_factory):
+    """What jobs.evidence gathers of the same adapters and data."""
+    folder = tmp_path_factory.mktemp("evidence") / "grams"
+    whole = {**content, "kind": "gram_statistics", "output": str(folder)}
+    path = write_yaml(folder.with_suffix(".yaml"), whole)
     assert run_job(EvidenceRecipe, evidence_work, "", ["-c", str(path)]) == 0
-    return output
+    return folder
 
 
-def test_actors_gather_what_one_process_does(recipe, adapters, tiny_bert, tmp_path, one_thread):
-    folder = gathered(recipe, tmp_path / "grams")
-    told = read_evidence(folder)
+def test_actors_gather_what_one_process_does(grams, adapters, tiny_bert, one_thread):
+    told = read_evidence(grams)
     base = load_base(tiny_bert)
     modules = sorted({m for _, path in adapters[:3] for m in load_adapter(path).modules})
     for number, (name, path) in enumerate(adapters[:3]):
@@ -72,7 +71,7 @@ def test_actors_gather_what_one_process_does(recipe, adapters, tiny_bert, tmp_pa
             assert torch.equal(found, expected.grams[expected.shared[module]])
 
 
-def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, tmp_path):
+def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, grams, tmp_path):
     assert run_job(MergeRecipe, merge_work, "", ["-c", str(recipe)]) == 0
     merged, evidence = tmp_path / "merged", tmp_path / "merged.evidence"
     assert read_evidence(evidence).kind == "gram_statistics"
@@ -81,7 +80,6 @@ def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, tmp_
     done = CliRunner().invoke(app, ["reproduce", str(merged)])
     assert done.exit_code == 0, done.output
     before = hashes(merged)
-    grams = gathered(recipe, tmp_path / "grams")
     assert hashes(grams) == hashes(evidence)
     # Ready evidence needs no Ray, and gives the same bytes.
     words = ["-c", str(recipe), "data=null", f"evidence={grams}", f"output.path={tmp_path / 'two'}"]
@@ -94,8 +92,7 @@ def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, tmp_
     assert done.exit_code == 3
 
 
-def test_grams_of_many_serve_any_of_them(recipe, adapters, tmp_path):
-    grams = gathered(recipe, tmp_path / "grams")
+def test_grams_of_many_serve_any_of_them(grams, adapters):
     two = [load_adapter(path, name) for name, path in adapters[:2]]
     found = merge(two, "regmean", evidence=grams)
     by_hand = {
@@ -134,10 +131,7 @@ def test_without_ray_data_cannot_be_gathered(recipe):
     assert "gathered from 4 unlabelled" in done.output.replace("\n", " ")
 
 
-def test_evidence_of_other_adapters_is_refused(recipe, adapters, tmp_path):
-    from icm_ray.errors import InputError
-
-    grams = gathered(recipe, tmp_path / "grams")
+def test_evidence_of_other_adapters_is_refused(grams, adapters):
     other = [load_adapter(adapters[n + 1][1], adapters[n][0]) for n in range(2)]
     with pytest.raises(InputError, match="of another adapter than 'task0'"):
         merge(other, "regmean", evidence=grams)

@@ -6,6 +6,7 @@ Ray on the machine.
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -20,6 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 from ray_samples import ROOT, environment, hashes, merge_recipe, write_yaml
+from typer.testing import CliRunner
+
+from icm_ray.cli import app
 
 OWN_RAY = True
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -137,38 +141,28 @@ def test_strangers_are_turned_away(head):
 
 
 def test_a_submitted_merge_writes_under_storage(head, tree, adapters, tmp_path):
-    recipe = merge_recipe(adapters, Path("runs/svd"), method="svd")
-    write_yaml(tree / "svd.yaml", recipe)
+    recipe = write_yaml(tree / "svd.yaml", merge_recipe(adapters, Path("runs/svd"), method="svd"))
     line = ["python", "-m", "jobs.merge", "-c", "svd.yaml"]
     done = submit(head, tree, *line, f"storage={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "runs" / "svd" / "results.json").read_text())
     assert (found["status"], found["exit_code"]) == ("done", 0)
     assert found["outputs"] == {"adapter": str(tmp_path / "runs" / "svd")}
-    here = subprocess.run(
-        [sys.executable, *line[1:], f"storage={tmp_path / 'here'}"],
-        cwd=tree,
-        env={**environment(), "PYTHONPATH": str(tree)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert here.returncode == 0, here.stderr
-    assert hashes(tmp_path / "runs" / "svd") == hashes(tmp_path / "here" / "runs" / "svd")
+    words = ["merge", "-c", str(recipe), f"output.path={tmp_path / 'here'}"]
+    here = CliRunner().invoke(app, words)
+    assert here.exit_code == 0, here.output
+    assert hashes(tmp_path / "runs" / "svd") == hashes(tmp_path / "here")
 
 
-def test_an_output_that_would_vanish_is_refused_with_the_reason(head, tree, adapters):
+def test_a_job_that_would_lose_its_output_ends_with_the_reason(head, tree, adapters):
     write_yaml(tree / "soup.yaml", merge_recipe(adapters, Path("runs/soup")))
-    done = submit(head, tree, "python", "-m", "jobs.merge", "-c", "soup.yaml")
-    assert done.returncode == 1  # a submit client knows success and failure only
+    listing = "import os; print(sorted(os.listdir()))"
+    line = f"python -c {shlex.quote(listing)}; exec python -m jobs.merge -c soup.yaml"
+    done = submit(head, tree, "bash", "-c", line)
     told = done.stdout + done.stderr
+    assert "'jobs'" in told
+    assert "'runs'" not in told, "what .rayignore names is not sent"
+    assert done.returncode == 1, told  # a submit client knows success and failure only
     assert "error: output: 'runs/soup' is relative" in told
     assert "Set storage: or ICM_RAY_STORAGE" in told
     assert "exit code 2" in told
-
-
-def test_what_is_ignored_is_not_sent(head, tree):
-    done = submit(head, tree, "python", "-c", "import os; print(sorted(os.listdir()))")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "'jobs'" in done.stdout
-    assert "'runs'" not in done.stdout

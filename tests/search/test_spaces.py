@@ -14,6 +14,7 @@ from icm_ray.search.defaults import default_space
 from icm_ray.search.distributions import Dimension, parse
 from icm_ray.search.spaces import space_of
 
+CONFIGS = Path(__file__).parents[2] / "configs/search"
 TASKS = ("a", "b", "c")
 
 
@@ -146,7 +147,7 @@ def test_what_a_recipe_sets_itself_is_not_searched_by_default():
     assert space.setting({"params.density": 0.3}).params == {"scale": 0.5, "density": 0.3}
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/search").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_searches_are_sound(path):
     recipe = load_recipe(SearchRecipe, path)
     for row in recipe.rows or [recipe.row()]:

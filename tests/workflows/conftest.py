@@ -6,7 +6,6 @@ import icm_ray.distributed  # noqa: F401  isort: skip
 from ray_fixtures import (  # noqa: F401
     adapters,
     experts,
-    minilm,
     on_ray,
     one_thread,
     ray_session,
