@@ -117,7 +117,7 @@ class Adapter:
         fingerprint: sha256 over paths, shapes and float32 factors; equal means equal deltas.
         dtype: Element type the file was stored in, written back on save.
         layouts: Modules that are no plain linear layer: "embedding" or "conv:<k>x<k>".
-        saved_modules: Full tensors that PEFT's `modules_to_save` trained, if kept; never merged.
+        saved_modules: Full tensors that PEFT's `modules_to_save` trained, if kept.
     """
 
     name: str
@@ -248,8 +248,9 @@ class MergeResult:
     report: MergeReport
 
 
-SavedModulesPolicy = Literal["refuse", "drop", "keep"]
-"""What to do with `modules_to_save`: refuse the adapter, leave them out, or keep them per task."""
+SavedModulesPolicy = Literal["refuse", "drop", "keep", "mean"]
+"""What to do with `modules_to_save`: refuse the adapter, leave them out, keep them per task, or
+average them."""
 
 
 @dataclass(frozen=True)

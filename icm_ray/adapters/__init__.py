@@ -1,9 +1,10 @@
 """PEFT adapter folders in and out: strict reading, exact writing, and proof of what was written."""
 
-from icm_ray.adapters.alignment import check_together, name_problems, open_all
+from icm_ray.adapters.alignment import check_together, name_problems
 from icm_ray.adapters.base import check_base
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.forward import verify_forward
+from icm_ray.adapters.opening import open_all, with_common_names
 from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter
 from icm_ray.adapters.saving import save_adapter
 from icm_ray.adapters.verify import verify_written
@@ -20,4 +21,5 @@ __all__ = [
     "save_adapter",
     "verify_forward",
     "verify_written",
+    "with_common_names",
 ]

@@ -1,0 +1,93 @@
+"""Opening the adapters of a merge together: every problem at once, equal modules by one name."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from icm_ray.adapters.base_names import chosen_name
+from icm_ray.adapters.peft_format import AdapterFile, open_adapter
+from icm_ray.adapters.renaming import renamings
+from icm_ray.errors import InputError
+from icm_ray.types import Adapter, SavedModulesPolicy
+
+
+def open_all(
+    refs: Sequence[tuple[str, str | os.PathLike[str]]],
+    saved_modules: SavedModulesPolicy = "refuse",
+    *,
+    base: str | None = None,
+    same_base: bool = False,
+) -> list[AdapterFile]:
+    """Open adapters and look at all their values, reporting the problems of all of them at once.
+
+    Modules that PEFT reads as equal get one name; what changes is among a file's warnings.
+
+    Args:
+        refs: `(name, folder)` of each adapter.
+        saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
+        base: The base as the user names it; whatever the adapters call theirs is taken for it.
+        same_base: The user knows that the bases are one under several names.
+
+    Raises:
+        InputError: with every problem of every adapter.
+    """
+    files, problems = [], []
+    for name, path in refs:
+        try:
+            file = open_adapter(path, name, saved_modules=saved_modules)
+            file.fingerprint()  # finds NaN and infinity; the result is kept for later
+            files.append(file)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    if base or same_base:
+        files = _of_one_base(files, base)
+    return [file for file in with_common_names(files) if isinstance(file, AdapterFile)]
+
+
+def _of_one_base(files: Sequence[AdapterFile], base: str | None) -> list[AdapterFile]:
+    """Return files that call their base alike, since the user says that it is one."""
+    names = [file.base_model for file in files]
+    if len(set(names)) <= 1:
+        return list(files)
+    name = chosen_name([base, *names])
+    note = f"base_model_name_or_path: taken for {name!r}, as the recipe says."
+    return [
+        file
+        if file.base_model == name
+        else file.changed(base_model=name, notes=(*file.notes, f"{file.path}: {note}"))
+        for file in files
+    ]
+
+
+def with_common_names(adapters: Sequence[Adapter | AdapterFile]) -> list[Adapter | AdapterFile]:
+    """Return adapters with the module names of another release of transformers brought up to date.
+
+    Nothing changes unless adapters then share modules that they did not share before. A file that
+    is renamed says so among its warnings.
+    """
+    new = renamings({adapter.name: _paths(adapter) for adapter in adapters})
+    return [_renamed(adapter, new.get(adapter.name, {})) for adapter in adapters]
+
+
+def _paths(adapter: Adapter | AdapterFile) -> list[str]:
+    saved = adapter.saved_names if isinstance(adapter, AdapterFile) else adapter.saved_modules
+    return [*adapter.modules, *saved]
+
+
+def _renamed(adapter: Adapter | AdapterFile, names: Mapping[str, str]) -> Adapter | AdapterFile:
+    if not names:
+        return adapter
+    if isinstance(adapter, AdapterFile):
+        old = min(names)
+        note = (
+            f"{adapter.file}: names of another release of transformers, such as {old}, read as "
+            f"{names[old]}, as PEFT reads them."
+        )
+        return adapter.renamed(names).changed(notes=(*adapter.notes, note))
+    tables = {
+        table: {names.get(path, path): value for path, value in getattr(adapter, table).items()}
+        for table in ("modules", "layouts", "saved_modules")
+    }
+    return replace(adapter, **tables)
