@@ -1,7 +1,7 @@
 """PEFT adapter folders in and out: strict reading, exact writing, and proof of what was written."""
 
 from icm_ray.adapters.alignment import check_together, name_problems
-from icm_ray.adapters.base import check_base
+from icm_ray.adapters.base import check_base, class_of
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.forward import verify_forward
 from icm_ray.adapters.opening import open_all, with_common_names
@@ -13,6 +13,7 @@ __all__ = [
     "AdapterFile",
     "check_base",
     "check_together",
+    "class_of",
     "fingerprint_of",
     "load_adapter",
     "name_problems",

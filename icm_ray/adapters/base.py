@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from icm_ray.adapters.config_keys import model_class
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.peft_format import AdapterFile
-from icm_ray.adapters.policy import model_class
 from icm_ray.errors import InputError, by_cause
 from icm_ray.types import Adapter
 
@@ -104,9 +104,12 @@ def _architectures(path: Path, adapter: Adapter | AdapterFile) -> Iterator[Any]:
     own = [class_of(adapter.config), *(config.architectures or []), "AutoModel"]
     for name in dict.fromkeys([*own, *TASK_CLASSES.values()]):
         known = getattr(transformers, str(name), None)
-        if known is None:
+        if name in TASK_CLASSES.values():
+            build = known.from_config
+        elif _is_model_of(known, config):
+            build = known
+        else:
             continue
-        build = known.from_config if hasattr(known, "from_config") else known
         try:
             with torch.device("meta"):
                 model = build(config)
@@ -115,6 +118,14 @@ def _architectures(path: Path, adapter: Adapter | AdapterFile) -> Iterator[Any]:
                 raise _unusable(path, error) from error
             continue
         yield model
+
+
+def _is_model_of(known: Any, config: Any) -> bool:
+    """Say whether a name from a config is a model class for this config, and no other thing."""
+    from transformers import PreTrainedModel
+
+    is_model = isinstance(known, type) and issubclass(known, PreTrainedModel)
+    return is_model and isinstance(config, known.config_class or ())
 
 
 def _unusable(path: Path, error: Exception) -> InputError:
@@ -151,7 +162,7 @@ def _misfits_of(adapter: Adapter | AdapterFile, model: nn.Module) -> list[tuple[
             holds = (
                 f"{fused} holds all experts in one parameter but a module of its own is expected"
             )
-            wrong.append((module, f"{holds}. {advice}"))
+            wrong.append((module, f"{holds} is expected. {advice}"))
         elif weight is None:
             wrong.append((module, "not in the base model but expected. Check the base."))
         else:

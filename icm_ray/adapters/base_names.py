@@ -26,12 +26,15 @@ def chosen_name(names: Iterable[str | None]) -> str | None:
     """Return which of several names of one base says most: a hub id of the unquantised model first.
 
     Args:
-        names: In the order of preference among equals.
+        names: In the order of preference among equals; None is no name.
     """
-    known = [_hub_id(name) for name in names if name]
+    names = list(dict.fromkeys(name for name in names if name))
+    if len(names) <= 1:
+        return names[0] if names else None
+    known = [_hub_id(name) for name in names]
     ids = [name for name in known if "/" in name and _HUB_ID.fullmatch(name)]
     plain = [name for name in ids if not _QUANTISED.search(name.lower())]
-    return next(iter([*plain, *ids, *known]), None)
+    return [*plain, *ids, *known][0]
 
 
 def _hub_id(base: str | None) -> str:

@@ -1,6 +1,7 @@
 """Opening the adapters of a merge together: every problem at once, equal modules by one name."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -65,7 +66,7 @@ def with_common_names(adapters: Sequence[Adapter | AdapterFile]) -> list[Adapter
     """Return adapters with the module names of another release of transformers brought up to date.
 
     Nothing changes unless adapters then share modules that they did not share before. A file that
-    is renamed says so among its warnings.
+    is renamed says so among its warnings, a loaded adapter through Python's `warnings`.
     """
     new = renamings({adapter.name: _paths(adapter) for adapter in adapters})
     return [_renamed(adapter, new.get(adapter.name, {})) for adapter in adapters]
@@ -79,13 +80,14 @@ def _paths(adapter: Adapter | AdapterFile) -> list[str]:
 def _renamed(adapter: Adapter | AdapterFile, names: Mapping[str, str]) -> Adapter | AdapterFile:
     if not names:
         return adapter
+    old = min(names)
+    note = (
+        f"module names of another release of transformers, such as {old}, are read as "
+        f"{names[old]}, as PEFT reads them."
+    )
     if isinstance(adapter, AdapterFile):
-        old = min(names)
-        note = (
-            f"{adapter.file}: names of another release of transformers, such as {old}, read as "
-            f"{names[old]}, as PEFT reads them."
-        )
-        return adapter.renamed(names).changed(notes=(*adapter.notes, note))
+        return adapter.renamed(names).changed(notes=(*adapter.notes, f"{adapter.file}: {note}"))
+    warnings.warn(f"{adapter.name}: {note}", stacklevel=4)
     tables = {
         table: {names.get(path, path): value for path, value in getattr(adapter, table).items()}
         for table in ("modules", "layouts", "saved_modules")

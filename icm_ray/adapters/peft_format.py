@@ -195,7 +195,7 @@ def open_adapter(
     Raises:
         InputError: with every problem of the folder, one line each.
     """
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     problems = _folder_problems(folder)
     if problems:
         raise InputError(problems)
@@ -261,10 +261,10 @@ def _folder_problems(folder: Path) -> list[str]:
     try:
         if not folder.is_dir():
             found = "a file" if folder.exists() else "no such folder"
-            return [
-                f"{folder}: {found} but a local adapter folder is expected. Hub names are not "
-                "looked up; download the adapter first."
-            ]
+            way = "Check the path."
+            if not folder.is_absolute():
+                way = "Hub names are not looked up; download the adapter first."
+            return [f"{folder}: {found} but a local adapter folder is expected. {way}"]
         missing = [n for n in (CONFIG_FILE, WEIGHTS_FILE) if not os.path.lexists(folder / n)]
         has_pickle = os.path.lexists(folder / PICKLE_FILE)
     except (OSError, ValueError) as error:

@@ -37,6 +37,7 @@ from icm_ray.config.learning import (
 from icm_ray.config.merging import EvidenceRecipe, MergeRecipe
 from icm_ray.config.parts import (
     AdapterRef,
+    Adapters,
     DataSpec,
     Name,
     Output,
@@ -46,6 +47,7 @@ from icm_ray.config.parts import (
     Resources,
     Spec,
     changed,
+    folder_names,
 )
 from icm_ray.config.pipeline import MethodRow, PipelineRecipe
 from icm_ray.config.search import Halving, Searched, SearchObjective, SearchRecipe, SearchRow
@@ -53,6 +55,7 @@ from icm_ray.config.search import Halving, Searched, SearchObjective, SearchReci
 __all__ = [
     "INPUT_BATCH",
     "AdapterRef",
+    "Adapters",
     "BenchmarkRecipe",
     "DataSpec",
     "EngineSpec",
@@ -97,4 +100,5 @@ __all__ = [
     "Training",
     "VAESpec",
     "changed",
+    "folder_names",
 ]

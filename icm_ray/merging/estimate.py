@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, check_together, open_all
-from icm_ray.config import MergeRecipe
+from icm_ray.config import MergeRecipe, folder_names
 from icm_ray.errors import RecipeError, one_line
+from icm_ray.files import refuse_inputs
 from icm_ray.linalg import lowrank
 from icm_ray.merging.cut import serving_rank
 from icm_ray.merging.folder import dtype_name
-from icm_ray.merging.order import MergeOrder, plan_merge
+from icm_ray.merging.order import MergeOrder, idle_lines, plan_merge
 from icm_ray.merging.passes import passes_of
+from icm_ray.merging.whole_layers import check_mean
 from icm_ray.methods import find_method
 
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -30,7 +32,8 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
     Raises:
         InputError: every problem of every folder.
     """
-    files = open_all([(folder.resolve().name, folder) for folder in folders], "drop")
+    names = folder_names(map(str, folders))
+    files = open_all(list(zip(names, folders, strict=True)), "keep")
     warnings = warnings_of(files)
     return {
         "adapters": [_facts(file) for file in files],
@@ -41,7 +44,40 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
 
 def warnings_of(files: Sequence[AdapterFile]) -> list[str]:
     """Return, once each, what is odd about adapters, together and alone; none stops a merge."""
-    return list(dict.fromkeys([*check_together(files), *(w for f in files for w in f.warnings)]))
+    users: dict[str, list[AdapterFile]] = {}
+    for file in files:
+        for line in dict.fromkeys(file.warnings):
+            users.setdefault(line.removeprefix(f"{file.path}"), []).append(file)
+    lines = check_together(files)
+    for text, those in users.items():
+        alike = f" ({len(those)} adapters alike)" if len(those) > 1 else ""
+        lines.append(f"{those[0].path}{text}{alike}")
+    return lines
+
+
+def open_inputs(recipe: MergeRecipe) -> list[AdapterFile]:
+    """Open a recipe's adapters as its policies say.
+
+    Raises:
+        InputError: with every problem of every adapter, and of averaging their full layers.
+    """
+    files = open_all(
+        [(ref.name, ref.path) for ref in recipe.adapters],
+        recipe.modules_to_save,
+        base=recipe.base,
+        same_base=recipe.same_base,
+    )
+    if recipe.modules_to_save == "mean":
+        check_mean(files)
+    return files
+
+
+def sources_of(recipe: MergeRecipe) -> dict[str, Path]:
+    """Return the folders that a recipe reads, by what they are."""
+    paths = {f"adapter {ref.name!r}": ref.path for ref in recipe.adapters}
+    paths |= {"evidence": recipe.evidence} if recipe.evidence else {}
+    paths |= {"base": recipe.base} if recipe.base and Path(recipe.base).is_dir() else {}
+    return {what: Path(path) for what, path in paths.items()}
 
 
 def warn(lines: Sequence[str]) -> None:
@@ -88,10 +124,11 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
         RecipeError: the method, its parameters or the rank policy are wrong.
         InputError: adapters are missing, broken or do not fit together; all of them are named.
     """
-    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     find_method(recipe.method)
     check_sources(recipe, can_gather=True)
-    files = open_all(refs, recipe.modules_to_save)
+    if "://" not in recipe.output.path:
+        refuse_inputs(Path(recipe.storage or "", recipe.output.path), sources_of(recipe))
+    files = open_inputs(recipe)
     order = plan_merge(
         files,
         recipe.method,
@@ -101,7 +138,7 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
         recipe.seed,
         is_gathered_later=True,
     )
-    warnings = warnings_of(files)
+    warnings = [*warnings_of(files), *idle_lines(order)]
     ranks, stacked, flops, largest = _sizes(order, files)
     top = max(ranks.values())
     size = sum(ranks[m] * _width(order, files, m) for m in ranks)

@@ -6,13 +6,19 @@ from typing import Any
 
 import torch
 
-from icm_ray.adapters import AdapterFile, check_base, open_all
+from icm_ray.adapters import AdapterFile, check_base
 from icm_ray.config import MergeRecipe
 from icm_ray.evidence.tensors import given
-from icm_ray.files import refuse_foreign, sha256_of
-from icm_ray.merging.estimate import check_sources, warn, warnings_of
+from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
+from icm_ray.merging.estimate import (
+    check_sources,
+    open_inputs,
+    sources_of,
+    warn,
+    warnings_of,
+)
 from icm_ray.merging.folder import write_merged
-from icm_ray.merging.order import plan_merge
+from icm_ray.merging.order import idle_lines, plan_merge
 from icm_ray.suites import prepare_base
 from icm_ray.types import MergeResult
 
@@ -38,19 +44,19 @@ def merge_recipe(
         RecipeError: method, parameters, rank policy or what is named for evidence are wrong.
         InputError: adapters are broken, do not fit together or do not fit the base.
     """
+    refuse_inputs(target, sources_of(recipe))
     refuse_foreign(target)
     check_sources(recipe, can_gather=gatherer is not None)
-    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save)
+    files = open_inputs(recipe)
     evidence = Path(recipe.evidence) if recipe.evidence else None
     order = {"params": recipe.params, "output_rank": recipe.output.rank, "seed": recipe.seed}
-    plan_merge(files, recipe.method, evidence=evidence, is_gathered_later=True, **order)
+    checked = plan_merge(files, recipe.method, evidence=evidence, is_gathered_later=True, **order)
     prints = {file.name: file.fingerprint() for file in files}
     base = None
     if recipe.base:
         base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
         check_base(files, base)
-    warn(warnings_of(files))
+    warn([*warnings_of(files), *idle_lines(checked)])
     if gatherer is not None and recipe.data is not None and base is not None:
         evidence = gatherer(files, base)
     told = given(evidence)
@@ -67,7 +73,7 @@ def merge_recipe(
                 recipe.output.dtype,
             ]
         ),
-        inputs={name: str(path.absolute()) for name, path in refs},
+        inputs={file.name: str(file.path) for file in files},
         seconds=seconds,
         dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
         base=base,

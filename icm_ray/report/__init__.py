@@ -8,6 +8,7 @@ pictures.py    SVG pictures (imported only when a page is written: needs matplot
 learned_pictures.py  more of them, of what was learned
 html.py        the page, from template.html
 model_card.py  README.md of a merged adapter
+usage.py       its Python: how the adapter is loaded
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from icm_ray.report.html import learned_page, page
 from icm_ray.report.model_card import model_card
 from icm_ray.report.summary import Summary, summarise
 from icm_ray.report.tables import console_table, markdown_table, write_parquet, write_summary
+from icm_ray.report.usage import Usage
 
 __all__ = [
     "BASE",
@@ -27,6 +29,7 @@ __all__ = [
     "ReportData",
     "ScoreRow",
     "Summary",
+    "Usage",
     "console_table",
     "learned_page",
     "markdown_table",
