@@ -93,7 +93,7 @@ def _compare_bases(
         for base, names in spellings.items()
         if base and len(names) > 1
     ]
-    if unknown:
+    if unknown and users:
         warnings.append(f"{_few(unknown)}: no base model named; taken for the same as the others'.")
     revisions = {
         str(adapter.config["revision"]) for adapter in adapters if adapter.config.get("revision")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from icm_ray.adapters.config_keys import model_class
+from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.peft_format import AdapterFile
 from icm_ray.errors import InputError, by_cause
@@ -101,9 +101,10 @@ def _architectures(path: Path, adapter: Adapter | AdapterFile) -> Iterator[Any]:
         )
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
-    own = [class_of(adapter.config), *(config.architectures or []), "AutoModel"]
-    for name in dict.fromkeys([*own, *TASK_CLASSES.values()]):
-        known = getattr(transformers, str(name), None)
+    own = class_of(adapter.config)
+    heads = [] if own else [TASK_CLASSES[task] for task in TASKS_WITH_HEADS]
+    for name in dict.fromkeys([own, *(config.architectures or []), "AutoModel", *heads]):
+        known: Any = getattr(transformers, str(name), None)
         if name in TASK_CLASSES.values():
             build = known.from_config
         elif _is_model_of(known, config):

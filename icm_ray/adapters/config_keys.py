@@ -20,7 +20,7 @@ NOT_PLAIN = {
     ),
     "trainable_token_indices": ("it replaces rows of an embedding", FOLD),
     "layer_replication": (
-        "it builds another model than the base, and its modules are that model's layers",
+        "it builds another model than the base, whose layers it names",
         FOLD,
     ),
     "use_qalora": ("QA-LoRA pools the inputs before A", ALONE),
@@ -50,6 +50,9 @@ NOT_PLAIN = {
     "lora_nums": ("a mixture of LoRA experts routes between several B A", ALONE),
 }
 """Keys that make a change other than scaling * B A: what they mean, and which way is right."""
+
+TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Task types for which PEFT cannot load a file that lacks the task's head."""
 
 ONLY_FOR_TRAINING = (
     "loftq_config",

@@ -21,7 +21,7 @@ def open_all(
 ) -> list[AdapterFile]:
     """Open adapters and look at all their values, reporting the problems of all of them at once.
 
-    Modules that PEFT reads as equal get one name; what changes is among a file's warnings.
+    Modules that transformers reads as equal get one name; what changes is among a file's warnings.
 
     Args:
         refs: `(name, folder)` of each adapter.
@@ -83,7 +83,7 @@ def _renamed(adapter: Adapter | AdapterFile, names: Mapping[str, str]) -> Adapte
     old = min(names)
     note = (
         f"module names of another release of transformers, such as {old}, are read as "
-        f"{names[old]}, as PEFT reads them."
+        f"{names[old]}, as transformers reads weights of that release."
     )
     if isinstance(adapter, AdapterFile):
         return adapter.renamed(names).changed(notes=(*adapter.notes, f"{adapter.file}: {note}"))

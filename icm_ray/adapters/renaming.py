@@ -1,4 +1,4 @@
-"""Module names that transformers changed, and that it and PEFT still read as the new ones.
+"""Module names that transformers changed, and still reads as the new ones.
 
 An adapter names its modules as the release it was trained with did. Two adapters of one base may
 so adapt the same layers under two names; only the renamings of transformers' own conversion tables

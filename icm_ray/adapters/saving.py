@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
 from icm_ray.adapters.contents import PREFIX, is_saved, kernel_of, tensor_keys
 from icm_ray.adapters.fingerprint import largest
 from icm_ray.adapters.gaps import covered, find_gaps, plain_names
 from icm_ray.adapters.peft_format import WEIGHTS_FILE
-from icm_ray.adapters.policy import CONFIG_FILE, known_revision, model_class
+from icm_ray.adapters.policy import CONFIG_FILE, known_revision
 from icm_ray.errors import InputError
 from icm_ray.files import whole_folder, write_json
 from icm_ray.linalg.lowrank import norm
@@ -24,8 +25,6 @@ from icm_ray.types import Adapter, LoRAFactors
 HALF_LIMIT = 2.0
 """Relative error that rounding may cause, in units of an element type's precision."""
 SAVED_MODULES_FILE = "saved_modules.safetensors"
-TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Task types for which PEFT cannot load a file that lacks the task's head."""
 
 
 def save_adapter(
@@ -155,11 +154,9 @@ def _config(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> dict[str, A
         if factors.rank != r
     }
     task, layers = adapter.config.get("task_type"), _declared(adapter)
-    mapping = (
-        {"auto_mapping": adapter.config["auto_mapping"]} if model_class(adapter.config) else {}
-    )
+    has_class = model_class(adapter.config)
     return {
-        **mapping,
+        **({"auto_mapping": adapter.config["auto_mapping"]} if has_class else {}),
         "peft_type": "LORA",
         "task_type": task if layers or task not in TASKS_WITH_HEADS else None,
         "base_model_name_or_path": adapter.base_model,

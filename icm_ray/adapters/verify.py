@@ -84,11 +84,11 @@ def load_with_peft(model: nn.Module, folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = PeftConfig.from_pretrained(str(folder))
+            config: Any = PeftConfig.from_pretrained(str(folder))
             config.task_type = None  # else PEFT wraps the model for its task and asks for more
             config.modules_to_save = None  # they are compared, or laid over the model, by us
             # low_cpu_mem_usage: the factors come from the file, so none are drawn first.
-            options = {"low_cpu_mem_usage": True, "ignore_mismatched_sizes": True}
+            options: dict[str, Any] = {"low_cpu_mem_usage": True, "ignore_mismatched_sizes": True}
             return PeftModel.from_pretrained(model, str(folder), config=config, **options).eval()
     except Exception as error:  # PEFT raises whatever its loader runs into
         raise InputError(

@@ -35,6 +35,12 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
     names = folder_names(map(str, folders))
     files = open_all(list(zip(names, folders, strict=True)), "keep")
     warnings = warnings_of(files)
+    warnings += [
+        f"{file.name}: modules_to_save: {len(file.saved)} whole layers, such as "
+        f"{file.saved_names[0]}; the recipe's modules_to_save says what becomes of them."
+        for file in files
+        if file.saved
+    ]
     return {
         "adapters": [_facts(file) for file in files],
         "warnings": warnings,

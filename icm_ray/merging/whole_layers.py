@@ -43,8 +43,8 @@ def check_mean(files: Sequence[AdapterFile]) -> None:
     wrong = [
         (
             name,
-            f"{path}: {list(layers[path]) if path in layers else 'no such layer'} but "
-            f"{list(wanted[path]) if path in wanted else 'none'} as in {first} is expected. {advice}",
+            f"{path}: {_words(layers.get(path))} but {_words(wanted.get(path))} as in {first} is "
+            f"expected. {advice}",
         )
         for name, layers in shapes.items()
         for path in sorted(wanted.keys() | layers.keys())
@@ -52,6 +52,10 @@ def check_mean(files: Sequence[AdapterFile]) -> None:
     ]
     if wrong:
         raise InputError(by_cause(wrong))
+
+
+def _words(shape: tuple[int, ...] | None) -> str:
+    return "no such layer" if shape is None else " x ".join(map(str, shape))
 
 
 def with_mean(adapter: Adapter, files: Sequence[AdapterFile]) -> Adapter:

@@ -45,7 +45,8 @@ def how_to_load(usage: Usage, base: str | None) -> str:
     kind = usage.classes.get(task, BARE)
     layers = usage.kept.get(task, usage.inside)
     labels = _rows(layers, HEADS) if kind in WITH_LABELS else None
-    options = f", num_labels={labels}" if labels else ""
+    # The head below takes the place of whatever head the base has.
+    options = f", num_labels={labels}, ignore_mismatched_sizes=True" if labels else ""
     reads_head = task in usage.kept
     code = [
         "import warnings\n",
