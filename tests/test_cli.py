@@ -331,8 +331,7 @@ def test_a_damaged_base_is_told(cli, tmp_path, recipe, tiny_bert):
         save_file({**tensors, name: torch.full_like(tensors[name], bad)}, file, {"format": "pt"})
         code, _, err = cli("merge", "-c", recipe, f"base={base}", "output.path=never")
         assert code == 3
-        assert "NaN or infinity but finite weights are expected" in errors(err)[0]
-        assert name.removeprefix("bert.") in errors(err)[0]
+        assert f"{name}: NaN or infinity but finite weights are expected" in err
 
 
 def test_verify(cli, recipe, tiny_bert):

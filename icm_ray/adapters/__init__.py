@@ -4,7 +4,7 @@ from icm_ray.adapters.alignment import check_together, name_problems
 from icm_ray.adapters.base import check_base, class_of
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.forward import verify_forward
-from icm_ray.adapters.opening import open_all, with_common_names
+from icm_ray.adapters.opening import fit_base, open_all, with_common_names
 from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter
 from icm_ray.adapters.saving import save_adapter
 from icm_ray.adapters.verify import verify_written
@@ -15,6 +15,7 @@ __all__ = [
     "check_together",
     "class_of",
     "fingerprint_of",
+    "fit_base",
     "load_adapter",
     "name_problems",
     "open_adapter",

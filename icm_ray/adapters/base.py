@@ -44,7 +44,7 @@ def check_base(adapters: Sequence[Adapter | AdapterFile], base_path: str | Path)
     """
     problems = []
     for adapter in adapters:
-        problems += [f"{adapter.name}: {line}" for line in by_cause(_misfits(adapter, base_path))]
+        problems += [f"{adapter.name}: {line}" for line in by_cause(misfits(adapter, base_path))]
     if problems:
         raise InputError(problems)
 
@@ -136,8 +136,12 @@ def _unusable(path: Path, error: Exception) -> InputError:
     )
 
 
-def _misfits(adapter: Adapter | AdapterFile, base_path: str | Path) -> list[tuple[str, str]]:
-    """Return what does not fit into the class of the base that the adapter fits best."""
+def misfits(adapter: Adapter | AdapterFile, base_path: str | Path) -> list[tuple[str, str]]:
+    """Return modules that do not fit into the base's class that fits best, and why.
+
+    Raises:
+        InputError: the base's config cannot be used.
+    """
     fewest: list[tuple[str, str]] | None = None
     for model in _architectures(Path(base_path), adapter):
         wrong = _misfits_of(adapter, model)

@@ -4,10 +4,12 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from icm_ray.adapters.base import check_base, misfits
 from icm_ray.adapters.base_names import chosen_name
 from icm_ray.adapters.peft_format import AdapterFile, open_adapter
-from icm_ray.adapters.renaming import renamings
+from icm_ray.adapters.renaming import FAMILIES, changed_names, renamings
 from icm_ray.errors import InputError
 from icm_ray.types import Adapter, SavedModulesPolicy
 
@@ -70,6 +72,30 @@ def with_common_names(adapters: Sequence[Adapter | AdapterFile]) -> list[Adapter
     """
     new = renamings({adapter.name: _paths(adapter) for adapter in adapters})
     return [_renamed(adapter, new.get(adapter.name, {})) for adapter in adapters]
+
+
+def fit_base(files: Sequence[AdapterFile], base: str | os.PathLike[str]) -> list[AdapterFile]:
+    """Return files whose modules the base has, under the names of the installed transformers.
+
+    Args:
+        files: Opened adapters.
+        base: A local transformers model folder; only its config is read.
+
+    Raises:
+        InputError: the config cannot be used, or naming the modules that do not fit.
+    """
+    fitted = [_fit(file, Path(base)) for file in files]
+    check_base(fitted, Path(base))
+    return fitted
+
+
+def _fit(file: AdapterFile, base: Path) -> AdapterFile:
+    if not misfits(file, base):
+        return file
+    changes = (changed_names(_paths(file), family) for family in FAMILIES)
+    candidates = (_renamed(file, names) for names in changes if names)
+    fitting = (one for one in candidates if isinstance(one, AdapterFile) and not misfits(one, base))
+    return next(fitting, file)
 
 
 def _paths(adapter: Adapter | AdapterFile) -> list[str]:

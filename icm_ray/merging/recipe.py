@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from icm_ray.adapters import AdapterFile, check_base
+from icm_ray.adapters import AdapterFile, fit_base
 from icm_ray.config import MergeRecipe
 from icm_ray.evidence.tensors import given
 from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
@@ -55,7 +55,7 @@ def merge_recipe(
     base = None
     if recipe.base:
         base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
-        check_base(files, base)
+        files = fit_base(files, base)
     warn([*warnings_of(files), *idle_lines(checked)])
     if gatherer is not None and recipe.data is not None and base is not None:
         evidence = gatherer(files, base)

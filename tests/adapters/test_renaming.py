@@ -9,7 +9,7 @@ from adapter_samples import an_adapter
 from safetensors.torch import load_file, save_file
 
 from icm_ray import merge
-from icm_ray.adapters import check_together, open_all
+from icm_ray.adapters import check_base, check_together, fit_base, open_all
 from icm_ray.adapters.renaming import FAMILIES, changed_names, renamings
 from icm_ray.errors import InputError
 
@@ -118,6 +118,18 @@ def test_a_renamed_adapter_keeps_its_fingerprint(old_and_new):
     renamed = open_all([("new", old_and_new / "new"), ("old", old_and_new / "old")])[1]
     assert renamed.fingerprint() == alone.fingerprint()
     assert renamed.load().modules.keys() != alone.load().modules.keys()
+
+
+def test_names_of_an_old_release_fit_the_base_as_it_is_built_today(old_and_new, tmp_path):
+    llava().save_pretrained(tmp_path / "base")
+    old = open_all([("old", old_and_new / "old")])
+    with pytest.raises(InputError, match="not in the base model"):
+        check_base(old, tmp_path / "base")
+    fitted = fit_base(old, tmp_path / "base")
+    check_base(fitted, tmp_path / "base")
+    assert fitted[0].fingerprint() == old[0].fingerprint()
+    current = open_all([("current", old_and_new / "current")])
+    assert fit_base(current, tmp_path / "base") == current
 
 
 def test_loaded_adapters_are_brought_together_too():
