@@ -13,6 +13,8 @@ import unicodedata
 from collections.abc import Iterable
 
 MAX_PROBLEM_LENGTH = 300
+SHOWN_OF_A_CAUSE = 2
+"""How many places that one cause has spoilt get a line each; more share one line."""
 
 
 class ICMRayError(Exception):
@@ -71,6 +73,24 @@ def _is_unsafe(char: str) -> bool:
     # Controls, formats and surrogates; and U+2028 and U+2029, which end a line too.
     category = unicodedata.category(char)
     return category[0] == "C" or category in ("Zl", "Zp")
+
+
+def by_cause(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a line `where: what` for each problem; of many with one cause, one for all of them.
+
+    Args:
+        problems: Where and what of each, such as a tensor's name and what is wrong with it.
+    """
+    places: dict[str, list[str]] = {}
+    for where, what in problems:
+        places.setdefault(what, []).append(where)
+    lines = []
+    for what, names in places.items():
+        if len(names) > SHOWN_OF_A_CAUSE:
+            lines.append(f"{names[0]}: {what} (And {len(names) - 1} more.)")
+        else:
+            lines += [f"{name}: {what}" for name in names]
+    return lines
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -111,6 +111,27 @@ def refuse_foreign(target: Path) -> None:
         )
 
 
+def refuse_inputs(target: Path, inputs: Mapping[str, Path]) -> None:
+    """Raise InputError if `target` is, holds or lies in a folder that it is to be made from.
+
+    Args:
+        target: The output; links on the way to it are followed.
+        inputs: Folders by what they are, such as "adapter 'law'".
+    """
+    place = target.resolve()
+    problems = []
+    for what, path in inputs.items():
+        source = path.resolve()
+        relation = "is" if place == source else "holds" if place in source.parents else "lies in"
+        if place == source or place in source.parents or source in place.parents:
+            problems.append(
+                f"output: {target} {relation} the {what} ({path}) but inputs stay as they are. "
+                "Choose another output path."
+            )
+    if problems:
+        raise InputError(problems)
+
+
 def _foreign_files(folder: Path) -> list[str]:
     """Return the files of a folder that its manifest does not list, sorted."""
     try:

@@ -117,7 +117,7 @@ class Adapter:
         fingerprint: sha256 over paths, shapes and float32 factors; equal means equal deltas.
         dtype: Element type the file was stored in, written back on save.
         layouts: Modules that are no plain linear layer: "embedding" or "conv:<k>x<k>".
-        saved_modules: Full tensors that PEFT's `modules_to_save` trained, if kept; never merged.
+        saved_modules: Full tensors that PEFT's `modules_to_save` trained, if kept.
     """
 
     name: str
@@ -252,8 +252,9 @@ EvidenceKind = Literal["task_vectors", "gram_statistics", "learned_merge", "fusi
 """What evidence says: how adapters change the base, second moments of inputs, what was learned
 between the adapters' factors, or a trained Fusion-VAE."""
 
-SavedModulesPolicy = Literal["refuse", "drop", "keep"]
-"""What to do with `modules_to_save`: refuse the adapter, leave them out, or keep them per task."""
+SavedModulesPolicy = Literal["refuse", "drop", "keep", "mean"]
+"""What to do with `modules_to_save`: refuse the adapter, leave them out, keep them per task, or
+average them."""
 
 
 @dataclass(frozen=True)

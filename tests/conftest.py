@@ -12,10 +12,12 @@ from jaxtyping import install_import_hook
 
 # Before anything imports the package. An int is a fine float, as PEP 484 says and beartype alone
 # does not.
-# Not `distributed`: Ray sends its functions by value, and a checked function cannot be pickled.
+# Not `distributed` and `workflows`: Ray sends functions of theirs by value, and a checked function
+# cannot be pickled.
 PACKAGE = Path(__file__).resolve().parents[1] / "icm_ray"
+BY_VALUE = ("distributed", "workflows")
 install_import_hook(
-    [f"icm_ray.{p.stem}" for p in PACKAGE.glob("[a-z]*") if p.stem != "distributed"],
+    [f"icm_ray.{p.stem}" for p in PACKAGE.glob("[a-z]*") if p.stem not in BY_VALUE],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 # However pytest is started: nothing of the caller's cluster, storage, hub or terminal gets in.

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from icm_ray.cli import app
+from icm_ray.command import quiet_libraries
 from icm_ray.methods import METHODS
 
 
@@ -203,8 +205,9 @@ def test_adapters_of_another_base_are_refused_before_the_merge(cli, tmp_path, ti
     recipe = recipe_of(tmp_path / "r.yaml", {"wide": folder}, base=str(tiny_bert))
     code, _, err = cli("merge", "-c", recipe)
     assert code == 3
-    assert len(errors(err)) == len(SHAPES)
+    assert len(errors(err)) == 1, "one cause, one line"
     assert "24 x 24 but the base's 16 x 16 is expected" in errors(err)[0]
+    assert f"And {len(SHAPES) - 1} more" in errors(err)[0]
 
 
 def test_overrides_change_the_merge(cli, recipe):
@@ -236,6 +239,99 @@ def test_merging_twice_replaces_our_own_folder(cli, recipe):
     assert cli("merge", "-c", recipe, "output.rank=1")[0] == 0
     config = json.loads((recipe.with_name("merged") / "adapter_config.json").read_text())
     assert config["r"] == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "merge"])
+def test_an_output_that_is_an_input_is_refused(cli, tmp_path, recipe, two, command):
+    assert cli("merge", "-c", recipe)[0] == 0
+    ours = recipe.with_name("merged")  # a folder of ours, which an output may replace
+    again = recipe_of(tmp_path / "again.yaml", {"one": ours, "a": two["a"]})
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = (ours / "adapter_model.safetensors").read_bytes()
+    for place in (ours, tmp_path / "link" / "merged", two["a"], ours / "inside"):
+        code, _, err = cli(command, "-c", again, f"output.path={place}")
+        assert code == 3
+        assert "but inputs stay as they are" in errors(err)[0]
+    assert (ours / "adapter_model.safetensors").read_bytes() == before
+    assert not (ours / "inside").exists()
+
+
+def test_adapters_of_one_folder_name_are_told_apart(cli, tmp_path):
+    runs = [save_lora(tmp_path / run / "checkpoint-500", i) for i, run in enumerate("AB")]
+    code, out, _ = cli("inspect", *runs, "--json")
+    assert code == 0
+    names = [one["name"] for one in json.loads(out)["adapters"]]
+    assert names == ["A-checkpoint-500", "B-checkpoint-500"]
+
+
+def test_adapters_that_share_no_module_are_refused_by_every_command(cli, tmp_path, two):
+    bare = {name.removeprefix("encoder."): (16, 16) for name in SHAPES}
+    folders = {"a": two["a"], "bare": save_lora(tmp_path / "bare", 3, shapes=bare)}
+    recipe = recipe_of(tmp_path / "r.yaml", folders)
+    for words in (["plan", "-c", recipe], ["merge", "-c", recipe], ["inspect", *folders.values()]):
+        code, _, err = cli(*words)
+        assert code == 3
+        assert len(errors(err)) == 1
+        assert "Only the prefix 'encoder.' differs" in errors(err)[0]
+
+
+def test_an_adapter_of_weight_zero_is_named(cli, tmp_path, two):
+    recipe = recipe_of(tmp_path / "r.yaml", two, params={"weights": {"a": 1.0, "b": 0.0}})
+    for command in ("plan", "merge"):
+        code, _, err = cli(command, "-c", recipe)
+        assert code == 0
+        assert "warning: b: weight 0, so not part of the merge." in err
+
+
+def test_what_is_odd_about_many_adapters_is_told_once(cli, tmp_path):
+    folders = [save_lora(tmp_path / f"t{i}", i, lora_alpha=-2) for i in range(5)]
+    code, _, err = cli("inspect", *folders)
+    assert code == 0
+    assert err.count("subtracted") == 1
+    assert "(5 adapters alike)" in err
+
+
+def test_one_base_under_several_names_merges_at_the_users_word(cli, tmp_path):
+    bases = ("meta/m", "unsloth/m-bnb-4bit", "/data/m")
+    folders = {
+        f"t{i}": save_lora(tmp_path / f"t{i}", i, base_model_name_or_path=base)
+        for i, base in enumerate(bases)
+    }
+    recipe = recipe_of(tmp_path / "r.yaml", folders)
+    code, _, err = cli("merge", "-c", recipe)
+    assert code == 3
+    assert "same_base: true" in errors(err)[0]
+    code, _, err = cli("merge", "-c", recipe, "same_base=true")
+    assert code == 0
+    assert "taken for 'meta/m', as the recipe says" in err
+    config = json.loads((recipe.with_name("merged") / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "meta/m"
+    assert cli("reproduce", recipe.with_name("merged"))[0] == 0
+
+
+def test_what_a_library_warns_users_of_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    quiet_libraries()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("a base\nis odd", stacklevel=1)
+        warnings.warn("for programmers", FutureWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: a base\\x0ais odd\n"
+
+
+def test_a_damaged_base_is_told(cli, tmp_path, recipe, tiny_bert):
+    base = shutil.copytree(tiny_bert, tmp_path / "base")
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("value.weight"))
+    save_file({key: x for key, x in tensors.items() if key != name}, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match="lacks 1 weights of BertModel.*drawn at random"):
+        assert cli("merge", "-c", recipe, f"base={base}")[0] == 0
+    for bad in (float("nan"), float("inf")):
+        save_file({**tensors, name: torch.full_like(tensors[name], bad)}, file, {"format": "pt"})
+        code, _, err = cli("merge", "-c", recipe, f"base={base}", "output.path=never")
+        assert code == 3
+        assert f"{name}: NaN or infinity but finite weights are expected" in err
 
 
 def test_verify(cli, recipe, tiny_bert):

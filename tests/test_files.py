@@ -16,6 +16,7 @@ from icm_ray.files import (
     is_done,
     read_json,
     read_manifest,
+    refuse_inputs,
     sha256_of,
     sha256_of_file,
     whole_folder,
@@ -254,3 +255,21 @@ def test_hashes_of_values_forget_the_order_of_keys() -> None:
     assert sha256_of({"a": 1}) != sha256_of({"a": 1.5})
     assert sha256_of(1) == files.hashlib.sha256(b"1").hexdigest()
     assert json.loads("1") == 1
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path):
+    source = tmp_path / "in" / "law"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    inputs = {"adapter 'law'": source}
+    for target, relation in (
+        (source, "is the adapter 'law'"),
+        (tmp_path / "link" / "law", "is the adapter 'law'"),
+        (tmp_path / "in" / "x" / ".." / "law", "is the adapter 'law'"),
+        (tmp_path / "link", "holds the adapter 'law'"),
+        (source / "merged", "lies in the adapter 'law'"),
+    ):
+        with pytest.raises(InputError, match=relation):
+            refuse_inputs(target, inputs)
+    refuse_inputs(tmp_path / "in" / "law2", inputs)
+    refuse_inputs(tmp_path / "out", inputs)

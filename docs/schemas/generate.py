@@ -64,7 +64,9 @@ class MergeReportFile(Strict):
     retained_energy: float = Field(ge=0, le=1, description="Over all modules together.")
     fingerprint: str = Digest
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
-    modules_to_save: Literal["refuse", "drop", "keep"] = Field(description="Policy of the recipe.")
+    modules_to_save: Literal["refuse", "drop", "keep", "mean"] = Field(
+        description="Policy of the recipe."
+    )
     saved_modules: dict[str, list[str]] = Field(
         description="Tensors kept in saved_modules/<task>.safetensors, by task."
     )

@@ -1,10 +1,11 @@
 """PEFT adapter folders in and out: strict reading, exact writing, and proof of what was written."""
 
-from icm_ray.adapters.alignment import check_together, name_problems, open_all
-from icm_ray.adapters.base import check_base
+from icm_ray.adapters.alignment import check_together, name_problems
+from icm_ray.adapters.base import check_base, class_of
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.forward import verify_forward
 from icm_ray.adapters.geometry import delta_cosines
+from icm_ray.adapters.opening import fit_base, open_all, with_common_names
 from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter
 from icm_ray.adapters.saving import save_adapter
 from icm_ray.adapters.verify import verify_written
@@ -13,8 +14,10 @@ __all__ = [
     "AdapterFile",
     "check_base",
     "check_together",
+    "class_of",
     "delta_cosines",
     "fingerprint_of",
+    "fit_base",
     "load_adapter",
     "name_problems",
     "open_adapter",
@@ -22,4 +25,5 @@ __all__ = [
     "save_adapter",
     "verify_forward",
     "verify_written",
+    "with_common_names",
 ]

@@ -1,43 +1,17 @@
 """Do these adapters belong together? Asked once for all of them, before any work starts."""
 
-import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from icm_ray.adapters.base_names import bare_name
 from icm_ray.adapters.fingerprint import squared_norm
-from icm_ray.adapters.peft_format import AdapterFile, open_adapter
+from icm_ray.adapters.peft_format import AdapterFile
 from icm_ray.errors import InputError
-from icm_ray.types import Adapter, SavedModulesPolicy
+from icm_ray.types import Adapter
 
 MAX_NAME_BYTES = 120
 _NAME_PUNCTUATION = " _.,+=@()[]-"
-
-
-def open_all(
-    refs: Sequence[tuple[str, str | os.PathLike[str]]],
-    saved_modules: SavedModulesPolicy = "refuse",
-) -> list[AdapterFile]:
-    """Open adapters and look at all their values, reporting the problems of all of them at once.
-
-    Args:
-        refs: `(name, folder)` of each adapter.
-        saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
-
-    Raises:
-        InputError: with every problem of every adapter.
-    """
-    files, problems = [], []
-    for name, path in refs:
-        try:
-            file = open_adapter(path, name, saved_modules=saved_modules)
-            _ = file.fingerprint  # finds NaN and infinity; the result is kept for later
-            files.append(file)
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    return files
 
 
 def check_together(adapters: Sequence[Adapter | AdapterFile], *, values: bool = True) -> list[str]:
@@ -49,7 +23,7 @@ def check_together(adapters: Sequence[Adapter | AdapterFile], *, values: bool = 
 
     Raises:
         InputError: with every problem: no adapters, unusable or clashing names, different bases,
-            modules of different shape or layout.
+            modules of different shape or layout, adapters that share no module with the others.
     """
     problems = [] if adapters else ["adapters: none but at least one is expected. Name some."]
     problems += name_problems([adapter.name for adapter in adapters])
@@ -57,9 +31,11 @@ def check_together(adapters: Sequence[Adapter | AdapterFile], *, values: bool = 
     _compare_bases(adapters, problems, warnings)
     shapes = {adapter.name: _shapes(adapter) for adapter in adapters}
     _compare_shapes(shapes, problems)
+    problems += _unconnected(shapes)
     if problems:
         raise InputError(problems)
     _compare_modules(shapes, warnings)
+    _compare_tasks(adapters, warnings)
     if values:
         _compare_values(adapters, warnings)
     return warnings
@@ -99,24 +75,36 @@ def _compare_bases(
     adapters: Sequence[Adapter | AdapterFile], problems: list[str], warnings: list[str]
 ) -> None:
     users: dict[str, list[str]] = defaultdict(list)
+    spellings: dict[str, set[str]] = defaultdict(set)
     for adapter in adapters:
-        users[(adapter.base_model or "").rstrip("/")].append(adapter.name)
+        base = bare_name(adapter.base_model)
+        users[base].append(adapter.name)
+        spellings[base].add((adapter.base_model or "").rstrip("/"))
     unknown = users.pop("", [])
     if len(users) > 1:
-        told = ", ".join(f"{base!r} ({names[0]})" for base, names in users.items())
+        named = (f"{min(spellings[base])!r} ({names[0]})" for base, names in users.items())
         problems.append(
-            f"base_model_name_or_path: {told} but one base for all adapters is expected. "
-            "Merge adapters of one base; if these are one model, give it one name."
+            f"base_model_name_or_path: {', '.join(named)} but one base for all adapters is "
+            "expected. If these are one model, name it as base: of the recipe, or set same_base: "
+            "true there."
         )
-    if unknown:
-        warnings.append(
-            f"{', '.join(unknown)}: no base model named; taken for the same as the others'."
-        )
+    warnings += [
+        f"base_model_name_or_path: {', '.join(map(repr, sorted(names)))} taken for one base."
+        for base, names in spellings.items()
+        if base and len(names) > 1
+    ]
+    if unknown and users:
+        warnings.append(f"{_few(unknown)}: no base model named; taken for the same as the others'.")
     revisions = {
         str(adapter.config["revision"]) for adapter in adapters if adapter.config.get("revision")
     }
     if len(revisions) > 1:
         warnings.append(f"revision: the base's differ: {', '.join(sorted(revisions))}.")
+
+
+def _few(names: Sequence[str]) -> str:
+    """Return some names, and how many more there are."""
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _shapes(adapter: Adapter | AdapterFile) -> dict[str, tuple[int, int, str]]:
@@ -132,15 +120,50 @@ def _compare_shapes(
     shapes: dict[str, dict[str, tuple[int, int, str]]], problems: list[str]
 ) -> None:
     first: dict[str, str] = {}
+    wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, modules in shapes.items():
         for module, shape in modules.items():
             other = first.setdefault(module, name)
-            expected = shapes[other][module]
-            if shape != expected:
-                problems.append(
-                    f"{name}: {module}: {_words(shape)} but {_words(expected)} as in {other} is "
-                    "expected. Merge adapters of one base model."
-                )
+            if shape != shapes[other][module]:
+                wrong[name, other].append(module)
+    for (name, other), modules in wrong.items():
+        module = modules[0]
+        more = f" (And {len(modules) - 1} more.)" if len(modules) > 1 else ""
+        problems.append(
+            f"{name}: {module}: {_words(shapes[name][module])} but "
+            f"{_words(shapes[other][module])} as in {other} is expected. Merge adapters of one "
+            f"base model.{more}"
+        )
+
+
+def _unconnected(shapes: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Return one problem if adapters fall into groups without a common module."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for name, modules in shapes.items():
+        near = [group for group in groups if group[0] & modules.keys()]
+        paths = set(modules).union(*(group[0] for group in near))
+        names = [*(other for group in near for other in group[1]), name]
+        groups = [*(group for group in groups if group not in near), (paths, names)]
+    if len(groups) <= 1:
+        return []
+    each = "; ".join(f"{_few(names)} ({min(paths)} ...)" for paths, names in groups)
+    return [
+        f"modules: {each} but modules in common are expected. "
+        f"{_prefix_advice(groups[0][0], groups[1][0])}"
+    ]
+
+
+def _prefix_advice(ours: set[str], theirs: set[str]) -> str:
+    """Say whether it is a prefix alone that keeps modules apart, and what to do."""
+    for short, long in ((ours, theirs), (theirs, ours)):
+        name = min(short)
+        prefix = next((m.removesuffix(name) for m in sorted(long) if m.endswith(f".{name}")), "")
+        if prefix:
+            return (
+                f"Only the prefix {prefix!r} differs, as between AutoModel and a model with a "
+                "head; PEFT does not read one as the other. Train all from one model class."
+            )
+    return "Merge adapters of the same layers of one base model."
 
 
 def _words(shape: tuple[int, int, str]) -> str:
@@ -159,12 +182,27 @@ def _compare_modules(
     if not set.intersection(*(set(modules) for modules in shapes.values())):
         warnings.append("no module is in every adapter; absent modules count as no change.")
         return
+    lacking: dict[tuple[int, str], list[str]] = defaultdict(list)
     for name, modules in shapes.items():
         if absent := sorted(union - set(modules)):
-            warnings.append(
-                f"{name}: lacks {len(absent)} of {len(union)} modules, such as {absent[0]}; they "
-                "count as no change."
-            )
+            lacking[len(absent), absent[0]].append(name)
+    warnings += [
+        f"{_few(names)}: lacks {count} of {len(union)} modules, such as {module}; they count as no "
+        "change."
+        for (count, module), names in lacking.items()
+    ]
+
+
+def _compare_tasks(adapters: Sequence[Adapter | AdapterFile], warnings: list[str]) -> None:
+    users: dict[str, list[str]] = defaultdict(list)
+    for adapter in adapters:
+        users[str(adapter.config.get("task_type") or "none")].append(adapter.name)
+    if len(users) > 1:
+        kinds = ", ".join(f"{kind} ({_few(names)})" for kind, names in users.items())
+        warnings.append(
+            f"task_type: {kinds} differ, so the merge has none. Load it onto the model class of "
+            "the task at hand, as its README shows."
+        )
 
 
 def _compare_values(adapters: Sequence[Adapter | AdapterFile], warnings: list[str]) -> None:

@@ -1,25 +1,33 @@
 """The base model of an adapter: its architecture without weights, or the real thing."""
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.peft_format import AdapterFile
-from icm_ray.errors import InputError
+from icm_ray.errors import InputError, by_cause
 from icm_ray.types import Adapter
 
-_HEADS = {
+TASK_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
+
+
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """Return the class of transformers that an adapter's config says it was trained on."""
+    return TASK_CLASSES.get(str(config.get("task_type"))) or model_class(config)
 
 
 def check_base(adapters: Sequence[Adapter | AdapterFile], base_path: str | Path) -> None:
@@ -36,9 +44,7 @@ def check_base(adapters: Sequence[Adapter | AdapterFile], base_path: str | Path)
     """
     problems = []
     for adapter in adapters:
-        found = [_misfits(adapter, model) for model in _architectures(Path(base_path), adapter)]
-        # The class with the fewest misfits is the one the adapter was trained on.
-        problems += [f"{adapter.name}: {line}" for line in min(found, key=len)]
+        problems += [f"{adapter.name}: {line}" for line in by_cause(misfits(adapter, base_path))]
     if problems:
         raise InputError(problems)
 
@@ -46,28 +52,46 @@ def check_base(adapters: Sequence[Adapter | AdapterFile], base_path: str | Path)
 def load_base(path: Path, adapter: Adapter) -> Any:
     """Return the base in float32, as the transformers class that has all of the adapter's modules.
 
+    Weights that the base lacks, which transformers draws at random, are told through Python's
+    `warnings`.
+
     Raises:
-        InputError: the base cannot be loaded, or no class of it has these modules.
+        InputError: the base cannot be loaded, holds NaN or infinity, or no class of it has these
+            modules.
     """
     for model in _architectures(path, adapter):
         if adapter.modules.keys() <= {name for name, _ in model.named_modules()}:
-            try:
-                return (
-                    type(model)
-                    .from_pretrained(
-                        path, local_files_only=True, use_safetensors=True, dtype=torch.float32
-                    )
-                    .eval()
-                )
-            except (OSError, ValueError, RuntimeError) as error:
-                raise _unusable(path, error) from error
+            return _loaded(path, type(model))
     raise InputError(
         f"{path}: lacks modules of the adapter but all are expected. Check that it is its base."
     )
 
 
+def _loaded(path: Path, kind: Any) -> Any:
+    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    try:
+        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unusable(path, error) from error
+    bad = [name for name, x in model.named_parameters() if not math.isfinite(_peak(x))]
+    if bad:
+        expected = "NaN or infinity but finite weights are expected. Download the base again."
+        raise InputError(f"{path}: {line}" for line in by_cause((name, expected) for name in bad))
+    if missing := sorted(info["missing_keys"]):
+        warnings.warn(
+            f"{path}: lacks {len(missing)} weights of {kind.__name__}, such as {missing[0]}; they "
+            "are drawn at random, so only the adapter's change can be checked.",
+            stacklevel=3,
+        )
+    return model.eval()
+
+
+def _peak(values: torch.Tensor) -> float:
+    return float(values.detach().abs().max()) if values.numel() else 0.0
+
+
 def _architectures(path: Path, adapter: Adapter | AdapterFile) -> Iterator[Any]:
-    """Yield the base without weights: as its task's class, as its own, and without a head."""
+    """Yield the base without weights: as its task's class, as its own, without and with a head."""
     import transformers
 
     try:
@@ -77,12 +101,16 @@ def _architectures(path: Path, adapter: Adapter | AdapterFile) -> Iterator[Any]:
         )
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
-    task = _HEADS.get(str(adapter.config.get("task_type")))
-    for name in dict.fromkeys([task, *(config.architectures or []), "AutoModel"]):
-        known = getattr(transformers, str(name), None)
-        if known is None:
+    own = class_of(adapter.config)
+    heads = [] if own else [TASK_CLASSES[task] for task in TASKS_WITH_HEADS]
+    for name in dict.fromkeys([own, *(config.architectures or []), "AutoModel", *heads]):
+        known: Any = getattr(transformers, str(name), None)
+        if name in TASK_CLASSES.values():
+            build = known.from_config
+        elif _is_model_of(known, config):
+            build = known
+        else:
             continue
-        build = known.from_config if hasattr(known, "from_config") else known
         try:
             with torch.device("meta"):
                 model = build(config)
@@ -93,6 +121,14 @@ def _architectures(path: Path, adapter: Adapter | AdapterFile) -> Iterator[Any]:
         yield model
 
 
+def _is_model_of(known: Any, config: Any) -> bool:
+    """Say whether a name from a config is a model class for this config, and no other thing."""
+    from transformers import PreTrainedModel
+
+    is_model = isinstance(known, type) and issubclass(known, PreTrainedModel)
+    return is_model and isinstance(config, known.config_class or ())
+
+
 def _unusable(path: Path, error: Exception) -> InputError:
     return InputError(
         f"{path}: cannot be loaded ({error}) but a local transformers model with safetensors is "
@@ -100,36 +136,50 @@ def _unusable(path: Path, error: Exception) -> InputError:
     )
 
 
-def _misfits(adapter: Adapter | AdapterFile, model: nn.Module) -> list[str]:
+def misfits(adapter: Adapter | AdapterFile, base_path: str | Path) -> list[tuple[str, str]]:
+    """Return modules that do not fit into the base's class that fits best, and why.
+
+    Raises:
+        InputError: the base's config cannot be used.
+    """
+    fewest: list[tuple[str, str]] | None = None
+    for model in _architectures(Path(base_path), adapter):
+        wrong = _misfits_of(adapter, model)
+        if fewest is None or len(wrong) < len(fewest):
+            fewest = wrong
+        if not fewest:
+            break
+    return fewest or []
+
+
+def _misfits_of(adapter: Adapter | AdapterFile, model: nn.Module) -> list[tuple[str, str]]:
     layers = dict(model.named_modules())
     shapes = (
         {module: shape[:2] for module, shape in adapter.shapes.items()}
         if isinstance(adapter, AdapterFile)
         else {module: factors.shape for module, factors in adapter.modules.items()}
     )
-    lines = []
+    wrong = []
     for module, shape in shapes.items():
         weight = getattr(layers.get(module), "weight", None)
         if weight is None and (fused := _fused_experts(layers, module)):
-            lines.append(
-                f"{module}: {fused} holds all experts in one parameter but a module of its own is "
-                "expected. Leave base out: merging and checking the file need none."
+            advice = "Leave base out: merging and checking the file need none."
+            holds = (
+                f"{fused} holds all experts in one parameter but a module of its own is expected"
             )
-            continue
-        if weight is None:
-            lines.append(f"{module}: not in the base model but expected. Check the base.")
-            continue
-        is_turned = adapter.layouts.get(module) == EMBEDDING or "Conv1D" in str(
-            type(layers[module])
-        )
-        size = (weight.shape[0], math.prod(weight.shape[1:]))
-        expected = size[::-1] if is_turned else size
-        if shape != expected:
-            lines.append(
-                f"{module}: {shape[0]} x {shape[1]} but the base's {expected[0]} x {expected[1]} "
-                "is expected. Check the base."
+            wrong.append((module, f"{holds} is expected. {advice}"))
+        elif weight is None:
+            wrong.append((module, "not in the base model but expected. Check the base."))
+        else:
+            is_turned = adapter.layouts.get(module) == EMBEDDING or "Conv1D" in str(
+                type(layers[module])
             )
-    return lines
+            size = (weight.shape[0], math.prod(weight.shape[1:]))
+            expected = size[::-1] if is_turned else size
+            if shape != expected:
+                sizes = f"{shape[0]} x {shape[1]} but the base's {expected[0]} x {expected[1]}"
+                wrong.append((module, f"{sizes} is expected. Check the base."))
+    return wrong
 
 
 def _fused_experts(layers: dict[str, nn.Module], module: str) -> str | None:

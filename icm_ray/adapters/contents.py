@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from icm_ray.adapters.config_keys import FOLD
 from icm_ray.adapters.gaps import covered, find_gaps, plain_names
 from icm_ray.adapters.header import TensorInfo
-from icm_ray.adapters.policy import PlainConfig, short
+from icm_ray.adapters.policy import WHOLE, PlainConfig, short
 
 PREFIX = "base_model.model."
 EMBEDDING = "embedding"
@@ -26,6 +27,8 @@ _SAVED_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 _TRANSPOSED_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 """The layers of GPT-2 and its kin, whose weights are stored as (d_in, d_out)."""
 
+_OWN_CONFIG = "Use the config that was saved with these weights."
+
 Pair = tuple[TensorInfo, TensorInfo]
 
 
@@ -38,7 +41,7 @@ class Contents:
     layouts: dict[str, str] = field(default_factory=dict)
     scaling: Mapping[str, float] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
-    problems: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -62,8 +65,8 @@ def read_contents(
 
     Args:
         header: Tensors by name.
-        config: The checked config, or None if it was refused; then ranks are not checked.
-        saved_modules: Policy for full layers: refuse, drop or keep.
+        config: The config, or None if there is none; ranks are checked if it is a plain LoRA's.
+        saved_modules: Policy for full layers: refuse, drop, keep or mean.
     """
     contents = Contents()
     pairs, others = _pair_up(header, contents)
@@ -76,12 +79,12 @@ def read_contents(
             if layout := _layout(module, a, header):
                 contents.layouts[module] = layout
     if not pairs and not contents.problems:
-        contents.problems.append(
-            f"{len(header)} tensors, none of them LoRA, but keys such as "
-            f"{PREFIX}<module>.lora_A.weight are expected. Save the adapter with PEFT."
+        problem = (
+            f"but keys such as {PREFIX}<module>.lora_A.weight are expected. Save it with PEFT."
         )
+        contents.problems.append((f"{len(header)} tensors, none of them LoRA", problem))
     _set_dtype(pairs, contents)
-    if config is not None and not contents.problems:
+    if config is not None and not config.problems and not contents.problems:
         _check_config(config, contents)
     return contents
 
@@ -101,14 +104,13 @@ def _pair_up(
             used |= {key_a, key_b}
             if key_a not in header or key_b not in header:
                 missing = key_b if key_a in header else key_a
-                contents.problems.append(
-                    f"{missing}: missing but its partner needs it. Save the adapter again."
-                )
+                problem = "missing but its partner needs it. Save the adapter again."
+                contents.problems.append((missing, problem))
             elif module in pairs:
-                contents.problems.append(
-                    f"{module}: both linear and embedding factors but one kind is expected. "
-                    "Save the adapter again."
+                problem = (
+                    "both linear and embedding factors but one kind is expected. Save it again."
                 )
+                contents.problems.append((module, problem))
             else:
                 pairs[module] = header[key_a], header[key_b]
     return pairs, [key for key in header if key not in used]
@@ -121,65 +123,74 @@ def _place_others(
     policy: str,
     contents: Contents,
 ) -> None:
-    declared = (config.raw.get("modules_to_save") or []) if config else []
-    saved = []
+    declared = config.modules_to_save if config else []
+    whole: list[str] = []
     for key in others:
         path = key.removeprefix(PREFIX)
-        inside = any(f".{name}." in f".{path}" for name in declared)
         if key.startswith(PREFIX) and path.removesuffix(".base_layer.weight") in pairs:
             # PEFT copies the frozen base of a LoRA embedding into the file; it is no change.
             contents.notes.append(f"{key}: a copy of the base weights, left out.")
-        elif not key.startswith(PREFIX) or not (inside or path.endswith(_SAVED_EMBEDDINGS)):
-            contents.problems.append(
-                f"{key}: unknown but only {PREFIX}<module>.lora_A.weight and lora_B.weight are "
-                f"expected. {_advice(key)}"
-            )
-        elif policy == "refuse" and not inside:
-            contents.problems.append(
-                f"{key}: a whole layer but only LoRA factors are expected. Choose saved_modules "
-                "'drop', or 'keep' to carry it beside the merge."
-            )
-        elif policy == "drop":
-            contents.notes.append(f"{key}: a whole layer, left out.")
+        elif key.startswith(PREFIX) and is_saved(path, declared):
+            whole.append(key)
+        elif key.startswith(PREFIX) and path.endswith(_SAVED_EMBEDDINGS):
+            whole.append(key)
+            if policy == "refuse":
+                problem = f"a whole layer but only LoRA factors are expected. {WHOLE}"
+                contents.problems.append((key, problem))
         else:
-            saved.append(key)
-    contents.saved = tuple(sorted(saved))
+            contents.problems.append((key, f"unknown but {_advice(key)}"))
+    if whole and policy == "drop":
+        contents.notes.append(f"modules_to_save: {_listed(whole)}: whole layers, left out.")
+    contents.saved = () if policy == "drop" else tuple(sorted(whole))
+
+
+def is_saved(path: str, names: Iterable[str]) -> bool:
+    """Say whether a tensor is of a module that PEFT's `modules_to_save` selects, by its ending.
+
+    `classifier` selects `pre_classifier` as well, and whatever is inside either.
+    """
+    parents = [path[:at] for at, char in enumerate(path) if char == "."]
+    return any(parent.endswith(name) for name in names for parent in parents)
+
+
+def _listed(keys: list[str]) -> str:
+    names = sorted(key.removeprefix(PREFIX) for key in keys)
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 2 else ", ".join(names)
 
 
 def _advice(key: str) -> str:
     if "lora_magnitude_vector" in key:
-        return "DoRA is no B A; it cannot be merged."
-    if re.search(r"\.lora_(A|B|embedding_A|embedding_B)\.\w+(\.weight)?$", key):
-        return "Take the adapter's name out of the key: save with save_pretrained."
-    return "Save the adapter with PEFT."
+        return f"only B A is expected, and DoRA is no B A. {FOLD}"
+    factor = re.search(r"\.lora_(A|B|embedding_A|embedding_B)(\.\w+)?(\.weight)?$", key)
+    if factor and not key.startswith(PREFIX):
+        return f"names that begin with {PREFIX} are expected. Save the adapter with PEFT."
+    expected = f"only {PREFIX}<module>.lora_A.weight and lora_B.weight are expected."
+    if factor:
+        return f"{expected} Take the adapter's name out of the key: save with save_pretrained."
+    return f"{expected} Save the adapter with PEFT."
 
 
-def _shape_problems(module: str, a: TensorInfo, b: TensorInfo) -> list[str]:
+def _shape_problems(module: str, a: TensorInfo, b: TensorInfo) -> list[tuple[str, str]]:
     problems = []
     for key, tensor in ((f"{module}: A", a), (f"{module}: B", b)):
         if tensor.dtype not in DTYPES:
-            problems.append(
-                f"{key}: {tensor.dtype} but one of {', '.join(DTYPES)} is expected. "
-                "Save the adapter unquantised."
-            )
+            expected = f"one of {', '.join(DTYPES)} is expected. Save the adapter unquantised."
+            problems.append((key, f"{tensor.dtype} but {expected}"))
         if 0 in tensor.shape or not 2 <= len(tensor.shape) <= 5:
-            problems.append(
-                f"{key}: shape {short(tensor.shape)} but 2 to 5 dimensions, none of them 0, are "
-                "expected. Gather sharded weights before saving."
+            expected = (
+                "2 to 5 dimensions, none of them 0, are expected. Gather shards before saving."
             )
+            problems.append((key, f"shape {short(tensor.shape)} but {expected}"))
     if problems:
         return problems
     kernel = b.shape[2:]
     if len(a.shape) != len(b.shape) or any(size != 1 for size in kernel):
-        problems.append(
-            f"{module}: A {short(a.shape)} and B {short(b.shape)} but (rank, d_in) and "
-            "(d_out, rank) are expected. Save the adapter again."
-        )
+        expected = "(rank, d_in) and (d_out, rank) are expected. Save the adapter again."
+        problems.append((module, f"A {short(a.shape)} and B {short(b.shape)} but {expected}"))
     elif a.shape[0] != b.shape[1]:
-        problems.append(
-            f"{module}: A of rank {a.shape[0]} and B of rank {b.shape[1]} but equal ranks are "
-            "expected. Grouped convolutions are not supported."
-        )
+        expected = "equal ranks are expected. Grouped convolutions are not supported."
+        ranks = f"A of rank {a.shape[0]} and B of rank {b.shape[1]}"
+        problems.append((module, f"{ranks} but {expected}"))
     return problems
 
 
@@ -204,17 +215,15 @@ def _check_config(config: PlainConfig, contents: Contents) -> None:
         ranks = config.ranks(contents.shapes)
         contents.scaling, notes = config.scalings(ranks)
     except (ValueError, OverflowError) as error:
-        contents.problems.append(
-            f"rank_pattern, alpha_pattern: {error} but fewer are expected. Write the names out."
-        )
+        problem = f"{error} but fewer are expected. Write the names out."
+        contents.problems.append(("rank_pattern, alpha_pattern", problem))
         return
     contents.notes += notes
-    for module, (_, _, rank) in contents.shapes.items():
-        if rank != ranks[module]:
-            contents.problems.append(
-                f"{module}: rank {rank} but r or rank_pattern say {ranks[module]}. "
-                "Use the config that was saved with these weights."
-            )
+    contents.problems += [
+        (module, f"rank {rank} but r or rank_pattern say {ranks[module]}. {_OWN_CONFIG}")
+        for module, (_, _, rank) in contents.shapes.items()
+        if rank != ranks[module]
+    ]
     plain = [m for m in contents.shapes if m.rpartition(".")[2] not in _TRANSPOSED_NAMES]
     if config.raw.get("fan_in_fan_out") and plain:
         contents.notes.append(
@@ -228,8 +237,11 @@ def _check_targets(config: PlainConfig, contents: Contents) -> None:
     targets = config.raw.get("target_modules")
     if isinstance(targets, list):
         contents.problems += [
-            f"{module}: not in target_modules, so PEFT would ignore it, but all tensors are "
-            "expected to count. Use the config that was saved with these weights."
+            (
+                module,
+                "not in target_modules, so PEFT would ignore it, but all tensors are expected to "
+                f"count. {_OWN_CONFIG}",
+            )
             for module in contents.shapes
             if not covered(module, targets)
         ]
@@ -237,10 +249,9 @@ def _check_targets(config: PlainConfig, contents: Contents) -> None:
     if names is None:
         return
     wrong, uneven = find_gaps(contents.shapes)
-    contents.problems += [
-        f"{line}. Save the adapter again, or list full module paths in target_modules."
-        for line in wrong
-    ]
+    advice = "Save the adapter again, or list full module paths in target_modules."
+    for where, _, what in (line.partition(": ") for line in wrong):
+        contents.problems.append((where, f"{what}. {advice}"))
     contents.notes += [f"{line}." for line in uneven]
     contents.notes += [
         f"target_modules: {short(name)} has no tensors."

@@ -1,43 +1,27 @@
 """PEFT adapter folders, read strictly: every tensor is accounted for or the folder is refused."""
 
-import hashlib
 import math
 import os
 import warnings as python_warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from icm_ray.adapters.contents import PREFIX, Contents, read_contents, tensor_keys
-from icm_ray.adapters.fingerprint import add_to_digest, largest, squared_norm
+from icm_ray.adapters.fingerprint import largest
 from icm_ray.adapters.header import open_tensors, read_header
 from icm_ray.adapters.policy import CONFIG_FILE, read_config
-from icm_ray.errors import InputError
+from icm_ray.adapters.values import Scan, not_finite, scan
+from icm_ray.errors import InputError, by_cause
 from icm_ray.types import Adapter, LoRAFactors, SavedModulesPolicy
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-HUGE = 1e18
-"""Beyond this a squared entry leaves float32, so norms and cosines of the adapter do too."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What one pass over all values found.
-
-    Attributes:
-        fingerprint: As `fingerprint_of` gives it.
-        norm: Frobenius norm of all deltas together.
-        warnings: What is finite but odd about the values.
-    """
-
-    fingerprint: str
-    norm: float
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +39,7 @@ class AdapterFile:
         layouts: Modules that are no plain linear layer: "embedding" or "conv:<k>x<k>".
         saved: Names of full tensors that are carried along, unmerged.
         notes: Warnings that needed no look at the values; `warnings` has them all.
+        names: Paths in the file of what goes by a newer name here, by that name; see `renaming`.
     """
 
     name: str
@@ -67,6 +52,7 @@ class AdapterFile:
     layouts: Mapping[str, str] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> Path:
@@ -119,9 +105,9 @@ class AdapterFile:
         """
         with open_tensors(self.file) as handle:
             for module in self.shapes if modules is None else modules:
-                factors, problems = self._read(handle, module)
-                if problems:
-                    raise InputError(problems)
+                _, factors, bad = self._read(handle, module)
+                if bad:
+                    raise not_finite(self.file, bad)
                 yield module, factors
 
     def load(self) -> Adapter:
@@ -131,8 +117,6 @@ class AdapterFile:
             InputError: naming every tensor that holds NaN or infinity.
         """
         fingerprint = self.fingerprint
-        with open_tensors(self.file) as handle:
-            saved = {key.removeprefix(PREFIX): handle.get_tensor(key) for key in self.saved}
         return Adapter(
             name=self.name,
             base_model=self.base_model,
@@ -141,56 +125,59 @@ class AdapterFile:
             fingerprint=fingerprint,
             dtype=self.dtype,
             layouts=self.layouts,
-            saved_modules=saved,
+            saved_modules=self.whole_layers(),
         )
 
-    def _read(self, handle: Any, module: str) -> tuple[LoRAFactors, list[str]]:
-        scaling = self.scaling[module]
-        key_a, key_b = tensor_keys(module, self.layouts.get(module))
+    def whole_layers(self) -> dict[str, Tensor]:
+        """Read the full tensors that are carried along, by their path in the base model."""
+        with open_tensors(self.file) as handle:
+            return {
+                path: handle.get_tensor(key)
+                for path, key in zip(self.saved_names, self.saved, strict=True)
+            }
+
+    @property
+    def saved_names(self) -> tuple[str, ...]:
+        """Paths of the full tensors in the base model, in the order of `saved`."""
+        new = {path: name for name, path in self.names.items()}
+        paths = (key.removeprefix(PREFIX) for key in self.saved)
+        return tuple(new.get(path, path) for path in paths)
+
+    def renamed(self, names: Mapping[str, str]) -> "AdapterFile":
+        """Return the same file with modules and full tensors under other paths: `{old: new}`."""
+        return self.changed(
+            shapes=dict(sorted((names.get(m, m), shape) for m, shape in self.shapes.items())),
+            scaling={names.get(m, m): scaling for m, scaling in self.scaling.items()},
+            layouts={names.get(m, m): layout for m, layout in self.layouts.items()},
+            names={new: old for old, new in names.items()},
+        )
+
+    def changed(self, **fields: Any) -> "AdapterFile":
+        """Return the same file with other fields; what a look at its values showed is kept."""
+        file = replace(self, **fields)
+        file.__dict__.update({k: v for k, v in self.__dict__.items() if k == "_scan"})
+        return file
+
+    def _read(self, handle: Any, module: str) -> tuple[str, LoRAFactors, list[str]]:
+        """Return a module's path in the file, its factors, and its tensors that are not finite."""
+        scaling, path = self.scaling[module], self.names.get(module, module)
+        key_a, key_b = tensor_keys(path, self.layouts.get(module))
         # Upcast before scaling: in float16 the product could overflow, in bfloat16 it would round.
         # A copy, because a view would keep a window of the mapped file in memory for each adapter.
         a = handle.get_tensor(key_a).to(torch.float32, copy=True).flatten(1)
         b = handle.get_tensor(key_b).float().flatten(1) * scaling
-        problems = [
-            f"{self.file}: {key}: NaN or infinity but finite float32 values are expected. "
-            "Train or export the adapter again."
-            for key, values in ((key_a, a), (key_b, b))
-            if not math.isfinite(largest(values))
-        ]
-        return LoRAFactors(a, b, scaling), problems
+        bad = [key for key, x in ((key_a, a), (key_b, b)) if not math.isfinite(largest(x))]
+        return path, LoRAFactors(a, b, scaling), bad
 
     @cached_property
     def _scan(self) -> Scan:
-        digest = hashlib.sha256()
-        problems: list[str] = []
-        zero: list[str] = []
-        huge: list[str] = []
-        squares = 0.0
         with open_tensors(self.file) as handle:
-            for module in self.shapes:
-                factors, found = self._read(handle, module)
-                problems += found
-                add_to_digest(digest, module, factors)
-                squares += squared_norm(factors)
-                peaks = largest(factors.a), largest(factors.b)
-                zero += [module] if 0 in peaks else []
-                huge += [module] if max(peaks) > HUGE else []
-            problems += [
-                f"{self.file}: {key}: NaN or infinity but finite values are expected. Save again."
-                for key in self.saved
-                if not torch.isfinite(handle.get_tensor(key)).all()
-            ]
-        if problems:
-            raise InputError(problems)
-        notes = [
-            f"{self.file}: {modules[0]}: {what} in {len(modules)} of {len(self.shapes)} modules."
-            for modules, what in (
-                (zero, "all-zero change"),
-                (huge, f"values beyond {HUGE:.0e}"),
-            )
-            if modules
-        ]
-        return Scan(digest.hexdigest(), squares**0.5, tuple(notes))
+            modules = (self._read(handle, module) for module in self._in_file_order())
+            saved = ((key, handle.get_tensor(key)) for key in self.saved)
+            return scan(self.file, modules, saved)
+
+    def _in_file_order(self) -> list[str]:
+        return sorted(self.shapes, key=lambda module: self.names.get(module, module))
 
 
 def open_adapter(
@@ -209,13 +196,14 @@ def open_adapter(
     Raises:
         InputError: with every problem of the folder, one line each.
     """
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     problems = _folder_problems(folder)
     if problems:
         raise InputError(problems)
     config = header = None
     try:
         config = read_config(folder / CONFIG_FILE, saved_modules)
+        problems += config.problems
     except InputError as error:
         problems += error.problems
     try:
@@ -225,7 +213,7 @@ def open_adapter(
     contents = Contents()
     if header is not None:
         contents = read_contents(header, config, saved_modules)
-        problems += [f"{folder / WEIGHTS_FILE}: {line}" for line in contents.problems]
+        problems += [f"{folder / WEIGHTS_FILE}: {line}" for line in by_cause(contents.problems)]
     if problems or config is None:
         raise InputError(problems)
     return AdapterFile(
@@ -274,10 +262,10 @@ def _folder_problems(folder: Path) -> list[str]:
     try:
         if not folder.is_dir():
             found = "a file" if folder.exists() else "no such folder"
-            return [
-                f"{folder}: {found} but a local adapter folder is expected. Hub names are not "
-                "looked up; download the adapter first."
-            ]
+            way = "Check the path."
+            if not folder.is_absolute():
+                way = "Hub names are not looked up; download the adapter first."
+            return [f"{folder}: {found} but a local adapter folder is expected. {way}"]
         missing = [n for n in (CONFIG_FILE, WEIGHTS_FILE) if not os.path.lexists(folder / n)]
         has_pickle = os.path.lexists(folder / PICKLE_FILE)
     except (OSError, ValueError) as error:

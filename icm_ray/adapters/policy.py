@@ -8,11 +8,12 @@ import json
 import math
 import re
 import warnings as python_warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from icm_ray.adapters.config_keys import FOLD, judged, model_class
 from icm_ray.adapters.patterns import (
     Number,
     compiles,
@@ -28,34 +29,8 @@ CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
-NOT_PLAIN = {
-    "use_dora": "DoRA rescales the base weights, so its change is not B A",
-    "lora_bias": "it trains a bias that B A cannot hold",
-    "target_parameters": "LoRA on fused parameters (mixture of experts) packs many B A into one",
-    "trainable_token_indices": "it replaces rows of an embedding",
-    "layer_replication": "it builds another model than the base",
-    "use_qalora": "QA-LoRA pools the inputs before A",
-    "alora_invocation_tokens": "activated LoRA applies B A to some tokens only",
-    "monteclora_config": "MonteCLoRA samples its change",
-    "use_bdlora": "block-diagonal LoRA stores its factors in blocks",
-    "arrow_config": "Arrow routes between several adapters",
-    "kasa_config": "KaSA cuts the base weights and puts a diagonal between B and A",
-    "megatron_config": "Megatron layers may hold shards of A and B",
-    "ensure_weight_tying": "it shares factors between layers, which a merged adapter cannot",
-}
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-ONLY_FOR_TRAINING = (
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "megatron_core",
-    "qalora_group_size",
-    "velora_config",
-    "runtime_config",
-)
-"""Keys about how the factors were first filled or trained: whatever they say, B A stays B A."""
 
 
 def _is_number(value: object) -> bool:
@@ -108,20 +83,32 @@ FIELDS = {
     "layers_pattern": "a list of names or text",
     "auto_mapping": "a table of texts",
 }
+WHOLE = (
+    "Whole layers are not merged: set modules_to_save: mean, keep or drop in the recipe "
+    "(saved_modules in Python)."
+)
 _NEVER_NULL = ("peft_type", "r", "lora_alpha")
 
 
 @dataclass(frozen=True)
 class PlainConfig:
-    """A config that has passed every check.
+    """A config, and every reason why it is no plain LoRA's.
 
     Attributes:
         raw: The JSON as it was read.
         warnings: What is legal but should not pass in silence.
+        problems: Why it is refused; nothing but `modules_to_save` can be relied on then.
     """
 
     raw: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        """Endings of the paths of modules that were trained whole, as PEFT matches them."""
+        names = self.raw.get("modules_to_save")
+        return names if isinstance(names, list) and _is_names(names) else []
 
     def ranks(self, modules: Iterable[str]) -> Mapping[str, int]:
         """Return the rank that the config promises for every module."""
@@ -147,7 +134,7 @@ def read_config(file: Path, saved_modules: SavedModulesPolicy) -> PlainConfig:
     """Read and check `adapter_config.json`.
 
     Raises:
-        InputError: with every reason why this is no plain LoRA.
+        InputError: it is missing, too large or no JSON object.
     """
     size = regular_size(file)
     if size > MAX_CONFIG_BYTES:
@@ -160,14 +147,19 @@ def read_config(file: Path, saved_modules: SavedModulesPolicy) -> PlainConfig:
         raise InputError(
             f"{file}: a {type(raw).__name__} but a JSON object is expected. Save the adapter again."
         )
+    refused, ignored = judged(raw, FIELDS)
     problems = [
         *_type_problems(raw),
         *_kind_problems(raw, saved_modules),
+        *(
+            f"{key}: {short(raw[key])} but nothing is expected: {meaning}. {way}"
+            for key, (meaning, way) in refused.items()
+        ),
         *_pattern_problems(raw),
     ] or _peft_problems(raw)
     if problems:
-        raise InputError(f"{file}: {problem}" for problem in problems)
-    return PlainConfig(raw, tuple(f"{file}: {line}" for line in _warnings(raw, saved_modules)))
+        return PlainConfig(raw, problems=tuple(f"{file}: {line}" for line in problems))
+    return PlainConfig(raw, tuple(f"{file}: {line}" for line in _warnings(raw, ignored)))
 
 
 def short(value: object) -> str:
@@ -209,8 +201,7 @@ def _kind_problems(raw: Mapping[str, Any], saved_modules: str) -> list[str]:
         problems.append(f"peft_type: {short(kind)} but LORA is expected. Only LoRA can be merged.")
     if bias not in (None, "none"):
         problems.append(
-            f"bias: {short(bias)} but none is expected. Trained biases are no B A; "
-            "train without them."
+            f"bias: {short(bias)} but none is expected: trained biases are no B A. {FOLD}"
         )
     if isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE):
         problems.append(
@@ -222,15 +213,9 @@ def _kind_problems(raw: Mapping[str, Any], saved_modules: str) -> list[str]:
             f"init_lora_weights: {short(init)} but true, false or one of "
             f"{', '.join(PLAIN_INITS)} is expected. Convert the adapter with PEFT."
         )
-    for key, value in raw.items():
-        if _is_empty(value) or key in FIELDS or key in ONLY_FOR_TRAINING:
-            continue
-        reason = NOT_PLAIN.get(key, "its meaning is not known here")
-        problems.append(f"{key}: {short(value)} but nothing is expected: {reason}. Leave it out.")
     if saved_modules == "refuse" and not _is_empty(raw.get("modules_to_save")):
         problems.append(
-            f"modules_to_save: {short(raw['modules_to_save'])} but none are expected. Whole layers "
-            "are not merged: choose saved_modules 'drop', or 'keep' to carry them beside the merge."
+            f"modules_to_save: {short(raw['modules_to_save'])} but none are expected. {WHOLE}"
         )
     return problems
 
@@ -267,12 +252,17 @@ def _peft_problems(raw: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _warnings(raw: Mapping[str, Any], saved_modules: str) -> list[str]:
+def _warnings(raw: Mapping[str, Any], ignored: Sequence[str]) -> list[str]:
     lines = [
         f"{key}: missing, so PEFT's default {value} is used."
         for key, value in PEFT_DEFAULTS.items()
         if key not in raw
     ]
+    if ignored:
+        lines.append(
+            f"{', '.join(ignored)}: no key that changes what PEFT computes. It is not used."
+        )
+    lines += _alpha_warnings(raw)
     base = raw.get("base_model_name_or_path") or ""
     if "://" in base or base.startswith(("/", ".", "~")) or "\\" in base:
         lines.append(
@@ -288,9 +278,19 @@ def _warnings(raw: Mapping[str, Any], saved_modules: str) -> list[str]:
             lines.append(f"{key}: {short(raw[key])} could match for ever. It is not run.")
     if not _is_empty(raw.get("layers_to_transform")) or not _is_empty(raw.get("layers_pattern")):
         lines.append("layers_to_transform: the tensors decide which layers count.")
-    mapping = raw.get("auto_mapping") or {}
-    if mapping and not str(mapping.get("parent_library")).startswith("transformers."):
+    mapping = raw.get("auto_mapping")
+    if mapping and not model_class(raw):
         lines.append(f"auto_mapping: {short(mapping)} names code that is never imported.")
-    if saved_modules == "drop" and raw.get("modules_to_save"):
-        lines.append(f"modules_to_save: {short(raw['modules_to_save'])} are left out.")
     return lines
+
+
+def _alpha_warnings(raw: Mapping[str, Any]) -> list[str]:
+    alphas = {"lora_alpha": raw.get("lora_alpha", PEFT_DEFAULTS["lora_alpha"])}
+    alphas |= {f"alpha_pattern: {key}": n for key, n in (raw.get("alpha_pattern") or {}).items()}
+    return [
+        f"{key}: {alpha}, so the change is subtracted."
+        if alpha < 0
+        else f"{key}: 0, so the adapter changes nothing there and adds nothing to a merge."
+        for key, alpha in alphas.items()
+        if alpha <= 0
+    ]

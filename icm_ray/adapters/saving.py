@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from icm_ray.adapters.contents import kernel_of, tensor_keys
+from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
+from icm_ray.adapters.contents import PREFIX, is_saved, kernel_of, tensor_keys
 from icm_ray.adapters.fingerprint import largest
 from icm_ray.adapters.gaps import covered, find_gaps, plain_names
 from icm_ray.adapters.peft_format import WEIGHTS_FILE
@@ -36,6 +37,7 @@ def save_adapter(
 ) -> None:
     """Write `adapter` as a PEFT folder with a manifest, whole or not at all.
 
+    Full tensors that the config's `modules_to_save` names go into PEFT's file, others beside it.
     The scaling stays inside B, so alpha equals the rank everywhere and rsLoRA is off. Modules of
     rank 0 are left out; if every module has rank 0 they are written as zeros of rank 1, since PEFT
     cannot load a file without tensors. Same adapter, same bytes.
@@ -59,12 +61,14 @@ def save_adapter(
         name: _zeros(factors) for name, factors in adapter.modules.items()
     }
     tensors = _tensors(adapter, modules, dtype)
+    layers = {name: _own(tensor) for name, tensor in adapter.saved_modules.items()}
+    beside = {name: layers[name] for name in layers if not is_saved(name, _declared(adapter))}
+    tensors |= {f"{PREFIX}{name}": layers[name] for name in layers.keys() - beside.keys()}
     with whole_folder(Path(path), info=info) as folder:
         write_json(folder / CONFIG_FILE, _config(adapter, modules))
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        if adapter.saved_modules:
-            saved = {name: _own(tensor) for name, tensor in adapter.saved_modules.items()}
-            save_file(saved, folder / SAVED_MODULES_FILE, metadata={"format": "pt"})
+        save_file(dict(sorted(tensors.items())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if beside:
+            save_file(beside, folder / SAVED_MODULES_FILE, metadata={"format": "pt"})
         for name, text in sorted((extra_files or {}).items()):
             if Path(name).name != name:
                 raise InputError(f"{name}: a path but a file name is expected. Choose another.")
@@ -106,7 +110,7 @@ def _tensors(
         tensors[key_b] = _own(b.reshape(*b.shape, *(1 for _ in kernel)))
     if problems:
         raise InputError(problems)
-    return dict(sorted(tensors.items()))
+    return tensors
 
 
 def as_stored(adapter: Adapter) -> Adapter:
@@ -149,9 +153,12 @@ def _config(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> dict[str, A
         for module, factors in modules.items()
         if factors.rank != r
     }
+    task, layers = adapter.config.get("task_type"), _declared(adapter)
+    has_class = model_class(adapter.config)
     return {
+        **({"auto_mapping": adapter.config["auto_mapping"]} if has_class else {}),
         "peft_type": "LORA",
-        "task_type": adapter.config.get("task_type"),
+        "task_type": task if layers or task not in TASKS_WITH_HEADS else None,
         "base_model_name_or_path": adapter.base_model,
         "revision": known_revision(adapter.config),
         "r": r,
@@ -163,10 +170,16 @@ def _config(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> dict[str, A
         "fan_in_fan_out": bool(adapter.config.get("fan_in_fan_out")),
         "lora_dropout": 0.0,
         "bias": "none",
-        "modules_to_save": None,
+        "modules_to_save": layers or None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _declared(adapter: Adapter) -> list[str]:
+    """Return the config's `modules_to_save` as far as the adapter has such full tensors."""
+    names = adapter.config.get("modules_to_save") or []
+    return sorted(name for name in names if any(is_saved(t, [name]) for t in adapter.saved_modules))
 
 
 def _targets(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> list[str]:

@@ -37,7 +37,7 @@ def verify_written(folder: str | Path, expected: Adapter) -> dict[str, float]:
     Raises:
         InputError: naming every module that is missing, unexpected or different.
     """
-    file = open_adapter(folder, expected.name)
+    file = open_adapter(folder, expected.name, saved_modules="keep")
     wanted = {m for m, factors in expected.modules.items() if factors.rank} or set(file.shapes)
     problems = [
         f"{file.path}: {m}: missing but expected. Save it again." for m in wanted - set(file.shapes)
@@ -45,6 +45,11 @@ def verify_written(folder: str | Path, expected: Adapter) -> dict[str, float]:
     problems += [
         f"{file.path}: {m}: not expected. Save it again."
         for m in set(file.shapes) - set(expected.modules)
+    ]
+    problems += [
+        f"{file.path}: {name}: not the full layer that is expected. Save it again."
+        for name, tensor in file.whole_layers().items()
+        if not torch.equal(tensor, expected.saved_modules.get(name, tensor.new_empty(0)))
     ]
     if problems:
         raise InputError(sorted(problems))
@@ -79,12 +84,12 @@ def load_with_peft(model: nn.Module, folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = PeftConfig.from_pretrained(str(folder))
+            config: Any = PeftConfig.from_pretrained(str(folder))
             config.task_type = None  # else PEFT wraps the model for its task and asks for more
+            config.modules_to_save = None  # they are compared, or laid over the model, by us
             # low_cpu_mem_usage: the factors come from the file, so none are drawn first.
-            return PeftModel.from_pretrained(
-                model, str(folder), config=config, low_cpu_mem_usage=True
-            ).eval()
+            options: dict[str, Any] = {"low_cpu_mem_usage": True, "ignore_mismatched_sizes": True}
+            return PeftModel.from_pretrained(model, str(folder), config=config, **options).eval()
     except Exception as error:  # PEFT raises whatever its loader runs into
         raise InputError(
             f"{folder}: PEFT cannot load it ({type(error).__name__}: {error}). Save it again."

@@ -39,6 +39,7 @@ from icm_ray.config.learning import (
 from icm_ray.config.merging import EvidenceRecipe, MergeRecipe
 from icm_ray.config.parts import (
     AdapterRef,
+    Adapters,
     DataSpec,
     Name,
     Output,
@@ -48,6 +49,7 @@ from icm_ray.config.parts import (
     Resources,
     Spec,
     changed,
+    folder_names,
 )
 from icm_ray.config.pipeline import MethodRow, PipelineRecipe
 from icm_ray.config.search import (
@@ -62,6 +64,7 @@ from icm_ray.config.search import (
 __all__ = [
     "INPUT_BATCH",
     "AdapterRef",
+    "Adapters",
     "BenchmarkRecipe",
     "DataSpec",
     "EngineSpec",
@@ -109,4 +112,5 @@ __all__ = [
     "Training",
     "VAESpec",
     "changed",
+    "folder_names",
 ]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from icm_ray.config.parts import AdapterRef, Part, Positive, Recipe
+from icm_ray.config.parts import Adapters, Part, Positive, Recipe
 
 
 class PrepareRecipe(Recipe):
@@ -89,7 +89,7 @@ class EvaluateRecipe(Recipe):
     experts: str = Field(min_length=1, description="Folder of one expert set.")
     base: str | None = None
     revision: str | None = None
-    adapters: list[AdapterRef] = Field(min_length=1)
+    adapters: Adapters
     split: Literal["validation", "test"] = "test"
     examples: Positive = 256
     batch: Positive = 64

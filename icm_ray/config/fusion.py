@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from icm_ray.config.parts import AdapterRef, DataSpec, Part, Positive, Recipe
+from icm_ray.config.parts import Adapters, DataSpec, Part, Positive, Recipe
 from icm_ray.types import SavedModulesPolicy
 
 
@@ -149,7 +149,7 @@ class TrainFusionRecipe(Recipe):
 
     base: str
     revision: str | None = None
-    adapters: list[AdapterRef] = Field(min_length=1)
+    adapters: Adapters
     joins: str | None = Field(
         default=None,
         description="Folder of a trained Fusion-VAE that takes the adapters in: nothing is "

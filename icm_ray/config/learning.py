@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from icm_ray.config.fusion import InContext
-from icm_ray.config.parts import AdapterRef, DataSpec, Part, Positive, Recipe
+from icm_ray.config.parts import Adapters, DataSpec, Part, Positive, Recipe
 from icm_ray.types import SavedModulesPolicy
 
 
@@ -135,7 +135,7 @@ class LearnRecipe(Recipe):
 
     base: str
     revision: str | None = None
-    adapters: list[AdapterRef] = Field(min_length=1)
+    adapters: Adapters
     method: str
     learn: Overrides = {}
     fusion: str | None = Field(

@@ -5,6 +5,7 @@
 Unknown keys are errors with the nearest known key; `key=value` overrides use the same dotted names.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 20
 R = TypeVar("R", bound=Recipe)
 
-_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+"""Numbers such as 1e-3, which YAML 1.1 takes for text and everybody else for numbers."""
 
 
 def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
@@ -37,7 +39,7 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    source = Path(path)
+    source = Path(path).expanduser()
     values = read_yaml(source)
     # An override may hold a pasted secret as well, so only its key is repeated.
     keys = [override.partition("=")[0] for override in overrides]
@@ -47,7 +49,8 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
     try:
         config = OmegaConf.create(values)
         config.merge_with_dotlist(list(overrides))
-        plain = OmegaConf.to_container(config)  # no interpolation: a recipe says what it says
+        # No interpolation: a recipe says what it says.
+        plain = _at_home(OmegaConf.to_container(config))
         return kind.model_validate(plain)
     except ValidationError as error:
         raise RecipeError([_problem(kind, source, item) for item in error.errors()]) from None
@@ -55,6 +58,15 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         where = f"with {', '.join(keys)} set: " if keys else ""
         what = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise RecipeError(f"{source}: {where}{what}. Write plain YAML values.") from None
+
+
+def _at_home(value: Any) -> Any:
+    """Return plain data with the home folder in the place of a leading `~/`."""
+    if isinstance(value, dict):
+        return {key: _at_home(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value[:2] == "~/" else value
 
 
 def read_yaml(source: Path) -> dict[str, Any]:
@@ -72,7 +84,7 @@ def read_yaml(source: Path) -> dict[str, Any]:
     try:
         text = source.read_text(encoding="utf-8")
         _check_events(source, text)
-        values = yaml.safe_load(text)
+        values = _plain_loader()(text).get_single_data()
     except UnicodeDecodeError:
         raise RecipeError(f"{source}: not UTF-8. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
@@ -85,6 +97,17 @@ def read_yaml(source: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RecipeError(f"{source}: {type(values).__name__} but a table of keys is expected.")
     return values
+
+
+def _plain_loader() -> Any:
+    """Return YAML's safe loader, taught that 1e-3 is a number."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        pass
+
+    PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    return PlainLoader
 
 
 def _check_events(source: Path, text: str) -> None:
@@ -131,10 +154,7 @@ def _problem(kind: type[BaseModel], source: Path, item: Any) -> str:
     # A recipe may hold a pasted secret, so only short plain values are repeated.
     value = item["input"]
     shown = f"{value!r}: " if isinstance(value, int | float | bool) else ""
-    hint = ""
-    if item["type"] == "float_type" and isinstance(value, str) and _EXPONENT.fullmatch(value):
-        hint = " YAML takes 1e-3 for text. Write 1.0e-3."
-    return f"{source}: {where}: {shown}{item['msg']}.{hint}"
+    return f"{source}: {where}: {shown}{item['msg']}."
 
 
 def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from icm_ray.config.learning import Overrides
-from icm_ray.config.parts import AdapterRef, DataSpec, Output, Positive, Recipe
+from icm_ray.config.parts import Adapters, DataSpec, Output, Positive, Recipe
 from icm_ray.types import SavedModulesPolicy
 
 
@@ -16,7 +16,10 @@ class MergeRecipe(Recipe):
         default=None, description="Alias, folder or hub id; optional if data-free."
     )
     revision: str | None = None
-    adapters: list[AdapterRef] = Field(min_length=1, max_length=10_000)
+    same_base: bool = Field(
+        default=False, description="The adapters' bases are one model under several names."
+    )
+    adapters: Adapters
     method: str
     params: dict[str, Any] = {}
     evidence: str | None = None
@@ -35,7 +38,7 @@ class EvidenceRecipe(Recipe):
     )
     base: str
     revision: str | None = None
-    adapters: list[AdapterRef] = Field(min_length=1)
+    adapters: Adapters
     data: DataSpec
     batch: Positive = 32
     modules_to_save: SavedModulesPolicy = "refuse"

@@ -1,10 +1,13 @@
 """What several recipes share: resources, adapters, data, outputs, and how parts are changed."""
 
-from collections.abc import Mapping
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from icm_ray.errors import RecipeError
 
@@ -74,6 +77,37 @@ class AdapterRef(Part):
     def pair(self) -> tuple[str, Path]:
         """Name and folder."""
         return self.name, Path(self.path)
+
+
+def folder_names(paths: Iterable[str]) -> list[str]:
+    """Return the names of folders, with as many of their parents' as tell them apart.
+
+    `runA/checkpoint-500` and `runB/checkpoint-500` become `runA-checkpoint-500` and so on.
+    """
+    parts = [Path(os.path.abspath(os.path.expanduser(path))).parts[1:] for path in paths]
+    depths = [1] * len(parts)
+    for _ in range(max(map(len, parts), default=0)):
+        names = ["-".join(path[-depth:]) for path, depth in zip(parts, depths, strict=True)]
+        seen = Counter(map(str.casefold, names))
+        depths = [d + (seen[n.casefold()] > 1) for n, d in zip(names, depths, strict=True)]
+    return ["-".join(path[-depth:]) for path, depth in zip(parts, depths, strict=True)]
+
+
+def _with_names(refs: Any) -> Any:
+    """Return a list of paths, the short form of adapters, as references named by their folders."""
+    if not isinstance(refs, list) or not refs or not all(isinstance(ref, str) for ref in refs):
+        return refs
+    names = (re.sub(r"[^A-Za-z0-9_.-]", "_", name) for name in folder_names(refs))
+    plain = (name[-100:].lstrip("_.-") for name in names)
+    return [{"name": name, "path": path} for name, path in zip(plain, refs, strict=True)]
+
+
+Adapters = Annotated[
+    list[AdapterRef],
+    BeforeValidator(_with_names, json_schema_input_type=list[AdapterRef] | list[str]),
+    Field(min_length=1, max_length=10_000),
+]
+"""Adapters by name and path, or paths alone."""
 
 
 class DataSpec(Part):

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, check_together, delta_cosines, open_all
-from icm_ray.config import MergeRecipe
+from icm_ray.config import MergeRecipe, folder_names
 from icm_ray.errors import RecipeError, one_line
+from icm_ray.files import refuse_inputs
 from icm_ray.merging.cut import serving_rank
 from icm_ray.merging.folder import dtype_name
-from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
+from icm_ray.merging.order import MergeOrder, MergeRequest, idle_lines, plan_merge
 from icm_ray.merging.passes import passes_of
+from icm_ray.merging.whole_layers import check_mean
 from icm_ray.methods import find_method
 
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -29,8 +31,15 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
     Raises:
         InputError: every problem of every folder.
     """
-    files = open_all([(folder.resolve().name, folder) for folder in folders], "drop")
+    names = folder_names(map(str, folders))
+    files = open_all(list(zip(names, folders, strict=True)), "keep")
     warnings = warnings_of(files)
+    warnings += [
+        f"{file.name}: modules_to_save: {len(file.saved)} whole layers, such as "
+        f"{file.saved_names[0]}; the recipe's modules_to_save says what becomes of them."
+        for file in files
+        if file.saved
+    ]
     return {
         "adapters": [_facts(file) for file in files],
         "warnings": warnings,
@@ -40,7 +49,40 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
 
 def warnings_of(files: Sequence[AdapterFile]) -> list[str]:
     """Return, once each, what is odd about adapters, together and alone; none stops a merge."""
-    return list(dict.fromkeys([*check_together(files), *(w for f in files for w in f.warnings)]))
+    users: dict[str, list[AdapterFile]] = {}
+    for file in files:
+        for line in dict.fromkeys(file.warnings):
+            users.setdefault(line.removeprefix(f"{file.path}"), []).append(file)
+    lines = check_together(files)
+    for text, those in users.items():
+        alike = f" ({len(those)} adapters alike)" if len(those) > 1 else ""
+        lines.append(f"{those[0].path}{text}{alike}")
+    return lines
+
+
+def open_inputs(recipe: MergeRecipe) -> list[AdapterFile]:
+    """Open a recipe's adapters as its policies say.
+
+    Raises:
+        InputError: with every problem of every adapter, and of averaging their full layers.
+    """
+    files = open_all(
+        [ref.pair for ref in recipe.adapters],
+        recipe.modules_to_save,
+        base=recipe.base,
+        same_base=recipe.same_base,
+    )
+    if recipe.modules_to_save == "mean":
+        check_mean(files)
+    return files
+
+
+def sources_of(recipe: MergeRecipe) -> dict[str, Path]:
+    """Return the folders that a recipe reads, by what they are."""
+    paths = {f"adapter {ref.name!r}": ref.path for ref in recipe.adapters}
+    paths |= {"evidence": recipe.evidence} if recipe.evidence else {}
+    paths |= {"base": recipe.base} if recipe.base and Path(recipe.base).is_dir() else {}
+    return {what: Path(path) for what, path in paths.items()}
 
 
 def warn(lines: Sequence[str]) -> None:
@@ -75,9 +117,11 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
     """
     find_method(recipe.method)
     check_sources(recipe, can_gather=True)
-    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
+    if "://" not in recipe.output.path:
+        refuse_inputs(Path(recipe.storage or "", recipe.output.path), sources_of(recipe))
+    files = open_inputs(recipe)
     order = plan_merge(files, MergeRequest.of(recipe), is_gathered_later=True)
-    warnings = warnings_of(files)
+    warnings = [*warnings_of(files), *idle_lines(order)]
     ranks, stacked, flops, largest = _sizes(order, files)
     top = max(ranks.values())
     size = sum(ranks[m] * _width(order, files, m) for m in ranks)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from icm_ray.adapters import (
     AdapterFile,
@@ -19,8 +18,6 @@ from icm_ray.adapters import (
     verify_forward,
     verify_written,
 )
-from icm_ray.adapters.contents import PREFIX
-from icm_ray.adapters.header import open_tensors
 from icm_ray.errors import InputError
 from icm_ray.files import (
     MANIFEST,
@@ -28,6 +25,7 @@ from icm_ray.files import (
     read_json,
     whole_folder,
 )
+from icm_ray.merging.whole_layers import usage_of, with_mean, write_each
 from icm_ray.report import ScoreRow, model_card
 from icm_ray.types import MergeReport, MergeResult, ModuleReport, SavedModulesPolicy
 
@@ -106,7 +104,8 @@ def write_merged(
     """
     _refuse_no_op(result.report, folder)
     adapter = replace(result.adapter, dtype=dtype or result.adapter.dtype)
-    kept = {f.name: [n.removeprefix(PREFIX) for n in f.saved] for f in origin.files if f.saved}
+    if origin.modules_to_save == "mean":
+        adapter = with_mean(adapter, origin.files)
     with whole_folder(folder, info={"key": origin.key}) as target:
         trial = target / "trial"
         save_adapter(adapter, trial)
@@ -114,21 +113,20 @@ def write_merged(
         if base is not None:
             checks |= verify_forward(trial, adapter, base)
         own = _write_per_task(result, adapter.dtype, target / PER_TASK, checks)
+        keeps = origin.modules_to_save == "keep"
+        kept = write_each(origin.files, target / SAVED_MODULES) if keeps else {}
         report = {
             **report_as_dict(result.report),
             "per_task": own,
-            "fingerprint": open_adapter(trial).fingerprint,
+            "fingerprint": open_adapter(trial, saved_modules="keep").fingerprint,
             "dtype": dtype_name(adapter.dtype),
             "modules_to_save": origin.modules_to_save,
             "saved_modules": kept,
         }
-        card = model_card(
-            result.report,
-            sorted(file.name for file in origin.files),
-            adapter.base_model,
-            scores or [],
-        )
-        card += _per_task_card(result.report.per_task) + _saved_card(kept)
+        usage = usage_of(adapter, origin.files, origin.modules_to_save)
+        names = sorted(file.name for file in origin.files)
+        card = model_card(result.report, names, adapter.base_model, scores or [], usage)
+        card += _per_task_card(result.report.per_task)
         texts = {"README.md": card, REPORT: as_json(report)}
         texts[RUN_FILE] = as_json(_run_facts(origin, checks))
         if scores:
@@ -140,7 +138,6 @@ def write_merged(
         trial.rmdir()
         for name, text in texts.items():
             (target / name).write_text(text, encoding="utf-8")
-        _copy_saved_modules(origin.files, target / SAVED_MODULES)
     return checks
 
 
@@ -189,28 +186,6 @@ def _refuse_no_op(report: MergeReport, folder: Path) -> None:
             f"{folder}: the merged adapter changes nothing ({reason}) but a change is expected. "
             "Check the adapters with icm-ray inspect, and the weights."
         )
-
-
-def _saved_card(kept: Mapping[str, Sequence[str]]) -> str:
-    if not kept:
-        return ""
-    lines = [f"- `{SAVED_MODULES}/{t}.safetensors`: {len(n)} tensors" for t, n in kept.items()]
-    return (
-        "\n## Whole layers beside the merge\n\nLayers that `modules_to_save` trained are not "
-        "merged. Each task's own are kept; load them over the base for that task:\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
-
-
-def _copy_saved_modules(files: Sequence[AdapterFile], folder: Path) -> None:
-    """Write one file a task; a task's layers are read one task at a time."""
-    for file in files:
-        if file.saved:
-            folder.mkdir(exist_ok=True)
-            with open_tensors(file.file) as handle:
-                tensors = {n.removeprefix(PREFIX): handle.get_tensor(n) for n in file.saved}
-            save_file(tensors, folder / f"{file.name}.safetensors", metadata={"format": "pt"})
 
 
 def _run_facts(origin: Origin, checks: Mapping[str, float]) -> dict[str, Any]:

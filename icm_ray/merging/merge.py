@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from icm_ray.adapters import AdapterFile, fingerprint_of
+from icm_ray.adapters import AdapterFile, fingerprint_of, with_common_names
+from icm_ray.adapters.base_names import chosen_name
 from icm_ray.linalg import lowrank
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.cut import cut
@@ -78,6 +79,7 @@ def merge(
 
 def merge_as_asked(adapters: Sequence[Adapter | AdapterFile], request: MergeRequest) -> MergeResult:
     """Merge in this process; see `merge`."""
+    adapters = with_common_names(adapters)
     order = plan_merge(adapters, request)
     by_name = {adapter.name: adapter for adapter in adapters}
 
@@ -166,7 +168,7 @@ def _adapter(name: str, modules: Mapping[str, LoRAFactors], inputs: Sequence[Any
     layouts = {m: kind for adapter in inputs for m, kind in adapter.layouts.items()}
     return Adapter(
         name=name,
-        base_model=next((a.base_model for a in inputs if a.base_model), None),
+        base_model=chosen_name(a.base_model for a in inputs),
         modules=modules,
         config=merged_config([a.config for a in inputs]),
         fingerprint=fingerprint_of(modules),
@@ -190,7 +192,8 @@ def _kept_of_tasks(merged: Mapping[str, MergedModule]) -> dict[str, float]:
 
 def merged_config(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the PEFT settings the result inherits: what every input agrees on."""
-    kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "target_modules")
+    kept = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "fan_in_fan_out")
+    kept += ("target_modules",)
     # PEFT keeps lists of names as sets, so their order says nothing.
     plain = [
         {k: sorted(v) if isinstance(v, list) else v for k, v in c.items() if k in kept}

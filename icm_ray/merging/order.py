@@ -105,6 +105,13 @@ def plan_merge(
     )
 
 
+def idle_lines(order: MergeOrder) -> list[str]:
+    """Return a line naming the adapters that a weight of 0 keeps out of the merge, if any."""
+    weights = order.params.get("weights")
+    names = [name for name, weight in weights.items() if weight == 0] if weights else []
+    return [f"{', '.join(names)}: weight 0, so not part of the merge."] if names else []
+
+
 _GATHERED = ", or name base and data in a recipe of jobs.merge."
 
 

@@ -14,6 +14,7 @@ from icm_ray.adapters import (
     verify_forward,
     verify_written,
 )
+from icm_ray.adapters.policy import CONFIG_FILE
 from icm_ray.errors import InputError
 from icm_ray.evidence.tensors import read_evidence
 from icm_ray.files import MANIFEST, RUN_FILE, read_json, read_manifest, sha256_of_file
@@ -46,7 +47,7 @@ def verify_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         InputError: what does not hold, all of it.
     """
     read_manifest(folder)
-    adapter = load_adapter(folder)
+    adapter = load_adapter(folder, saved_modules="keep")
     report = read_json(folder / REPORT)
     checks: dict[str, Any] = dict(verify_written(folder, adapter))
     tolerance = NORM_TOLERANCE[report["dtype"]]
@@ -87,7 +88,8 @@ def reproduce(folder: Path) -> list[str]:
         raise InputError(f"{folder / RUN_FILE}: missing, so where the inputs are is not known.")
     # Absent in reports of before the policy was recorded.
     policy = merged.report.get("modules_to_save", "refuse")
-    files = open_all(list(merged.run["inputs"].items()), policy)
+    base = read_json(folder / CONFIG_FILE)["base_model_name_or_path"]
+    files = open_all(list(merged.run["inputs"].items()), policy, base=base, same_base=True)
     _refuse_changed(files, report)
     evidence = _same_evidence(folder, merged, report)
     request = MergeRequest(report.method, report.params, evidence, report.output_rank, report.seed)

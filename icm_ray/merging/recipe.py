@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 
-from icm_ray.adapters import AdapterFile, check_base, open_all
+from icm_ray.adapters import AdapterFile, fit_base
 from icm_ray.config import MergeRecipe
 from icm_ray.evidence.tensors import as_evidence
-from icm_ray.files import refuse_foreign, sha256_of
-from icm_ray.merging.estimate import check_sources, warn, warnings_of
+from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
+from icm_ray.merging.estimate import (
+    check_sources,
+    open_inputs,
+    sources_of,
+    warn,
+    warnings_of,
+)
 from icm_ray.merging.folder import Origin, write_merged
-from icm_ray.merging.order import MergeRequest, plan_merge
+from icm_ray.merging.order import MergeRequest, idle_lines, plan_merge
 from icm_ray.suites import prepare_base
 from icm_ray.types import MergeResult
 
@@ -39,16 +45,17 @@ def merge_recipe(
         RecipeError: method, parameters, rank policy or what is named for evidence are wrong.
         InputError: adapters are broken, do not fit together or do not fit the base.
     """
+    refuse_inputs(target, sources_of(recipe))
     refuse_foreign(target)
     check_sources(recipe, can_gather=gatherer is not None)
-    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
+    files = open_inputs(recipe)
     request = MergeRequest.of(recipe)
-    plan_merge(files, request, is_gathered_later=True)
+    checked = plan_merge(files, request, is_gathered_later=True)
     base = None
     if recipe.base:
         base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
-        check_base(files, base)
-    warn(warnings_of(files))
+        files = fit_base(files, base)
+    warn([*warnings_of(files), *idle_lines(checked)])
     evidence = Path(recipe.evidence) if recipe.evidence else None
     if gatherer is not None and recipe.data is not None and base is not None:
         evidence = gatherer(files, base)

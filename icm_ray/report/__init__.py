@@ -13,6 +13,7 @@ search_pictures.py   its pictures
 fusion_page.py       the page of a Fusion-VAE, from fusion.html
 method_table.py      the list of methods, and one method in full
 model_card.py        README.md of a merged adapter
+usage.py             its Python: how the adapter is loaded
 text.py              numbers and names as they are shown
 """
 
@@ -23,6 +24,7 @@ from icm_ray.report.html import learned_page, page
 from icm_ray.report.model_card import model_card
 from icm_ray.report.summary import Summary, summarise
 from icm_ray.report.tables import console_table, markdown_table, write_parquet, write_summary
+from icm_ray.report.usage import Usage
 
 __all__ = [
     "BASE",
@@ -33,6 +35,7 @@ __all__ = [
     "ReportData",
     "ScoreRow",
     "Summary",
+    "Usage",
     "console_table",
     "learned_page",
     "markdown_table",

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from icm_ray.report.data import REFERENCES, ScoreRow
 from icm_ray.report.text import markdown, number, percent
+from icm_ray.report.usage import FOLDER, Usage, how_to_load
 from icm_ray.types import MergeReport
-
-PLACEHOLDER = "BASE_MODEL"
 
 
 def model_card(
@@ -16,6 +15,7 @@ def model_card(
     adapter_names: Sequence[str],
     base_model: str | None,
     scores: Sequence[ScoreRow] = (),
+    usage: Usage | None = None,
 ) -> str:
     """Return the model card of a merged adapter as Markdown.
 
@@ -24,6 +24,7 @@ def model_card(
         adapter_names: The merged adapters.
         base_model: Hub id of the base, or a local path, of which only the last name is shown.
         scores: Scores of this adapter; test scores are preferred to validation scores.
+        usage: The classes it is loaded onto; bare models by default.
     """
     parts = [
         _front_matter(base_model),
@@ -32,7 +33,8 @@ def model_card(
         _inputs(report, adapter_names),
         _settings(report),
         _scores(scores),
-        _usage(base_model),
+        how_to_load(usage or Usage(), base_model if _is_hub_id(base_model) else None),
+        _reproduce(),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -110,24 +112,13 @@ def _scores(scores: Sequence[ScoreRow]) -> str:
     return "\n".join([f"## Scores on the {rows[0].split} split\n", head, rule, *lines, ""])
 
 
-def _usage(base_model: str | None) -> str:
-    base = base_model if base_model and _is_hub_id(base_model) else PLACEHOLDER
-    return f"""## Use
-
-```python
-from peft import PeftModel
-from transformers import AutoModel
-
-base = AutoModel.from_pretrained({json.dumps(base)})
-model = PeftModel.from_pretrained(base, "PATH_TO_THIS_FOLDER")
-```
-
-## Reproduce
+def _reproduce() -> str:
+    return f"""## Reproduce
 
 `merge_report.json` holds every parameter and the hash of every input. This rebuilds the adapter
 from its inputs and compares the bytes:
 
 ```
-icm-ray reproduce PATH_TO_THIS_FOLDER
+icm-ray reproduce {FOLDER}
 ```
 """

@@ -147,7 +147,7 @@ def plan_of(recipe: SearchRecipe) -> Plan:
     ]
     if not refs:
         raise RecipeError("adapters: none. Name some, or experts: a folder that holds them.")
-    files = open_all([(ref.name, Path(ref.path)) for ref in refs], recipe.modules_to_save)
+    files = open_all([ref.pair for ref in refs], recipe.modules_to_save, base=recipe.base)
     tasks = [file.name for file in files]
     given = recipe.rows or [recipe.row()]
     rows = [(row, space_of(row, tasks, recipe.layer_groups)) for row in given]

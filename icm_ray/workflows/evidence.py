@@ -17,7 +17,8 @@ from icm_ray.suites import prepare_base
 def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     """Gather what the recipe names, one actor an adapter."""
     refuse_foreign(target)
-    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
+    refs = [ref.pair for ref in recipe.adapters]
+    files = open_all(refs, recipe.modules_to_save, base=recipe.base)
     warn(warnings_of(files))
     inputs = load_inputs(recipe.data, [file.name for file in files])
     base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)

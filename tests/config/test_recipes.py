@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from icm_ray import config
-from icm_ray.config import FinetuneRecipe, MergeRecipe, PipelineRecipe, Recipe, loading
+from icm_ray.config import (
+    FinetuneRecipe,
+    MergeRecipe,
+    PipelineRecipe,
+    Recipe,
+    folder_names,
+    loading,
+)
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import RecipeError
 from icm_ray.storage import STORAGE_VARIABLE, SUBMITTED_JOB_VARIABLE, output_folder
@@ -167,9 +174,37 @@ def test_wrong_types_and_ranges_are_refused(refused, old: str, new: str) -> None
     refused(PLAIN.replace(old, new))
 
 
-def test_numbers_that_yaml_takes_for_text_are_explained(refused) -> None:
-    told = refused("output: x\ntraining: {lora_lr: 1e-3}\n", kind=FinetuneRecipe)
-    assert "training.lora_lr: Input should be a valid number. YAML takes 1e-3 for text." in told
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1e-1", 0.1), ("1E3", 1e3), ("-2e+2", -200.0), (".5e1", 5.0), ("1.e1", 10)],
+)
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str, number: float) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(PLAIN + f"params: {{scale: {text}, word: e1e-1, quoted: '{text}'}}\n")
+    params = load_recipe(MergeRecipe, file).params
+    assert params == {"scale": number, "word": "e1e-1", "quoted": text}
+
+
+def test_paths_under_the_home_folder_are_expanded(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text(PLAIN.replace("path: here", "path: ~/here"))
+    recipe = load_recipe(MergeRecipe, "~/r.yaml", ["output.path=~/out", "evidence=~/e"])
+    assert recipe.adapters[0].path == f"{tmp_path}/here"
+    assert (recipe.output.path, recipe.evidence) == (f"{tmp_path}/out", f"{tmp_path}/e")
+
+
+def test_adapters_may_be_paths_alone(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    paths = "[runs/law/, runA/checkpoint-500, runB/checkpoint-500, 'my (new) one']"
+    file.write_text(f"adapters: {paths}\nmethod: soup\noutput: {{path: out}}\n")
+    refs = load_recipe(MergeRecipe, file).adapters
+    names = ["law", "runA-checkpoint-500", "runB-checkpoint-500", "my__new__one"]
+    assert [ref.name for ref in refs] == names
+    assert refs[0].path == "runs/law/"
+
+
+def test_one_folder_twice_keeps_one_name() -> None:
+    assert len(set(folder_names(["a/b", "a/b/", "./a/b"]))) == 1
 
 
 @pytest.mark.parametrize(

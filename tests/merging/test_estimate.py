@@ -9,7 +9,7 @@ from icm_ray.config import MergeRecipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.merging.estimate import inspect_adapters, plan_recipe
-from icm_ray.merging.folder import write_merged
+from icm_ray.merging.folder import Origin, write_merged
 from icm_ray.merging.merge import merge
 
 LARGE = {
@@ -34,7 +34,7 @@ def merged_file(folders, tmp_path, **order):
     files = open_all(list(folders.items()))
     rank = order.pop("output_rank", None)
     result = merge([f.load() for f in files], **order, output_rank=rank)
-    write_merged(result, tmp_path / "merged", key="", inputs={}, seconds=0)
+    write_merged(result, tmp_path / "merged", Origin(files, ""))
     return result, (tmp_path / "merged" / "adapter_model.safetensors").stat().st_size
 
 

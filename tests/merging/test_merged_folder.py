@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from icm_ray.adapters import load_adapter, open_all
 from icm_ray.errors import InputError
 from icm_ray.files import sha256_of_file
-from icm_ray.merging.folder import read_merged, write_merged
+from icm_ray.merging.folder import Origin, read_merged, write_merged
 from icm_ray.merging.merge import merge
 from icm_ray.merging.proof import reproduce, verify_folder
 
@@ -33,9 +33,8 @@ def write(tmp_path):
         files = open_all(list(folders.items()), policy)
         result = merge([file.load() for file in files], method, params=params)
         target = target or tmp_path / "merged"
-        paths = {name: str(folder) for name, folder in folders.items()}
-        order = {"key": "k", "inputs": paths, "seconds": 1.5, "files": files}
-        checks = write_merged(result, target, modules_to_save=policy, **order, **options)
+        origin = Origin(files, "k", 1.5, modules_to_save=policy)
+        checks = write_merged(result, target, origin, **options)
         return target, result, checks
 
     return written

@@ -1,0 +1,121 @@
+"""Opening the adapters of a merge together: every problem at once, equal modules by one name."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from icm_ray.adapters.base import check_base, misfits
+from icm_ray.adapters.base_names import chosen_name
+from icm_ray.adapters.peft_format import AdapterFile, open_adapter
+from icm_ray.adapters.renaming import FAMILIES, changed_names, renamings
+from icm_ray.errors import InputError
+from icm_ray.types import Adapter, SavedModulesPolicy
+
+
+def open_all(
+    refs: Sequence[tuple[str, str | os.PathLike[str]]],
+    saved_modules: SavedModulesPolicy = "refuse",
+    *,
+    base: str | None = None,
+    same_base: bool = False,
+) -> list[AdapterFile]:
+    """Open adapters and look at all their values, reporting the problems of all of them at once.
+
+    Modules that transformers reads as equal get one name; what changes is among a file's warnings.
+
+    Args:
+        refs: `(name, folder)` of each adapter.
+        saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
+        base: The base as the user names it; whatever the adapters call theirs is taken for it.
+        same_base: The user knows that the bases are one under several names.
+
+    Raises:
+        InputError: with every problem of every adapter.
+    """
+    files, problems = [], []
+    for name, path in refs:
+        try:
+            file = open_adapter(path, name, saved_modules=saved_modules)
+            _ = file.fingerprint  # finds NaN and infinity; the result is kept for later
+            files.append(file)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    if base or same_base:
+        files = _of_one_base(files, base)
+    return [file for file in with_common_names(files) if isinstance(file, AdapterFile)]
+
+
+def _of_one_base(files: Sequence[AdapterFile], base: str | None) -> list[AdapterFile]:
+    """Return files that call their base alike, since the user says that it is one."""
+    names = [file.base_model for file in files]
+    if len(set(names)) <= 1:
+        return list(files)
+    name = chosen_name([base, *names])
+    note = f"base_model_name_or_path: taken for {name!r}, as the recipe says."
+    return [
+        file
+        if file.base_model == name
+        else file.changed(base_model=name, notes=(*file.notes, f"{file.path}: {note}"))
+        for file in files
+    ]
+
+
+def with_common_names(adapters: Sequence[Adapter | AdapterFile]) -> list[Adapter | AdapterFile]:
+    """Return adapters with the module names of another release of transformers brought up to date.
+
+    Nothing changes unless adapters then share modules that they did not share before. A file that
+    is renamed says so among its warnings, a loaded adapter through Python's `warnings`.
+    """
+    new = renamings({adapter.name: _paths(adapter) for adapter in adapters})
+    return [_renamed(adapter, new.get(adapter.name, {})) for adapter in adapters]
+
+
+def fit_base(files: Sequence[AdapterFile], base: str | os.PathLike[str]) -> list[AdapterFile]:
+    """Return files whose modules the base has, under the names of the installed transformers.
+
+    Args:
+        files: Opened adapters.
+        base: A local transformers model folder; only its config is read.
+
+    Raises:
+        InputError: the config cannot be used, or naming the modules that do not fit.
+    """
+    fitted = [_fit(file, Path(base)) for file in files]
+    check_base(fitted, Path(base))
+    return fitted
+
+
+def _fit(file: AdapterFile, base: Path) -> AdapterFile:
+    if not misfits(file, base):
+        return file
+    changes = (changed_names(_paths(file), family) for family in FAMILIES)
+    candidates = (_renamed(file, names) for names in changes if names)
+    fitting = (one for one in candidates if isinstance(one, AdapterFile) and not misfits(one, base))
+    return next(fitting, file)
+
+
+def _paths(adapter: Adapter | AdapterFile) -> list[str]:
+    saved = adapter.saved_names if isinstance(adapter, AdapterFile) else adapter.saved_modules
+    return [*adapter.modules, *saved]
+
+
+def _renamed(adapter: Adapter | AdapterFile, names: Mapping[str, str]) -> Adapter | AdapterFile:
+    if not names:
+        return adapter
+    old = min(names)
+    note = (
+        f"module names of another release of transformers, such as {old}, are read as "
+        f"{names[old]}, as transformers reads weights of that release."
+    )
+    if isinstance(adapter, AdapterFile):
+        return adapter.renamed(names).changed(notes=(*adapter.notes, f"{adapter.file}: {note}"))
+    warnings.warn(f"{adapter.name}: {note}", stacklevel=4)
+    tables = {
+        table: {names.get(path, path): value for path, value in getattr(adapter, table).items()}
+        for table in ("modules", "layouts", "saved_modules")
+    }
+    return replace(adapter, **tables)
