@@ -65,14 +65,7 @@ def merge_recipe(
     checks = write_merged(
         result,
         target,
-        key=sha256_of(
-            [
-                recipe.method,
-                {**order, "evidence": told.identity if told else None},
-                prints,
-                recipe.output.dtype,
-            ]
-        ),
+        key=_key_of(recipe, {**order, "evidence": told.identity if told else None}, prints),
         inputs={file.name: str(file.path) for file in files},
         seconds=seconds,
         dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
@@ -87,3 +80,8 @@ def merge_recipe(
         "kept, verified"
     )
     return {"outputs": {"adapter": str(target)}, "checks": checks}
+
+
+def _key_of(recipe: MergeRecipe, order: dict[str, Any], prints: dict[str, str]) -> str:
+    """Return what identifies a merge: everything that its bytes depend on."""
+    return sha256_of([recipe.method, order, prints, recipe.output.dtype])
