@@ -75,11 +75,12 @@ def _is_unsafe(char: str) -> bool:
     return category[0] == "C" or category in ("Zl", "Zp")
 
 
-def by_cause(problems: Iterable[tuple[str, str]]) -> list[str]:
+def by_cause(problems: Iterable[tuple[str, str]], joined_by: str = ": ") -> list[str]:
     """Return a line `where: what` for each problem; of many with one cause, one for all of them.
 
     Args:
         problems: Where and what of each, such as a tensor's name and what is wrong with it.
+        joined_by: What stands between the two.
     """
     places: dict[str, list[str]] = {}
     for where, what in problems:
@@ -87,9 +88,9 @@ def by_cause(problems: Iterable[tuple[str, str]]) -> list[str]:
     lines = []
     for what, names in places.items():
         if len(names) > SHOWN_OF_A_CAUSE:
-            lines.append(f"{names[0]}: {what} (And {len(names) - 1} more.)")
+            lines.append(f"{names[0]}{joined_by}{what} (And {len(names) - 1} more.)")
         else:
-            lines += [f"{name}: {what}" for name in names]
+            lines += [f"{name}{joined_by}{what}" for name in names]
     return lines
 
 

@@ -283,12 +283,24 @@ def test_an_adapter_of_weight_zero_is_named(cli, tmp_path, two):
         assert "warning: b: weight 0, so not part of the merge." in err
 
 
-def test_what_is_odd_about_many_adapters_is_told_once(cli, tmp_path):
-    folders = [save_lora(tmp_path / f"t{i}", i, lora_alpha=-2) for i in range(5)]
+def test_what_is_odd_about_many_adapters_is_told_once(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [save_lora(Path(f"t{i}"), i, lora_alpha=-2) for i in range(5)]
     code, _, err = cli("inspect", *folders)
     assert code == 0
     assert err.count("subtracted") == 1
     assert "(5 adapters alike)" in err
+
+
+def test_one_cause_in_many_adapters_is_one_line(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(5):
+        save_lora(Path(f"t{i}"), i, use_dora=True)
+    code, _, err = cli("inspect", *(f"t{i}" for i in range(5)))
+    assert code == 3
+    assert len(errors(err)) == 1
+    assert errors(err)[0].startswith("error: t0/adapter_config.json: use_dora: true")
+    assert errors(err)[0].endswith("(And 4 more.)")
 
 
 def test_one_base_under_several_names_merges_at_the_users_word(cli, tmp_path):
@@ -329,7 +341,9 @@ def test_a_damaged_base_is_told(cli, tmp_path, recipe, tiny_bert):
         assert cli("merge", "-c", recipe, f"base={base}")[0] == 0
     for bad in (float("nan"), float("inf")):
         save_file({**tensors, name: torch.full_like(tensors[name], bad)}, file, {"format": "pt"})
-        code, _, err = cli("merge", "-c", recipe, f"base={base}", "output.path=never")
+        code, _, err = cli(
+            "merge", "-c", recipe, f"base={base}", f"output.path={tmp_path / 'never'}"
+        )
         assert code == 3
         assert f"{name}: NaN or infinity but finite weights are expected" in err
 

@@ -10,7 +10,7 @@ from icm_ray.adapters.base import check_base, misfits
 from icm_ray.adapters.base_names import chosen_name
 from icm_ray.adapters.peft_format import AdapterFile, open_adapter
 from icm_ray.adapters.renaming import FAMILIES, changed_names, renamings
-from icm_ray.errors import InputError
+from icm_ray.errors import InputError, by_cause
 from icm_ray.types import Adapter, SavedModulesPolicy
 
 
@@ -34,19 +34,27 @@ def open_all(
     Raises:
         InputError: with every problem of every adapter.
     """
-    files, problems = [], []
+    files: list[AdapterFile] = []
+    problems: list[tuple[str, str]] = []
     for name, path in refs:
         try:
             file = open_adapter(path, name, saved_modules=saved_modules)
             _ = file.fingerprint  # finds NaN and infinity; the result is kept for later
             files.append(file)
         except InputError as error:
-            problems += error.problems
+            problems += [_apart(line, os.path.expanduser(path)) for line in error.problems]
     if problems:
-        raise InputError(problems)
+        raise InputError(by_cause(problems, joined_by=""))
     if base or same_base:
         files = _of_one_base(files, base)
     return [file for file in with_common_names(files) if isinstance(file, AdapterFile)]
+
+
+def _apart(line: str, path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return a problem's folder, as given or in full, and the rest, which others may share."""
+    places = (os.path.abspath(path), os.fspath(path))
+    place = next((place for place in places if line.startswith(place)), "")
+    return place, line.removeprefix(place)
 
 
 def _of_one_base(files: Sequence[AdapterFile], base: str | None) -> list[AdapterFile]:

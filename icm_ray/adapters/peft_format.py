@@ -216,9 +216,10 @@ def open_adapter(
         problems += [f"{folder / WEIGHTS_FILE}: {line}" for line in by_cause(contents.problems)]
     if problems or config is None:
         raise InputError(problems)
+    place = folder.absolute()  # workers run in other folders
     return AdapterFile(
         name=folder.resolve().name if name is None else name,
-        path=folder.absolute(),  # workers run in other folders
+        path=place,
         base_model=config.raw.get("base_model_name_or_path") or None,
         config=config.raw,
         dtype=contents.dtype,
@@ -227,8 +228,8 @@ def open_adapter(
         layouts=contents.layouts,
         saved=contents.saved,
         notes=(
-            *config.warnings,
-            *(f"{folder / WEIGHTS_FILE}: {n}" for n in contents.notes),
+            *(f"{place / CONFIG_FILE}: {line}" for line in config.warnings),
+            *(f"{place / WEIGHTS_FILE}: {line}" for line in contents.notes),
         ),
     )
 

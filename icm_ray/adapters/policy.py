@@ -159,7 +159,7 @@ def read_config(file: Path, saved_modules: SavedModulesPolicy) -> PlainConfig:
     ] or _peft_problems(raw)
     if problems:
         return PlainConfig(raw, problems=tuple(f"{file}: {line}" for line in problems))
-    return PlainConfig(raw, tuple(f"{file}: {line}" for line in _warnings(raw, ignored)))
+    return PlainConfig(raw, tuple(_warnings(raw, ignored)))
 
 
 def short(value: object) -> str:

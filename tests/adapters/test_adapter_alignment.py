@@ -158,3 +158,12 @@ def an_adapter_of_size(adapter_of, name, size):
     one = adapter_of({f"m{i}": 2 for i in range(32)}, name=name)
     factors = LoRAFactors(torch.ones(2, size), torch.ones(size, 2))
     return type(one)(name, "base", dict.fromkeys(one.modules, factors), {}, name)
+
+
+def test_nan_in_an_adapter_of_a_relative_path_names_the_file_once(make_folder, monkeypatch):
+    nan = {f"{PREFIX}layers.0.q.lora_A.weight": torch.full((2, 5), float("nan"))}
+    folder = make_folder(tensors=nan)
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(InputError) as error:
+        open_all([("a", folder.name)])
+    assert error.value.problems[0].startswith(f"{folder}/adapter_model.safetensors: {PREFIX}layers")
