@@ -122,13 +122,11 @@ def inspect(
             print(json.dumps(found, indent=2))
             return
         table = Table(title="adapters")
-        for heading in ("adapter", "base", "modules", "rank", "scaling", "dtype", "MB", "norm"):
+        rows = [_cells(row) for row in found["adapters"]]
+        for heading in rows[0]:
             table.add_column(heading, overflow="fold")
-        for row in found["adapters"]:
-            ranks, scalings = row["ranks"], row["scalings"]
-            cells = [row["name"], str(row["base_model"]), row["modules"], _span(ranks)]
-            cells += [_span(scalings), row["dtype"], f"{row['bytes'] / 1e6:.2f}"]
-            table.add_row(*(escape(one_line(str(cell))) for cell in cells), f"{row['norm']:.4g}")
+        for cells in rows:
+            table.add_row(*(escape(one_line(str(cell))) for cell in cells.values()))
         _console().print(table)
         warn(found["warnings"])
         for a, others in found["cosines"].items():
@@ -207,6 +205,21 @@ def reproduce(folder: Folder, debug: Debug = False) -> None:
         print(f"{folder}: reproduced, {len(names)} files equal ({', '.join(names)})")
 
     _finish(work, debug)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, object]:
+    """Return one adapter's line of `inspect` by heading."""
+    return {
+        "adapter": row["name"],
+        "format": row["format"],
+        "base": row["base_model"],
+        "modules": row["modules"],
+        "rank": _span(row["ranks"]),
+        "scaling": _span(row["scalings"]),
+        "dtype": row["dtype"],
+        "MB": f"{row['bytes'] / 1e6:.2f}",
+        "norm": f"{row['norm']:.4g}",
+    }
 
 
 def _span(values: list[float]) -> str:

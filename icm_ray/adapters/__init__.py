@@ -4,7 +4,7 @@ from icm_ray.adapters.alignment import check_together, name_problems, open_all
 from icm_ray.adapters.base import check_base
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.forward import verify_forward
-from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter
+from icm_ray.adapters.peft_format import AdapterFile, default_name, load_adapter, open_adapter
 from icm_ray.adapters.saving import save_adapter
 from icm_ray.adapters.verify import verify_written
 
@@ -12,6 +12,7 @@ __all__ = [
     "AdapterFile",
     "check_base",
     "check_together",
+    "default_name",
     "fingerprint_of",
     "load_adapter",
     "name_problems",

@@ -78,9 +78,14 @@ def open_tensors(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt", device="cpu") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file}: damaged ({error}) but whole safetensors data is expected. Copy it again."
-        ) from None
+        raise damaged(file, error) from None
+
+
+def damaged(file: Path, error: Exception) -> InputError:
+    """Return what to raise where the library refuses a file or a tensor in it."""
+    return InputError(
+        f"{file}: damaged ({error}) but whole safetensors data is expected. Copy it again."
+    )
 
 
 def _entry_problems(name: str, entry: Any) -> Iterator[str]:

@@ -1,10 +1,11 @@
-"""PEFT adapter folders, read strictly: every tensor is accounted for or the folder is refused."""
+"""Adapters on disk, read strictly: every tensor is accounted for or the adapter is refused."""
 
 import hashlib
 import math
 import os
 import warnings as python_warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +15,13 @@ import torch
 
 from icm_ray.adapters.contents import PREFIX, Contents, read_contents, tensor_keys
 from icm_ray.adapters.fingerprint import add_to_digest, largest, squared_norm
-from icm_ray.adapters.header import open_tensors, read_header
-from icm_ray.adapters.policy import CONFIG_FILE, read_config
+from icm_ray.adapters.formats import WEIGHTS_FILE, Stored, StoredTensors, open_stored, view_of
+from icm_ray.adapters.policy import check_config
 from icm_ray.errors import InputError
 from icm_ray.types import Adapter, LoRAFactors, SavedModulesPolicy
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
+__all__ = ["WEIGHTS_FILE", "AdapterFile", "load_adapter", "open_adapter"]
+
 HUGE = 1e18
 """Beyond this a squared entry leaves float32, so norms and cosines of the adapter do too."""
 
@@ -46,7 +47,8 @@ class AdapterFile:
 
     Attributes:
         name: The task's name.
-        path: The adapter's folder.
+        path: The adapter's folder, or its file where that is all of it.
+        file: The weights file, or the index of its shards.
         base_model: What the config calls its base, or None.
         config: The PEFT config as plain data.
         dtype: Element type of the factors; the widest one if they are mixed.
@@ -55,10 +57,13 @@ class AdapterFile:
         layouts: Modules that are no plain linear layer: "embedding" or "conv:<k>x<k>".
         saved: Names of full tensors that are carried along, unmerged.
         notes: Warnings that needed no look at the values; `warnings` has them all.
+        format: The format's name: "PEFT", "PEFT, sharded", "kohya", "diffusers" or "MLX".
+        stored: Where tensors lie whose file or name is not PEFT's.
     """
 
     name: str
     path: Path
+    file: Path
     base_model: str | None
     config: Mapping[str, Any]
     dtype: torch.dtype
@@ -67,11 +72,18 @@ class AdapterFile:
     layouts: Mapping[str, str] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    format: str = "PEFT"
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
-    def file(self) -> Path:
-        """The weights file."""
-        return self.path / WEIGHTS_FILE
+    def bytes(self) -> int:
+        """Size of all weights files on disk."""
+        files = {place.file for place in self.stored.values()} or {self.file}
+        return sum(file.stat().st_size for file in files)
+
+    def open(self) -> AbstractContextManager[StoredTensors]:
+        """Open the weights for reading tensors by PEFT's names."""
+        return open_stored(self.file, self.stored)
 
     @property
     def modules(self) -> Mapping[str, tuple[int, int, int]]:
@@ -116,7 +128,7 @@ class AdapterFile:
         Raises:
             InputError: a value is not finite, or the file changed since it was opened.
         """
-        with open_tensors(self.file) as handle:
+        with self.open() as handle:
             for module in self.shapes if modules is None else modules:
                 factors, problems = self._read(handle, module)
                 if problems:
@@ -130,7 +142,7 @@ class AdapterFile:
             InputError: naming every tensor that holds NaN or infinity.
         """
         fingerprint = self.fingerprint()
-        with open_tensors(self.file) as handle:
+        with self.open() as handle:
             saved = {key.removeprefix(PREFIX): handle.get_tensor(key) for key in self.saved}
         return Adapter(
             name=self.name,
@@ -165,7 +177,7 @@ class AdapterFile:
         zero: list[str] = []
         huge: list[str] = []
         squares = 0.0
-        with open_tensors(self.file) as handle:
+        with self.open() as handle:
             for module in self.shapes:
                 factors, found = self._read(handle, module)
                 problems += found
@@ -201,35 +213,34 @@ def open_adapter(
     """Check an adapter folder by its config and its weights' header. No tensor is read.
 
     Args:
-        path: A local folder; never taken for the name of a hub repository.
+        path: A folder or file in a known format, or a repository id: `org/name` from the local
+            Hugging Face cache, `org/name@REVISION` also from the hub.
         name: The task's name; the folder's name by default.
         saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
 
     Raises:
         InputError: with every problem of the folder, one line each.
     """
-    folder = Path(path)
-    problems = _folder_problems(folder)
-    if problems:
-        raise InputError(problems)
-    config = header = None
-    try:
-        config = read_config(folder / CONFIG_FILE, saved_modules)
-    except InputError as error:
-        problems += error.problems
-    try:
-        header = read_header(folder / WEIGHTS_FILE)
-    except InputError as error:
-        problems += error.problems
+    place = Path(path)
+    view = view_of(place)
+    problems = list(view.problems)
+    config = None
+    if view.config is not None:
+        try:
+            config = check_config(view.config, view.config_file or view.file, saved_modules)
+        except InputError as error:
+            problems += error.problems
     contents = Contents()
-    if header is not None:
-        contents = read_contents(header, config, saved_modules)
-        problems += [f"{folder / WEIGHTS_FILE}: {line}" for line in contents.problems]
+    if view.header is not None:
+        contents = read_contents(view.header, config, saved_modules)
+        problems += [f"{view.file}: {line}" for line in contents.problems]
     if problems or config is None:
         raise InputError(problems)
     return AdapterFile(
-        name=folder.resolve().name if name is None else name,
-        path=folder.absolute(),  # workers run in other folders
+        name=default_name(place) if name is None else name,
+        # Workers run in other folders, and what a revision names may change.
+        path=place.absolute() if place.exists() else view.file.parent,
+        file=view.file.absolute(),
         base_model=config.raw.get("base_model_name_or_path") or None,
         config=config.raw,
         dtype=contents.dtype,
@@ -239,9 +250,19 @@ def open_adapter(
         saved=contents.saved,
         notes=(
             *config.warnings,
-            *(f"{folder / WEIGHTS_FILE}: {n}" for n in contents.notes),
+            *view.notes,
+            *(f"{view.file}: {n}" for n in contents.notes),
         ),
+        format=view.format,
+        stored=view.stored,
     )
+
+
+def default_name(path: Path) -> str:
+    """Return what an adapter is called that got no name: as its folder, file or repository."""
+    if path.is_dir():
+        return path.resolve().name
+    return path.name.partition("@")[0].removesuffix(".safetensors")
 
 
 def load_adapter(
@@ -255,7 +276,8 @@ def load_adapter(
     What is legal but odd is told through Python's `warnings`.
 
     Args:
-        path: A local folder; never taken for the name of a hub repository.
+        path: A folder or file in a known format, or a repository id: `org/name` from the local
+            Hugging Face cache, `org/name@REVISION` also from the hub.
         name: The task's name; the folder's name by default.
         saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
 
@@ -267,29 +289,3 @@ def load_adapter(
     for line in file.warnings:
         python_warnings.warn(line, stacklevel=2)
     return adapter
-
-
-def _folder_problems(folder: Path) -> list[str]:
-    try:
-        if not folder.is_dir():
-            found = "a file" if folder.exists() else "no such folder"
-            return [
-                f"{folder}: {found} but a local adapter folder is expected. Hub names are not "
-                "looked up; download the adapter first."
-            ]
-        missing = [n for n in (CONFIG_FILE, WEIGHTS_FILE) if not os.path.lexists(folder / n)]
-        has_pickle = os.path.lexists(folder / PICKLE_FILE)
-    except (OSError, ValueError) as error:
-        return [f"{folder}: cannot be opened ({error}) but a folder is expected. Check the path."]
-    problems = []
-    for name in missing:
-        if name == WEIGHTS_FILE and has_pickle:
-            problems.append(
-                f"{folder / PICKLE_FILE}: a pickle but {name} is expected. Pickles can run code: "
-                "convert to safetensors by loading and saving it once with PEFT."
-            )
-        else:
-            problems.append(
-                f"{folder / name}: missing but a PEFT adapter folder holds it. Check the path."
-            )
-    return problems

@@ -26,6 +26,7 @@ from icm_ray.types import SavedModulesPolicy
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000
+LFS_POINTER = b"version https://git-lfs"
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 NOT_PLAIN = {
@@ -143,23 +144,37 @@ class PlainConfig:
         ]
 
 
-def read_config(file: Path, saved_modules: SavedModulesPolicy) -> PlainConfig:
-    """Read and check `adapter_config.json`.
+def read_table(file: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Read a JSON file of at most `limit` bytes that holds a table, such as `adapter_config.json`.
 
     Raises:
-        InputError: with every reason why this is no plain LoRA.
+        InputError: no such file, too large, or no JSON object.
     """
     size = regular_size(file)
-    if size > MAX_CONFIG_BYTES:
+    if size > limit:
         raise InputError(
-            f"{file}: {size} bytes but at most {MAX_CONFIG_BYTES} are expected. "
+            f"{file}: {size} bytes but at most {limit} are expected. "
             "Save the adapter again with PEFT."
         )
-    raw = parse_json(read_bytes(file, MAX_CONFIG_BYTES), str(file))
+    data = read_bytes(file, limit)
+    if data.startswith(LFS_POINTER):
+        raise InputError(f"{file}: a Git LFS pointer but JSON is expected. Run 'git lfs pull'.")
+    raw = parse_json(data, str(file))
     if not isinstance(raw, dict):
         raise InputError(
             f"{file}: a {type(raw).__name__} but a JSON object is expected. Save the adapter again."
         )
+    return raw
+
+
+def check_config(
+    raw: Mapping[str, Any], file: Path | str, saved_modules: SavedModulesPolicy
+) -> PlainConfig:
+    """Check the contents of an `adapter_config.json`; `file` names them in messages.
+
+    Raises:
+        InputError: with every reason why this is no plain LoRA.
+    """
     problems = [
         *_type_problems(raw),
         *_kind_problems(raw, saved_modules),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import AdapterFile, check_together, open_all
+from icm_ray.adapters import AdapterFile, check_together, default_name, open_all
 from icm_ray.config import MergeRecipe
 from icm_ray.errors import RecipeError, one_line
 from icm_ray.linalg import lowrank
@@ -30,7 +30,7 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
     Raises:
         InputError: every problem of every folder.
     """
-    files = open_all([(folder.resolve().name, folder) for folder in folders], "drop")
+    files = open_all([(default_name(folder), folder) for folder in folders], "drop")
     warnings = warnings_of(files)
     return {
         "adapters": [_facts(file) for file in files],
@@ -55,12 +55,13 @@ def _facts(file: AdapterFile) -> dict[str, Any]:
     return {
         "name": file.name,
         "path": str(file.path),
+        "format": file.format,
         "base_model": file.base_model,
         "modules": len(file.shapes),
         "ranks": sorted({rank for _, _, rank in shapes}),
         "scalings": sorted(set(file.scaling.values())),
         "dtype": dtype_name(file.dtype),
-        "bytes": file.file.stat().st_size,
+        "bytes": file.bytes,
         "norm": file.norm,
         "fingerprint": file.fingerprint(),
         "not_merged": list(file.saved),

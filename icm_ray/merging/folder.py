@@ -20,7 +20,6 @@ from icm_ray.adapters import (
     verify_written,
 )
 from icm_ray.adapters.contents import PREFIX
-from icm_ray.adapters.header import open_tensors
 from icm_ray.errors import InputError
 from icm_ray.files import (
     MANIFEST,
@@ -193,7 +192,7 @@ def _copy_saved_modules(files: Sequence[AdapterFile], folder: Path) -> None:
     for file in files:
         if file.saved:
             folder.mkdir(exist_ok=True)
-            with open_tensors(file.file) as handle:
+            with file.open() as handle:
                 tensors = {n.removeprefix(PREFIX): handle.get_tensor(n) for n in file.saved}
             save_file(tensors, folder / f"{file.name}.safetensors", metadata={"format": "pt"})
 

@@ -67,7 +67,7 @@ def merge_recipe(
                 recipe.output.dtype,
             ]
         ),
-        inputs={name: str(path.absolute()) for name, path in refs},
+        inputs={file.name: str(file.path) for file in files},
         seconds=seconds,
         dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
         base=base,
