@@ -3,6 +3,7 @@
 from icm_ray.adapters.alignment import check_together, name_problems, open_all
 from icm_ray.adapters.base import check_base
 from icm_ray.adapters.fingerprint import fingerprint_of
+from icm_ray.adapters.formats.pickles import unpickled
 from icm_ray.adapters.forward import verify_forward
 from icm_ray.adapters.peft_format import AdapterFile, default_name, load_adapter, open_adapter
 from icm_ray.adapters.saving import save_adapter
@@ -19,6 +20,7 @@ __all__ = [
     "open_adapter",
     "open_all",
     "save_adapter",
+    "unpickled",
     "verify_forward",
     "verify_written",
 ]

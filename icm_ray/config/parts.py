@@ -68,10 +68,14 @@ class Resources(Part):
 
 
 class AdapterRef(Part):
-    """One adapter of a merge: a name that is its task's, and a PEFT folder."""
+    """One adapter of a merge: a name that is its task's, and where it is."""
 
     name: Name
-    path: str = Field(min_length=1)
+    path: str = Field(
+        min_length=1,
+        description="Folder or file in a known format; or a repository: org/name from the local "
+        "Hugging Face cache, org/name@REVISION also from the hub.",
+    )
 
 
 class DataSpec(Part):

@@ -13,6 +13,7 @@ from icm_ray.merging.cut import serving_rank
 from icm_ray.merging.folder import dtype_name
 from icm_ray.merging.order import MergeOrder, plan_merge
 from icm_ray.merging.passes import passes_of
+from icm_ray.merging.sources import open_adapters
 from icm_ray.methods import find_method
 
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -89,10 +90,9 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
         RecipeError: the method, its parameters or the rank policy are wrong.
         InputError: adapters are missing, broken or do not fit together; all of them are named.
     """
-    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
     find_method(recipe.method)
     check_sources(recipe, can_gather=True)
-    files = open_all(refs, recipe.modules_to_save)
+    files = open_adapters(recipe)
     order = plan_merge(
         files,
         recipe.method,

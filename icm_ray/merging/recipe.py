@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from icm_ray.adapters import AdapterFile, check_base, open_all
+from icm_ray.adapters import AdapterFile, check_base
 from icm_ray.config import MergeRecipe
 from icm_ray.evidence.tensors import given
 from icm_ray.files import refuse_foreign, sha256_of
 from icm_ray.merging.estimate import check_sources, warn, warnings_of
 from icm_ray.merging.folder import write_merged
 from icm_ray.merging.order import plan_merge
+from icm_ray.merging.sources import open_adapters
 from icm_ray.suites import prepare_base
 from icm_ray.types import MergeResult
 
@@ -40,8 +41,7 @@ def merge_recipe(
     """
     refuse_foreign(target)
     check_sources(recipe, can_gather=gatherer is not None)
-    refs = [(ref.name, Path(ref.path)) for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save)
+    files = open_adapters(recipe)
     evidence = Path(recipe.evidence) if recipe.evidence else None
     order = {"params": recipe.params, "output_rank": recipe.output.rank, "seed": recipe.seed}
     plan_merge(files, recipe.method, evidence=evidence, is_gathered_later=True, **order)
