@@ -19,7 +19,7 @@ from rich.table import Table
 from icm_ray.command import guarded, quiet_libraries, run_recipe
 from icm_ray.config import MergeRecipe
 from icm_ray.config.loading import load_recipe
-from icm_ray.errors import one_line
+from icm_ray.errors import RecipeError, did_you_mean, one_line
 from icm_ray.methods import METHODS
 from icm_ray.types import MergeResult
 
@@ -191,6 +191,44 @@ def verify(
     def work() -> None:
         found = verify_folder(folder, prepare_base(base, progress=print) if base else None)
         print(f"{folder}: intact. " + ", ".join(f"{k} {v}" for k, v in found.items()))
+
+    _finish(work, debug)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    base: Annotated[str | None, typer.Option(help="Base: alias, folder or hub id.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="model, or an adapter for kohya, diffusers or mlx.")
+    ] = "model",
+    debug: Debug = False,
+) -> None:
+    """Write base plus adapter as a whole model, or the adapter in another tool's format."""
+    from icm_ray.adapters import open_adapter
+    from icm_ray.exporting import ADAPTER_FORMATS, export_adapter, export_model, serving_lines
+    from icm_ray.merging.cut import serving_rank
+    from icm_ray.suites import prepare_base
+
+    def work() -> None:
+        if form not in ("model", *ADAPTER_FORMATS):
+            known = ["model", *ADAPTER_FORMATS]
+            raise RecipeError(
+                f"--format: {form!r} but one of {', '.join(known)} is expected."
+                f"{did_you_mean(form, known)}"
+            )
+        if form == "model" and base is None:
+            raise RecipeError("--base: missing but a whole model is made from one. Name it.")
+        file = open_adapter(folder)
+        if form != "model":
+            export_adapter(file, form, output)
+            print(f"{output}: written.")
+            return
+        place = prepare_base(str(base), progress=print)
+        export_model(file, place, output)
+        print(f"{output}: written.")
+        print("\n".join(serving_lines(output, place, folder, serving_rank([file.max_rank]))))
 
     _finish(work, debug)
 

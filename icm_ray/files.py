@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,16 @@ def refuse_foreign(target: Path) -> None:
             f"{target}: holds files this project did not write ({', '.join(foreign[:3])}). Choose "
             "an empty or new folder."
         )
+
+
+def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
+    """Raise InputError if writing `target` would replace, or replace a folder around, an input."""
+    for source in inputs:
+        if target.resolve() in (source.resolve(), *source.resolve().parents):
+            raise InputError(
+                f"{target}: holds the input {source} but another place is expected. Choose another "
+                "output path."
+            )
 
 
 def _foreign_files(folder: Path) -> list[str]:

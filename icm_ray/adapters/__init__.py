@@ -1,7 +1,7 @@
 """PEFT adapter folders in and out: strict reading, exact writing, and proof of what was written."""
 
 from icm_ray.adapters.alignment import check_together, name_problems, open_all
-from icm_ray.adapters.base import check_base
+from icm_ray.adapters.base import check_base, tied_warnings
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.formats.pickles import unpickled
 from icm_ray.adapters.forward import verify_forward
@@ -20,6 +20,7 @@ __all__ = [
     "open_adapter",
     "open_all",
     "save_adapter",
+    "tied_warnings",
     "unpickled",
     "verify_forward",
     "verify_written",

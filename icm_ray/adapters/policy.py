@@ -20,13 +20,10 @@ from icm_ray.adapters.patterns import (
     may_run_for_ever,
     unsafe_pattern,
 )
-from icm_ray.adapters.raw_files import parse_json, read_bytes, regular_size
 from icm_ray.errors import InputError
 from icm_ray.types import SavedModulesPolicy
 
 CONFIG_FILE = "adapter_config.json"
-MAX_CONFIG_BYTES = 1_000_000
-LFS_POINTER = b"version https://git-lfs"
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 NOT_PLAIN = {
@@ -142,29 +139,6 @@ class PlainConfig:
             f"alpha_pattern: keys contradict each other for {len(torn)} modules, such as "
             f"{torn[0]}; the first one counts, as in PEFT, which sorts them when it saves."
         ]
-
-
-def read_table(file: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Read a JSON file of at most `limit` bytes that holds a table, such as `adapter_config.json`.
-
-    Raises:
-        InputError: no such file, too large, or no JSON object.
-    """
-    size = regular_size(file)
-    if size > limit:
-        raise InputError(
-            f"{file}: {size} bytes but at most {limit} are expected. "
-            "Save the adapter again with PEFT."
-        )
-    data = read_bytes(file, limit)
-    if data.startswith(LFS_POINTER):
-        raise InputError(f"{file}: a Git LFS pointer but JSON is expected. Run 'git lfs pull'.")
-    raw = parse_json(data, str(file))
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"{file}: a {type(raw).__name__} but a JSON object is expected. Save the adapter again."
-        )
-    return raw
 
 
 def check_config(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import AdapterFile, check_together, default_name, open_all
+from icm_ray.adapters import AdapterFile, check_together, default_name, open_all, tied_warnings
 from icm_ray.config import MergeRecipe
 from icm_ray.errors import RecipeError, one_line
 from icm_ray.linalg import lowrank
@@ -40,9 +40,10 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def warnings_of(files: Sequence[AdapterFile]) -> list[str]:
+def warnings_of(files: Sequence[AdapterFile], base: Path | None = None) -> list[str]:
     """Return, once each, what is odd about adapters, together and alone; none stops a merge."""
-    return list(dict.fromkeys([*check_together(files), *(w for f in files for w in f.warnings)]))
+    alone = [warning for file in files for warning in file.warnings]
+    return list(dict.fromkeys([*check_together(files), *alone, *tied_warnings(files, base)]))
 
 
 def warn(lines: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ def merge_recipe(
     if recipe.base:
         base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
         check_base(files, base)
-    warn(warnings_of(files))
+    warn(warnings_of(files, base))
     if gatherer is not None and recipe.data is not None and base is not None:
         evidence = gatherer(files, base)
     told = given(evidence)

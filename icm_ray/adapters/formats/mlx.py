@@ -11,7 +11,8 @@ from typing import Any
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.formats.view import View, plain_config, sort_keys, stored_as_peft
 from icm_ray.adapters.header import TensorInfo
-from icm_ray.adapters.policy import CONFIG_FILE, read_table, short
+from icm_ray.adapters.policy import CONFIG_FILE, short
+from icm_ray.adapters.raw_files import read_table
 from icm_ray.errors import InputError
 
 WEIGHTS_FILE = "adapters.safetensors"
