@@ -24,6 +24,7 @@ from icm_ray.errors import InputError
 from icm_ray.types import SavedModulesPolicy
 
 CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 1_000_000
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 NOT_PLAIN = {

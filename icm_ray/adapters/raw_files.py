@@ -8,7 +8,6 @@ from typing import Any
 
 from icm_ray.errors import InputError
 
-MAX_TABLE_BYTES = 1_000_000
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -54,7 +53,7 @@ def read_bytes(file: Path, count: int, offset: int = 0) -> bytes:
         ) from None
 
 
-def read_table(file: Path, limit: int = MAX_TABLE_BYTES) -> dict[str, Any]:
+def read_table(file: Path, limit: int) -> dict[str, Any]:
     """Read a JSON file of at most `limit` bytes that holds a table, such as `adapter_config.json`.
 
     Raises:

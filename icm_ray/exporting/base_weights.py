@@ -11,7 +11,7 @@ from icm_ray.adapters.base import architecture
 from icm_ray.adapters.contents import DTYPES, EMBEDDING
 from icm_ray.adapters.formats.shards import INDEX_ENDING, read_shards
 from icm_ray.adapters.header import TensorInfo, read_header
-from icm_ray.adapters.policy import short
+from icm_ray.adapters.policy import MAX_CONFIG_BYTES, short
 from icm_ray.adapters.raw_files import read_table
 from icm_ray.errors import InputError
 
@@ -76,7 +76,7 @@ def read_base(folder: Path, adapter: AdapterFile) -> BaseWeights:
     Raises:
         InputError: a file is missing or damaged, or the weights are quantised.
     """
-    config = read_table(folder / CONFIG)
+    config = read_table(folder / CONFIG, MAX_CONFIG_BYTES)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for key in ("quantization_config", "quantization"):
         if any(part.get(key) for part in parts):

@@ -1,8 +1,12 @@
 """Adapters that are elsewhere: in the Hugging Face cache, or in a pickle that somebody allows."""
 
+import hashlib
 import json
 import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from adapter_samples import plain_config, plain_tensors
 from icm_ray.adapters import open_adapter, unpickled
 from icm_ray.adapters.formats.unpickle import read_tensors
 from icm_ray.errors import InputError
+
+COMMIT = "a" * 40
 
 
 def problems_of(path):
@@ -43,9 +49,8 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_repository_in_the_local_cache_is_read_from_there(make_folder, cache):
-    commit = "a" * 40
-    snapshot = hub_cache(cache, "org/tuned", commit, make_folder())
-    for spec in ("org/tuned", f"org/tuned@{commit}"):
+    snapshot = hub_cache(cache, "org/tuned", COMMIT, make_folder())
+    for spec in ("org/tuned", f"org/tuned@{COMMIT}"):
         file = open_adapter(spec)
         assert (file.name, file.path) == ("tuned", snapshot)
         assert file.fingerprint() == open_adapter(make_folder()).fingerprint()
@@ -55,6 +60,75 @@ def test_a_repository_that_is_not_there_says_how_to_have_it_fetched(cache):
     assert "name org/none@REVISION to have it fetched" in problems_of("org/none")[0]
     assert "the hub did not give it" in problems_of("org/none@main")[0]
     assert "no such folder" in problems_of("../org/none@main")[0]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one repository: `files` are its contents, `asked` is what was fetched."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[set[str]] = set()
+
+    def do_GET(self):
+        if self.path.startswith("/api/models/org/tuned/"):
+            listed = [
+                {"type": "file", "path": name, "size": len(data), "oid": COMMIT}
+                for name, data in self.files.items()
+            ]
+            siblings = [{"rfilename": name} for name in self.files]
+            whole = {"id": "org/tuned", "sha": COMMIT, "siblings": siblings}
+            self.reply(json.dumps(listed if "/tree/" in self.path else whole).encode())
+        elif (name := self.path.rpartition("/")[2]) in self.files:
+            self.asked |= {name} if self.command == "GET" else set()
+            self.reply(self.files[name])
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def reply(self, data):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(cache, monkeypatch, make_folder):
+    """Serve an adapter, a pickle and a script as a repository on this machine."""
+    import huggingface_hub.constants as constants
+
+    Hub.files = {file.name: file.read_bytes() for file in make_folder().iterdir()}
+    Hub.files |= {"adapter_model.bin": b"pickle", "setup.py": b"code"}
+    Hub.asked = set()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_only_a_named_revision_is_fetched_and_only_what_an_adapter_needs(hub, cache, make_folder):
+    assert "name org/tuned@REVISION" in problems_of("org/tuned")[0]
+    assert hub.asked == set()
+    file = open_adapter("org/tuned@main")
+    assert file.path.is_relative_to(cache)
+    assert file.fingerprint() == open_adapter(make_folder()).fingerprint()
+    assert hub.asked == {"adapter_config.json", "adapter_model.safetensors"}
+    hub.asked.clear()
+    assert open_adapter("org/tuned@main").path == file.path
+    assert hub.asked == set(), "the second time it comes from the cache"
 
 
 def pickled_folder(path, value):

@@ -11,7 +11,7 @@ from typing import Any
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.formats.view import View, plain_config, sort_keys, stored_as_peft
 from icm_ray.adapters.header import TensorInfo
-from icm_ray.adapters.policy import CONFIG_FILE, short
+from icm_ray.adapters.policy import CONFIG_FILE, MAX_CONFIG_BYTES, short
 from icm_ray.adapters.raw_files import read_table
 from icm_ray.errors import InputError
 
@@ -29,7 +29,7 @@ def read_mlx(file: Path, header: dict[str, TensorInfo]) -> View:
     """
     modules = sort_keys(file, header, _names, "MLX's lora_a and lora_b")
     config_file = file.parent / CONFIG_FILE
-    config = read_table(config_file)
+    config = read_table(config_file, MAX_CONFIG_BYTES)
     problems = [
         f"{file}: {sides[side]}: shape {short(header[sides[side]].shape)} but MLX's "
         "(d_in, rank) and (rank, d_out) are expected. Experts in one tensor cannot be merged."

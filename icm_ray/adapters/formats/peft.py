@@ -5,7 +5,7 @@ from pathlib import Path
 from icm_ray.adapters.formats.shards import INDEX_ENDING, attempt, read_shards
 from icm_ray.adapters.formats.view import View
 from icm_ray.adapters.header import read_header
-from icm_ray.adapters.policy import CONFIG_FILE
+from icm_ray.adapters.policy import CONFIG_FILE, MAX_CONFIG_BYTES
 from icm_ray.adapters.raw_files import read_table
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -19,7 +19,7 @@ def read_folder(folder: Path) -> View:
     return View(
         format="PEFT",
         file=file,
-        config=attempt(lambda: read_table(folder / CONFIG_FILE), problems),
+        config=attempt(lambda: read_table(folder / CONFIG_FILE, MAX_CONFIG_BYTES), problems),
         header=attempt(lambda: read_header(file), problems),
         config_file=folder / CONFIG_FILE,
         problems=tuple(problems),
@@ -30,7 +30,7 @@ def read_sharded(folder: Path) -> View:
     """Read config, index and every shard's header of a PEFT folder."""
     problems: list[str] = []
     index = folder / INDEX_FILE
-    config = attempt(lambda: read_table(folder / CONFIG_FILE), problems)
+    config = attempt(lambda: read_table(folder / CONFIG_FILE, MAX_CONFIG_BYTES), problems)
     header, stored = attempt(lambda: read_shards(index), problems) or (None, {})
     return View(
         format="PEFT, sharded",
