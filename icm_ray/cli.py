@@ -19,7 +19,7 @@ from rich.table import Table
 from icm_ray.command import guarded, quiet_libraries, run_recipe
 from icm_ray.config import MergeRecipe
 from icm_ray.config.loading import load_recipe
-from icm_ray.errors import one_line
+from icm_ray.errors import RecipeError, did_you_mean, one_line
 from icm_ray.methods import METHODS
 from icm_ray.types import MergeResult
 
@@ -122,13 +122,11 @@ def inspect(
             print(json.dumps(found, indent=2))
             return
         table = Table(title="adapters")
-        for heading in ("adapter", "base", "modules", "rank", "scaling", "dtype", "MB", "norm"):
+        rows = [_cells(row) for row in found["adapters"]]
+        for heading in rows[0]:
             table.add_column(heading, overflow="fold")
-        for row in found["adapters"]:
-            ranks, scalings = row["ranks"], row["scalings"]
-            cells = [row["name"], str(row["base_model"]), row["modules"], _span(ranks)]
-            cells += [_span(scalings), row["dtype"], f"{row['bytes'] / 1e6:.2f}"]
-            table.add_row(*(escape(one_line(str(cell))) for cell in cells), f"{row['norm']:.4g}")
+        for cells in rows:
+            table.add_row(*(escape(one_line(str(cell))) for cell in cells.values()))
         _console().print(table)
         warn(found["warnings"])
         for a, others in found["cosines"].items():
@@ -199,6 +197,44 @@ def verify(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    base: Annotated[str | None, typer.Option(help="Base: alias, folder or hub id.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="model, or an adapter for kohya, diffusers or mlx.")
+    ] = "model",
+    debug: Debug = False,
+) -> None:
+    """Write base plus adapter as a whole model, or the adapter in another tool's format."""
+    from icm_ray.adapters import open_adapter
+    from icm_ray.exporting import ADAPTER_FORMATS, export_adapter, export_model, serving_lines
+    from icm_ray.merging.cut import serving_rank
+    from icm_ray.suites import prepare_base
+
+    def work() -> None:
+        if form not in ("model", *ADAPTER_FORMATS):
+            known = ["model", *ADAPTER_FORMATS]
+            raise RecipeError(
+                f"--format: {form!r} but one of {', '.join(known)} is expected."
+                f"{did_you_mean(form, known)}"
+            )
+        if form == "model" and base is None:
+            raise RecipeError("--base: missing but a whole model is made from one. Name it.")
+        file = open_adapter(folder)
+        if form != "model":
+            export_adapter(file, form, output)
+            print(f"{output}: written.")
+            return
+        place = prepare_base(str(base), progress=print)
+        export_model(file, place, output)
+        print(f"{output}: written.")
+        print("\n".join(serving_lines(output, place, folder, serving_rank([file.max_rank]))))
+
+    _finish(work, debug)
+
+
+@app.command()
 def reproduce(folder: Folder, debug: Debug = False) -> None:
     """Merge again from the inputs and compare every file's sha256."""
     from icm_ray.merging.proof import reproduce as rebuild
@@ -208,6 +244,21 @@ def reproduce(folder: Folder, debug: Debug = False) -> None:
         print(f"{folder}: reproduced, {len(names)} files equal ({', '.join(names)})")
 
     _finish(work, debug)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, object]:
+    """Return one adapter's line of `inspect` by heading."""
+    return {
+        "adapter": row["name"],
+        "format": row["format"],
+        "base": row["base_model"],
+        "modules": row["modules"],
+        "rank": _span(row["ranks"]),
+        "scaling": _span(row["scalings"]),
+        "dtype": row["dtype"],
+        "MB": f"{row['bytes'] / 1e6:.2f}",
+        "norm": f"{row['norm']:.4g}",
+    }
 
 
 def _span(values: list[float]) -> str:

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "base_model", "config", "evaluation", "evidence", "fusion", "fusion_vae"}
     | {"learning", "merging", "methods", "suites"},
     "importing": BASICS | {"config", "methods"},
+    "exporting": BASICS | {"adapters"},
     "storage": {"config", "errors", "files", "suites"},
     "command": {"config", "errors", "files", "storage"},
     "distributed": BASICS
@@ -53,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "base_model", "config", "distributed", "fusion", "fusion_vae", "learning"}
     | {"linalg", "merging", "methods"},
     "cli": BASICS
-    | {"adapters", "command", "config", "importing", "merging", "methods", "report", "suites"},
+    | {"adapters", "command", "config", "exporting", "importing", "merging", "methods", "report"}
+    | {"suites"},
     "__init__": {"adapters", "errors", "merging", "methods", "types"},
     "__main__": {"cli"},
     "jobs": {"command", "config"},

@@ -1,8 +1,9 @@
 """PEFT adapter folders in and out: strict reading, exact writing, and proof of what was written."""
 
 from icm_ray.adapters.alignment import check_together, name_problems
-from icm_ray.adapters.base import check_base, class_of
+from icm_ray.adapters.base import check_base, class_of, tied_warnings
 from icm_ray.adapters.fingerprint import fingerprint_of
+from icm_ray.adapters.formats.pickles import unpickled
 from icm_ray.adapters.forward import verify_forward
 from icm_ray.adapters.geometry import delta_cosines
 from icm_ray.adapters.opening import fit_base, open_all, with_common_names
@@ -23,6 +24,8 @@ __all__ = [
     "open_adapter",
     "open_all",
     "save_adapter",
+    "tied_warnings",
+    "unpickled",
     "verify_forward",
     "verify_written",
     "with_common_names",

@@ -49,6 +49,55 @@ def check_base(adapters: Sequence[Adapter | AdapterFile], base_path: str | Path)
         raise InputError(problems)
 
 
+def architecture(path: Path, adapter: Adapter | AdapterFile) -> Any:
+    """Return the base without weights, as the class that has most of the adapter's modules.
+
+    Raises:
+        InputError: the base's config cannot be used.
+    """
+    return max(
+        _architectures(path, adapter),
+        key=lambda model: sum(name in adapter.modules for name, _ in model.named_modules()),
+    )
+
+
+def tied_warnings(
+    adapters: Sequence[Adapter | AdapterFile], base_path: Path | None = None
+) -> list[str]:
+    """Say if adapters change one of two layers that the base may keep as one weight.
+
+    Loaded beside the base such an adapter changes one of them, merged into it both.
+
+    Args:
+        adapters: Adapters or opened files.
+        base_path: The base's folder; without it, whether the layers are tied is not known.
+
+    Returns:
+        One line for all adapters, or none.
+    """
+    changed: dict[str, str] = {}
+    for adapter in adapters:
+        modules = [
+            module
+            for module in adapter.modules
+            if adapter.layouts.get(module) == EMBEDDING or module.rpartition(".")[2] == "lm_head"
+        ]
+        if modules and base_path is not None:
+            ties = architecture(base_path, adapter).all_tied_weights_keys or {}
+            weights = {*ties, *ties.values()}
+            modules = [module for module in modules if f"{module}.weight" in weights]
+        if modules:
+            changed[adapter.name] = modules[0]
+    if not changed:
+        return []
+    name, module = next(iter(changed.items()))
+    others = f" (and in {len(changed) - 1} others)" if len(changed) > 1 else ""
+    return [
+        f"{name}: {module}{others}: {'' if base_path else 'if '}the base ties its embeddings: "
+        "loaded, the adapter changes one of them; merged by PEFT, both. icm-ray export unties them."
+    ]
+
+
 def load_base(path: Path, adapter: Adapter) -> Any:
     """Return the base in float32, as the transformers class that has all of the adapter's modules.
 

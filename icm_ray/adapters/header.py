@@ -32,10 +32,17 @@ _DISGUISES = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of one tensor: element type as safetensors spells it, and shape."""
+    """What the header says of one tensor.
+
+    Attributes:
+        dtype: Element type as safetensors spells it.
+        shape: Its sizes.
+        start: Where its bytes begin in the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -64,7 +71,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise InputError(f"{file}: {problem}" for problem in problems)
     with open_tensors(file):  # the library's own check: no overlap, no hole, nothing cut off
         pass
-    return {name: TensorInfo(e["dtype"], tuple(e["shape"])) for name, e in header.items()}
+    return {
+        name: TensorInfo(e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+        for name, e in header.items()
+    }
 
 
 @contextlib.contextmanager
@@ -78,9 +88,14 @@ def open_tensors(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt", device="cpu") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file}: damaged ({error}) but whole safetensors data is expected. Copy it again."
-        ) from None
+        raise damaged(file, error) from None
+
+
+def damaged(file: Path, error: Exception) -> InputError:
+    """Return what to raise where the library refuses a file or a tensor in it."""
+    return InputError(
+        f"{file}: damaged ({error}) but whole safetensors data is expected. Copy it again."
+    )
 
 
 def _entry_problems(name: str, entry: Any) -> Iterator[str]:

@@ -1,9 +1,10 @@
-"""PEFT adapter folders, read strictly: every tensor is accounted for or the folder is refused."""
+"""Adapters on disk, read strictly: every tensor is accounted for or the adapter is refused."""
 
 import math
 import os
 import warnings as python_warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,13 @@ from torch import Tensor
 
 from icm_ray.adapters.contents import PREFIX, Contents, read_contents, tensor_keys
 from icm_ray.adapters.fingerprint import largest
-from icm_ray.adapters.header import open_tensors, read_header
-from icm_ray.adapters.policy import CONFIG_FILE, read_config
+from icm_ray.adapters.formats import WEIGHTS_FILE, Stored, StoredTensors, open_stored, view_of
+from icm_ray.adapters.policy import check_config
 from icm_ray.adapters.values import Scan, not_finite, scan
 from icm_ray.errors import InputError, by_cause
 from icm_ray.types import Adapter, LoRAFactors, SavedModulesPolicy
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
+__all__ = ["WEIGHTS_FILE", "AdapterFile", "load_adapter", "open_adapter"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class AdapterFile:
 
     Attributes:
         name: The task's name.
-        path: The adapter's folder.
+        path: The adapter's folder, or its file where that is all of it.
+        file: The weights file, or the index of its shards.
         base_model: What the config calls its base, or None.
         config: The PEFT config as plain data.
         dtype: Element type of the factors; the widest one if they are mixed.
@@ -40,10 +41,13 @@ class AdapterFile:
         saved: Names of full tensors that are carried along, unmerged.
         notes: Warnings that needed no look at the values; `warnings` has them all.
         names: Paths in the file of what goes by a newer name here, by that name; see `renaming`.
+        format: The format's name: "PEFT", "PEFT, sharded", "kohya", "diffusers" or "MLX".
+        stored: Where tensors lie whose file or name is not PEFT's.
     """
 
     name: str
     path: Path
+    file: Path
     base_model: str | None
     config: Mapping[str, Any]
     dtype: torch.dtype
@@ -53,11 +57,18 @@ class AdapterFile:
     saved: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    format: str = "PEFT"
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
-    def file(self) -> Path:
-        """The weights file."""
-        return self.path / WEIGHTS_FILE
+    def bytes(self) -> int:
+        """Size of all weights files on disk."""
+        files = {place.file for place in self.stored.values()} or {self.file}
+        return sum(file.stat().st_size for file in files)
+
+    def open(self) -> AbstractContextManager[StoredTensors]:
+        """Open the weights for reading tensors by PEFT's names."""
+        return open_stored(self.file, self.stored)
 
     @property
     def modules(self) -> Mapping[str, tuple[int, int, int]]:
@@ -103,7 +114,7 @@ class AdapterFile:
         Raises:
             InputError: a value is not finite, or the file changed since it was opened.
         """
-        with open_tensors(self.file) as handle:
+        with self.open() as handle:
             for module in self.shapes if modules is None else modules:
                 _, factors, bad = self._read(handle, module)
                 if bad:
@@ -130,7 +141,7 @@ class AdapterFile:
 
     def whole_layers(self) -> dict[str, Tensor]:
         """Read the full tensors that are carried along, by their path in the base model."""
-        with open_tensors(self.file) as handle:
+        with self.open() as handle:
             return {
                 path: handle.get_tensor(key)
                 for path, key in zip(self.saved_names, self.saved, strict=True)
@@ -171,7 +182,7 @@ class AdapterFile:
 
     @cached_property
     def _scan(self) -> Scan:
-        with open_tensors(self.file) as handle:
+        with self.open() as handle:
             modules = (self._read(handle, module) for module in self._in_file_order())
             saved = ((key, handle.get_tensor(key)) for key in self.saved)
             return scan(self.file, modules, saved)
@@ -189,37 +200,33 @@ def open_adapter(
     """Check an adapter folder by its config and its weights' header. No tensor is read.
 
     Args:
-        path: A local folder; never taken for the name of a hub repository.
+        path: A folder or file in a known format, or a repository id: `org/name` from the local
+            Hugging Face cache, `org/name@REVISION` also from the hub.
         name: The task's name; the folder's name by default.
         saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
 
     Raises:
         InputError: with every problem of the folder, one line each.
     """
-    folder = Path(os.path.expanduser(path))
-    problems = _folder_problems(folder)
-    if problems:
-        raise InputError(problems)
-    config = header = None
-    try:
-        config = read_config(folder / CONFIG_FILE, saved_modules)
+    place = Path(os.path.expanduser(path))
+    view = view_of(place)
+    problems = list(view.problems)
+    config_file = view.config_file or view.file
+    config = None
+    if view.config is not None:
+        config = check_config(view.config, config_file, saved_modules)
         problems += config.problems
-    except InputError as error:
-        problems += error.problems
-    try:
-        header = read_header(folder / WEIGHTS_FILE)
-    except InputError as error:
-        problems += error.problems
     contents = Contents()
-    if header is not None:
-        contents = read_contents(header, config, saved_modules)
-        problems += [f"{folder / WEIGHTS_FILE}: {line}" for line in by_cause(contents.problems)]
+    if view.header is not None:
+        contents = read_contents(view.header, config, saved_modules)
+        problems += [f"{view.file}: {line}" for line in by_cause(contents.problems)]
     if problems or config is None:
         raise InputError(problems)
-    place = folder.absolute()  # workers run in other folders
     return AdapterFile(
-        name=folder.resolve().name if name is None else name,
-        path=place,
+        name=default_name(place) if name is None else name,
+        # Workers run in other folders, and what a revision names may change.
+        path=place.absolute() if place.exists() else view.file.parent,
+        file=view.file.absolute(),
         base_model=config.raw.get("base_model_name_or_path") or None,
         config=config.raw,
         dtype=contents.dtype,
@@ -228,10 +235,20 @@ def open_adapter(
         layouts=contents.layouts,
         saved=contents.saved,
         notes=(
-            *(f"{place / CONFIG_FILE}: {line}" for line in config.warnings),
-            *(f"{place / WEIGHTS_FILE}: {line}" for line in contents.notes),
+            *(f"{config_file.absolute()}: {line}" for line in config.warnings),
+            *view.notes,
+            *(f"{view.file.absolute()}: {line}" for line in contents.notes),
         ),
+        format=view.format,
+        stored=view.stored,
     )
+
+
+def default_name(path: Path) -> str:
+    """Return what an adapter is called that got no name: as its folder, file or repository."""
+    if path.is_dir():
+        return path.resolve().name
+    return path.name.partition("@")[0].removesuffix(".safetensors")
 
 
 def load_adapter(
@@ -245,7 +262,8 @@ def load_adapter(
     What is legal but odd is told through Python's `warnings`.
 
     Args:
-        path: A local folder; never taken for the name of a hub repository.
+        path: A folder or file in a known format, or a repository id: `org/name` from the local
+            Hugging Face cache, `org/name@REVISION` also from the hub.
         name: The task's name; the folder's name by default.
         saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
 
@@ -257,29 +275,3 @@ def load_adapter(
     for line in file.warnings:
         python_warnings.warn(line, stacklevel=2)
     return adapter
-
-
-def _folder_problems(folder: Path) -> list[str]:
-    try:
-        if not folder.is_dir():
-            found = "a file" if folder.exists() else "no such folder"
-            way = "Check the path."
-            if not folder.is_absolute():
-                way = "Hub names are not looked up; download the adapter first."
-            return [f"{folder}: {found} but a local adapter folder is expected. {way}"]
-        missing = [n for n in (CONFIG_FILE, WEIGHTS_FILE) if not os.path.lexists(folder / n)]
-        has_pickle = os.path.lexists(folder / PICKLE_FILE)
-    except (OSError, ValueError) as error:
-        return [f"{folder}: cannot be opened ({error}) but a folder is expected. Check the path."]
-    problems = []
-    for name in missing:
-        if name == WEIGHTS_FILE and has_pickle:
-            problems.append(
-                f"{folder / PICKLE_FILE}: a pickle but {name} is expected. Pickles can run code: "
-                "convert to safetensors by loading and saving it once with PEFT."
-            )
-        else:
-            problems.append(
-                f"{folder / name}: missing but a PEFT adapter folder holds it. Check the path."
-            )
-    return problems

@@ -21,8 +21,6 @@ from icm_ray.adapters.patterns import (
     may_run_for_ever,
     unsafe_pattern,
 )
-from icm_ray.adapters.raw_files import parse_json, read_bytes, regular_size
-from icm_ray.errors import InputError
 from icm_ray.types import SavedModulesPolicy
 
 CONFIG_FILE = "adapter_config.json"
@@ -130,23 +128,10 @@ class PlainConfig:
         ]
 
 
-def read_config(file: Path, saved_modules: SavedModulesPolicy) -> PlainConfig:
-    """Read and check `adapter_config.json`.
-
-    Raises:
-        InputError: it is missing, too large or no JSON object.
-    """
-    size = regular_size(file)
-    if size > MAX_CONFIG_BYTES:
-        raise InputError(
-            f"{file}: {size} bytes but at most {MAX_CONFIG_BYTES} are expected. "
-            "Save the adapter again with PEFT."
-        )
-    raw = parse_json(read_bytes(file, MAX_CONFIG_BYTES), str(file))
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"{file}: a {type(raw).__name__} but a JSON object is expected. Save the adapter again."
-        )
+def check_config(
+    raw: Mapping[str, Any], file: Path | str, saved_modules: SavedModulesPolicy
+) -> PlainConfig:
+    """Check the contents of an `adapter_config.json`; `file` names them in its problems."""
     refused, ignored = judged(raw, FIELDS)
     problems = [
         *_type_problems(raw),

@@ -8,6 +8,8 @@ from typing import Any
 
 from icm_ray.errors import InputError
 
+LFS_POINTER = b"version https://git-lfs"
+
 
 def regular_size(file: Path) -> int:
     """Return the size in bytes of a regular file; links are followed, as hub caches need.
@@ -49,6 +51,26 @@ def read_bytes(file: Path, count: int, offset: int = 0) -> bytes:
         raise InputError(
             f"{file}: unreadable ({reason}) but a readable file is expected. Check its permissions."
         ) from None
+
+
+def read_table(file: Path, limit: int) -> dict[str, Any]:
+    """Read a JSON file of at most `limit` bytes that holds a table, such as `adapter_config.json`.
+
+    Raises:
+        InputError: no such file, too large, or no JSON object.
+    """
+    size = regular_size(file)
+    if size > limit:
+        raise InputError(f"{file}: {size} bytes but at most {limit} are expected. Save it again.")
+    data = read_bytes(file, limit)
+    if data.startswith(LFS_POINTER):
+        raise InputError(f"{file}: a Git LFS pointer but JSON is expected. Run 'git lfs pull'.")
+    raw = parse_json(data, str(file))
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{file}: a {type(raw).__name__} but a JSON object is expected. Save it again."
+        )
+    return raw
 
 
 def parse_json(data: bytes, where: str) -> Any:

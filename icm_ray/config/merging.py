@@ -26,6 +26,10 @@ class MergeRecipe(Recipe):
     data: DataSpec | None = None
     learn: Overrides = {}
     modules_to_save: SavedModulesPolicy = "refuse"
+    allow_pickle: bool = Field(
+        default=False,
+        description="Read adapter_model.bin: its weights alone, in a process of its own.",
+    )
     output: Output
 
 

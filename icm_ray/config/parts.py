@@ -68,10 +68,14 @@ class Resources(Part):
 
 
 class AdapterRef(Part):
-    """One adapter of a merge: a name that is its task's, and a PEFT folder."""
+    """One adapter of a merge: a name that is its task's, and where it is."""
 
     name: Name
-    path: str = Field(min_length=1)
+    path: str = Field(
+        min_length=1,
+        description="Folder or file in a known format; or a repository: org/name from the local "
+        "Hugging Face cache, org/name@REVISION also from the hub.",
+    )
 
     @property
     def pair(self) -> tuple[str, Path]:
@@ -80,11 +84,12 @@ class AdapterRef(Part):
 
 
 def folder_names(paths: Iterable[str]) -> list[str]:
-    """Return the names of folders, with as many of their parents' as tell them apart.
+    """Return names by folders, files or repositories, with as many parents as tell them apart.
 
     `runA/checkpoint-500` and `runB/checkpoint-500` become `runA-checkpoint-500` and so on.
     """
-    parts = [Path(os.path.abspath(os.path.expanduser(path))).parts[1:] for path in paths]
+    bare = (path.partition("@")[0].removesuffix(".safetensors") for path in paths)
+    parts = [Path(os.path.abspath(os.path.expanduser(path))).parts[1:] for path in bare]
     depths = [1] * len(parts)
     for _ in range(max(map(len, parts), default=0)):
         names = ["-".join(path[-depth:]) for path, depth in zip(parts, depths, strict=True)]

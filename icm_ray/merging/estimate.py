@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import AdapterFile, check_together, delta_cosines, open_all
+from icm_ray.adapters import AdapterFile, check_together, delta_cosines, open_all, tied_warnings
 from icm_ray.config import MergeRecipe, folder_names
 from icm_ray.errors import RecipeError, one_line
 from icm_ray.files import refuse_inputs
@@ -13,7 +13,7 @@ from icm_ray.merging.cut import serving_rank
 from icm_ray.merging.folder import dtype_name
 from icm_ray.merging.order import MergeOrder, MergeRequest, idle_lines, plan_merge
 from icm_ray.merging.passes import passes_of
-from icm_ray.merging.whole_layers import check_mean
+from icm_ray.merging.sources import open_inputs, sources_of
 from icm_ray.methods import find_method
 
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -47,7 +47,7 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def warnings_of(files: Sequence[AdapterFile]) -> list[str]:
+def warnings_of(files: Sequence[AdapterFile], base: Path | None = None) -> list[str]:
     """Return, once each, what is odd about adapters, together and alone; none stops a merge."""
     users: dict[str, list[AdapterFile]] = {}
     for file in files:
@@ -57,32 +57,7 @@ def warnings_of(files: Sequence[AdapterFile]) -> list[str]:
     for text, those in users.items():
         alike = f" ({len(those)} adapters alike)" if len(those) > 1 else ""
         lines.append(f"{those[0].path}{text}{alike}")
-    return lines
-
-
-def open_inputs(recipe: MergeRecipe) -> list[AdapterFile]:
-    """Open a recipe's adapters as its policies say.
-
-    Raises:
-        InputError: with every problem of every adapter, and of averaging their full layers.
-    """
-    files = open_all(
-        [ref.pair for ref in recipe.adapters],
-        recipe.modules_to_save,
-        base=recipe.base,
-        same_base=recipe.same_base,
-    )
-    if recipe.modules_to_save == "mean":
-        check_mean(files)
-    return files
-
-
-def sources_of(recipe: MergeRecipe) -> dict[str, Path]:
-    """Return the folders that a recipe reads, by what they are."""
-    paths = {f"adapter {ref.name!r}": ref.path for ref in recipe.adapters}
-    paths |= {"evidence": recipe.evidence} if recipe.evidence else {}
-    paths |= {"base": recipe.base} if recipe.base and Path(recipe.base).is_dir() else {}
-    return {what: Path(path) for what, path in paths.items()}
+    return [*lines, *tied_warnings(files, base)]
 
 
 def warn(lines: Sequence[str]) -> None:
@@ -96,12 +71,13 @@ def _facts(file: AdapterFile) -> dict[str, Any]:
     return {
         "name": file.name,
         "path": str(file.path),
+        "format": file.format,
         "base_model": file.base_model,
         "modules": len(file.shapes),
         "ranks": sorted({rank for _, _, rank in shapes}),
         "scalings": sorted(set(file.scaling.values())),
         "dtype": dtype_name(file.dtype),
-        "bytes": file.file.stat().st_size,
+        "bytes": file.bytes,
         "norm": file.norm,
         "fingerprint": file.fingerprint,
         "not_merged": list(file.saved),

@@ -11,15 +11,10 @@ from icm_ray.adapters import AdapterFile, fit_base
 from icm_ray.config import MergeRecipe
 from icm_ray.evidence.tensors import as_evidence
 from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
-from icm_ray.merging.estimate import (
-    check_sources,
-    open_inputs,
-    sources_of,
-    warn,
-    warnings_of,
-)
+from icm_ray.merging.estimate import check_sources, warn, warnings_of
 from icm_ray.merging.folder import Origin, write_merged
 from icm_ray.merging.order import MergeRequest, idle_lines, plan_merge
+from icm_ray.merging.sources import open_inputs, sources_of
 from icm_ray.suites import prepare_base
 from icm_ray.types import MergeResult
 
@@ -55,7 +50,7 @@ def merge_recipe(
     if recipe.base:
         base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
         files = fit_base(files, base)
-    warn([*warnings_of(files), *idle_lines(checked)])
+    warn([*warnings_of(files, base), *idle_lines(checked)])
     evidence = Path(recipe.evidence) if recipe.evidence else None
     if gatherer is not None and recipe.data is not None and base is not None:
         evidence = gatherer(files, base)

@@ -5,7 +5,7 @@ import json
 import pytest
 from adapter_samples import CASES, small_model
 
-from icm_ray.adapters import check_base, open_adapter
+from icm_ray.adapters import check_base, open_adapter, tied_warnings
 from icm_ray.errors import InputError
 
 
@@ -52,3 +52,16 @@ def test_bases_that_cannot_be_used(make_folder, tmp_path):
             (tmp_path / name / "config.json").write_text(json.dumps(config))
         with pytest.raises(InputError, match="Check the base model"):
             check_base([file], tmp_path / name)
+
+
+def test_a_change_of_tied_embeddings_is_said_once(make_peft, tmp_path):
+    file = open_adapter(make_peft("llama", r=2, target_modules=["embed_tokens", "q_proj"])[0])
+    [unknown] = tied_warnings([file, file])
+    assert "if the base ties its embeddings" in unknown
+    tied = write_config(small_model("llama"), tmp_path / "tied", tie_word_embeddings=True)
+    [known] = tied_warnings([file], tied)
+    assert "model.embed_tokens: the base ties its embeddings" in known
+    free = write_config(small_model("llama"), tmp_path / "free", tie_word_embeddings=False)
+    assert tied_warnings([file], free) == []
+    plain = open_adapter(make_peft("llama", r=2, target_modules=["q_proj"], folder="plain")[0])
+    assert tied_warnings([plain]) == tied_warnings([plain], tied) == []

@@ -273,8 +273,8 @@ def test_paths_that_are_no_folders(make_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = make_folder() / "adapter_config.json"
     for path, text in (
-        ("meta-llama/adapter", "Hub names are not looked up"),
-        (file, "a file but a local adapter folder"),
+        ("meta-llama/adapter", "nor in the Hugging Face cache"),
+        (file, "a single file but its folder is expected"),
         ("a\0b", "folder"),
         ("x" * 5000, "folder"),
     ):

@@ -1,0 +1,7 @@
+"""What a merge becomes elsewhere: a whole model, or the adapter in another tool's format."""
+
+from icm_ray.exporting.adapter_formats import ADAPTER_FORMATS, export_adapter
+from icm_ray.exporting.full_model import export_model
+from icm_ray.exporting.serving import serving_lines
+
+__all__ = ["ADAPTER_FORMATS", "export_adapter", "export_model", "serving_lines"]
