@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from icm_ray.adapters.gaps import covered, find_gaps, plain_names
+from icm_ray.adapters.gaps import covered, find_gaps, most_siblings, plain_names, unused
 from icm_ray.adapters.header import TensorInfo
 from icm_ray.adapters.policy import PlainConfig, short
 
 PREFIX = "base_model.model."
 EMBEDDING = "embedding"
+MAX_WIDTH = 2**24
+"""Rows or columns of a layer; the largest vocabularies and layers have under a million."""
+MAX_SIBLINGS = 4096
+"""Layers or experts side by side; what loads adapters takes their number squared."""
 DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -79,6 +83,11 @@ def read_contents(
         contents.problems.append(
             f"{len(header)} tensors, none of them LoRA, but keys such as "
             f"{PREFIX}<module>.lora_A.weight are expected. Save the adapter with PEFT."
+        )
+    if (siblings := most_siblings(pairs)) > MAX_SIBLINGS:
+        contents.problems.append(
+            f"{siblings} layers or experts side by side but at most {MAX_SIBLINGS} are expected. "
+            "Split the adapter."
         )
     _set_dtype(pairs, contents)
     if config is not None and not contents.problems:
@@ -167,6 +176,11 @@ def _shape_problems(module: str, a: TensorInfo, b: TensorInfo) -> list[str]:
                 f"{key}: shape {short(tensor.shape)} but 2 to 5 dimensions, none of them 0, are "
                 "expected. Gather sharded weights before saving."
             )
+        elif max(tensor.shape[0], math.prod(tensor.shape[1:])) > MAX_WIDTH:
+            problems.append(
+                f"{key}: shape {short(tensor.shape)} but at most {MAX_WIDTH} rows and columns are "
+                "expected. Save the adapter again."
+            )
     if problems:
         return problems
     kernel = b.shape[2:]
@@ -227,11 +241,12 @@ def _check_config(config: PlainConfig, contents: Contents) -> None:
 def _check_targets(config: PlainConfig, contents: Contents) -> None:
     targets = config.raw.get("target_modules")
     if isinstance(targets, list):
+        selected = frozenset(targets)
         contents.problems += [
             f"{module}: not in target_modules, so PEFT would ignore it, but all tensors are "
             "expected to count. Use the config that was saved with these weights."
             for module in contents.shapes
-            if not covered(module, targets)
+            if not covered(module, selected)
         ]
     names = plain_names(config.raw)
     if names is None:
@@ -242,8 +257,7 @@ def _check_targets(config: PlainConfig, contents: Contents) -> None:
         for line in wrong
     ]
     contents.notes += [f"{line}." for line in uneven]
-    contents.notes += [
-        f"target_modules: {short(name)} has no tensors."
-        for name in names
-        if not any(covered(module, [name]) for module in contents.shapes)
-    ]
+    absent = unused(names, contents.shapes)
+    if absent:
+        others = f", nor have {len(absent) - 1} others" if absent[1:] else ""
+        contents.notes.append(f"target_modules: {short(absent[0])} has no tensors{others}.")
