@@ -1,7 +1,7 @@
 """PEFT adapter folders in and out: strict reading, exact writing, and proof of what was written."""
 
 from icm_ray.adapters.alignment import check_together, name_problems, open_all
-from icm_ray.adapters.base import check_base
+from icm_ray.adapters.base_fit import check_base
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.forward import verify_forward
 from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter

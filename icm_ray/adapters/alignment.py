@@ -30,9 +30,16 @@ def open_all(
     files, problems = [], []
     for name, path in refs:
         try:
-            file = open_adapter(path, name, saved_modules=saved_modules)
+            files.append(open_adapter(path, name, saved_modules=saved_modules))
+        except InputError as error:
+            problems += error.problems
+    clashes: list[str] = []
+    _compare_shapes({file.name: _shapes(file) for file in files}, clashes)
+    if clashes:  # no value is read of files that do not even fit together
+        raise InputError(problems + clashes)
+    for file in files:
+        try:
             file.fingerprint()  # finds NaN and infinity; the result is kept for later
-            files.append(file)
         except InputError as error:
             problems += error.problems
     if problems:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from icm_ray.adapters.base import load_base
+from icm_ray.adapters.base_fit import load_base
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.peft_format import open_adapter
 from icm_ray.adapters.verify import TOLERANCES, load_with_peft, relative_error

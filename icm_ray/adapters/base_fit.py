@@ -1,15 +1,18 @@
-"""The base model of an adapter: its architecture without weights, or the real thing."""
+"""Does an adapter fit this base model? Asked of its architecture, or answered by loading it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from icm_ray.adapters.base_folder import BaseFolder, named, open_base, require_weights
+from icm_ray.adapters.base_skeleton import build, model_classes
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.peft_format import AdapterFile
+from icm_ray.adapters.policy import short
 from icm_ray.errors import InputError
 from icm_ray.types import Adapter
 
@@ -25,20 +28,27 @@ _HEADS = {
 def check_base(adapters: Sequence[Adapter | AdapterFile], base_path: str | Path) -> None:
     """Check that a base model has every module of the adapters, in their shape.
 
-    Only the base's `config.json` is read; the architecture is built without weights.
+    Only the base's config and its weights' headers are read; the architecture is built without
+    weights.
 
     Args:
         adapters: Adapters or opened files.
         base_path: A local transformers model folder.
 
     Raises:
-        InputError: the config cannot be used, or naming every module that does not fit.
+        InputError: the base cannot be used, or naming every module that does not fit.
     """
+    base = open_base(Path(base_path))
+    built: dict[Any, nn.Module] = {}
     problems = []
     for adapter in adapters:
-        found = [_misfits(adapter, model) for model in _architectures(Path(base_path), adapter)]
+        misfits = []
+        for kind in _classes(base, adapter):
+            if kind not in built:
+                built[kind] = build(base, kind)
+            misfits.append(_misfits(adapter, built[kind]))
         # The class with the fewest misfits is the one the adapter was trained on.
-        problems += [f"{adapter.name}: {line}" for line in min(found, key=len)]
+        problems += [f"{adapter.name}: {line}" for line in min(misfits, key=len)]
     if problems:
         raise InputError(problems)
 
@@ -49,9 +59,12 @@ def load_base(path: Path, adapter: Adapter) -> Any:
     Raises:
         InputError: the base cannot be loaded, or no class of it has these modules.
     """
-    for model in _architectures(path, adapter):
+    base = open_base(path)
+    require_weights(base)
+    for kind in _classes(base, adapter):
+        model: Any = build(base, kind)
         if adapter.modules.keys() <= {name for name, _ in model.named_modules()}:
-            try:
+            with named(path, "no loadable base model"):
                 return (
                     type(model)
                     .from_pretrained(
@@ -59,45 +72,30 @@ def load_base(path: Path, adapter: Adapter) -> Any:
                     )
                     .eval()
                 )
-            except (OSError, ValueError, RuntimeError) as error:
-                raise _unusable(path, error) from error
     raise InputError(
         f"{path}: lacks modules of the adapter but all are expected. Check that it is its base."
     )
 
 
-def _architectures(path: Path, adapter: Adapter | AdapterFile) -> Iterator[Any]:
-    """Yield the base without weights: as its task's class, as its own, and without a head."""
+def _classes(base: BaseFolder, adapter: Adapter | AdapterFile) -> list[Any]:
+    """Return what the base may be: its task's class, its own, and the bare model.
+
+    Raises:
+        InputError: transformers has none of them for this kind of model.
+    """
     import transformers
 
-    try:
-        # trust_remote_code must be said: left open, transformers asks on the terminal.
-        config = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise _unusable(path, error) from error
     task = _HEADS.get(str(adapter.config.get("task_type")))
-    for name in dict.fromkeys([task, *(config.architectures or []), "AutoModel"]):
-        known = getattr(transformers, str(name), None)
-        if known is None:
-            continue
-        build = known.from_config if hasattr(known, "from_config") else known
-        try:
-            with torch.device("meta"):
-                model = build(config)
-        except ValueError as error:  # no such head for this kind of model
-            if name == "AutoModel":
-                raise _unusable(path, error) from error
-            continue
-        yield model
-
-
-def _unusable(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path}: cannot be loaded ({error}) but a local transformers model with safetensors is "
-        "expected. Check the base model."
-    )
+    auto = [getattr(transformers, name) for name in (task, "AutoModel") if name]
+    heads = [kind for kind in auto if type(base.config) in kind._model_mapping]
+    bare = [kind for kind in heads if kind is transformers.AutoModel]
+    classes = [*(kind for kind in heads if kind not in bare), *model_classes(base), *bare]
+    if not classes:
+        raise InputError(
+            f"{base.config_file}: model_type: {short(base.config.model_type)} but a kind that "
+            "transformers has a model for is expected. Check the base model."
+        )
+    return list(dict.fromkeys(classes))
 
 
 def _misfits(adapter: Adapter | AdapterFile, model: nn.Module) -> list[str]:
