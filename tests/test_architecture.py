@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "types"},
     "adapters": BASICS | {"linalg"},
     "fusion_vae": BASICS | {"config", "linalg"},
-    "base_model": BASICS,
+    "base_model": BASICS | {"adapters"},
     "evidence": BASICS | {"base_model", "fusion_vae", "linalg"},
     "methods": BASICS | {"evidence", "fusion_vae", "linalg"},
     "suites": BASICS,
@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"learning", "merging", "methods", "suites"},
     "importing": BASICS | {"config", "methods"},
     "storage": {"config", "errors", "files", "suites"},
-    "command": {"config", "errors", "files", "storage"},
+    "interruption": set(),
+    "command": {"config", "errors", "files", "interruption", "storage"},
     "distributed": BASICS
     | {"adapters", "base_model", "config", "evaluation", "evidence", "finetuning", "fusion"}
     | {"fusion_vae", "learning", "linalg", "merging", "search", "suites"},
@@ -53,9 +54,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"linalg", "merging", "methods"},
     "cli": BASICS
     | {"adapters", "command", "config", "importing", "merging", "methods", "report", "suites"},
-    "__init__": {"adapters", "errors", "merging", "methods", "types"},
+    "__init__": {"adapters", "errors", "interruption", "merging", "methods", "types"},
     "__main__": {"cli"},
-    "jobs": {"benchmarks", "command", "config", "errors", "suites", "workflows"},
+    "jobs": {"benchmarks", "command", "config", "errors", "interruption", "suites", "workflows"},
 }
 # Methods see evidence as named tensors alone; how it is gathered is none of their business.
 METHODS_SEE = {"icm_ray.evidence.tensors", "icm_ray.evidence.rebuild"}

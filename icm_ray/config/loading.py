@@ -48,6 +48,7 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         config = OmegaConf.create(values)
         config.merge_with_dotlist(list(overrides))
         plain = OmegaConf.to_container(config)  # no interpolation: a recipe says what it says
+        _refuse_nul(source, plain)
         return kind.model_validate(plain)
     except ValidationError as error:
         raise RecipeError([_problem(kind, source, item) for item in error.errors()]) from None
@@ -118,6 +119,16 @@ def _check_events(source: Path, text: str) -> None:
                 key_next.append(True)
         if len(open_tables) > MAX_DEPTH:
             raise RecipeError(f"{source}: nested too deeply. A recipe is flat.")
+
+
+def _refuse_nul(source: Path, value: object, where: str = "") -> None:
+    """Refuse the one character that no path, name or address may hold."""
+    if isinstance(value, str) and "\0" in value:
+        raise RecipeError(f"{source}: {where}: holds a NUL but plain text is expected. Retype it.")
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inside in items:
+            _refuse_nul(source, inside, f"{where}.{key}".lstrip("."))
 
 
 def _problem(kind: type[BaseModel], source: Path, item: Any) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from icm_ray.adapters import AdapterFile, check_base, open_all
+from icm_ray.adapters.base_folder import open_base, require_weights
+from icm_ray.adapters.base_skeleton import base_warnings
 from icm_ray.config import MergeRecipe
 from icm_ray.evidence.tensors import given
 from icm_ray.files import refuse_foreign, sha256_of
@@ -49,7 +51,10 @@ def merge_recipe(
     base = None
     if recipe.base:
         base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
+        opened = open_base(base)
+        require_weights(opened)  # the result is verified on it in the end
         check_base(files, base)
+        warn(base_warnings(opened))
     warn(warnings_of(files))
     if gatherer is not None and recipe.data is not None and base is not None:
         evidence = gatherer(files, base)
