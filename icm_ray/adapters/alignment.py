@@ -35,8 +35,10 @@ def open_all(
             problems += error.problems
     clashes: list[str] = []
     _compare_shapes({file.name: _shapes(file) for file in files}, clashes)
-    if clashes:  # no value is read of files that do not even fit together
+    if problems and clashes:
         raise InputError(problems + clashes)
+    if clashes:  # no value is read of them; `check_together` tells it with all else that differs
+        return files
     for file in files:
         try:
             file.fingerprint()  # finds NaN and infinity; the result is kept for later
