@@ -6,6 +6,7 @@ result = icm_ray.merge(adapters, "soup")
 icm_ray.save_adapter(result.adapter, "merged")
 """
 
+import icm_ray.interruption  # noqa: F401 - first: it answers Ctrl-C while the rest is imported
 from icm_ray.adapters import load_adapter, save_adapter
 from icm_ray.errors import ClusterError, ICMRayError, InputError, RecipeError, ResourceError
 from icm_ray.merging.merge import merge

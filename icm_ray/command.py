@@ -1,27 +1,37 @@
 """What every command does around its work: recipe, errors in one line, exit code, results.json."""
 
 import argparse
+import contextlib
 import errno
 import importlib
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+from icm_ray import interruption
 from icm_ray.config import Recipe
 from icm_ray.config.loading import load_recipe
-from icm_ray.errors import ICMRayError, ResourceError, one_line
-from icm_ray.files import RESULTS_FILE, write_json
+from icm_ray.errors import ICMRayError, InputError, ResourceError, masked, one_line
+from icm_ray.files import FULL, RESULTS_FILE, errno_of, write_json
 from icm_ray.storage import fetch, locate, publish
 
 R = TypeVar("R", bound=Recipe)
-INTERRUPTED, TERMINATED = 130, 143
+TERMINATED = 143
+
+_NO_MEMORY = re.compile(r"MemoryError|DefaultCPUAllocator: can't allocate memory")
+_OF_PATHS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
 
 
 class _Terminated(BaseException):
@@ -122,30 +132,35 @@ def guarded(
 
     Unless `debug`, no traceback is shown: each problem is one line starting with "error: ".
     """
-    previous = signal.signal(signal.SIGTERM, _terminate)
     code, problems = 0, []
-    try:
-        return 0, [], work()
-    except ICMRayError as error:
-        code, problems, cause = error.exit_code, list(error.problems), error
-    except (MemoryError, OSError) as error:
-        cause = error
-        full = isinstance(error, MemoryError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-        code = ResourceError.exit_code if full else 1
-        problems = [one_line(f"{type(error).__name__}: {error}")]
-    except (KeyboardInterrupt, _Terminated, Exception) as error:
-        cause = error
-        code, problems = _interruption(error) or (
-            1,  # a bug of ours: still one line, still a code
-            [one_line(f"internal: {type(error).__name__}: {error}. Run with --debug.")],
-        )
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with _signals():
+        try:
+            return 0, [], work()
+        except ICMRayError as error:
+            code, problems, cause = error.exit_code, list(error.problems), error
+        except (KeyboardInterrupt, _Terminated, Exception) as error:
+            cause = error
+            code, problems = _interruption(error) or _failed_call(error) or _bug(error)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if debug:
-        traceback.print_exception(cause)
+        print(masked("".join(traceback.format_exception(cause))), end="", file=sys.stderr)
     return code, problems, {}
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Let signals raise, so that what is half done is cleaned up; before and after, none has to."""
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    waiting = signal.getsignal(signal.SIGINT) is interruption.leave
+    if waiting:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if waiting:
+            signal.signal(signal.SIGINT, interruption.leave)
 
 
 def _interruption(error: BaseException | None) -> tuple[int, list[str]] | None:
@@ -155,11 +170,43 @@ def _interruption(error: BaseException | None) -> tuple[int, list[str]] | None:
     """
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
-            return INTERRUPTED, ["interrupted. Run the same command to resume."]
+            return interruption.CODE, [interruption.PROBLEM]
         if isinstance(error, _Terminated):
             return TERMINATED, ["terminated. Run the same command to resume."]
         error = error.__cause__
     return None
+
+
+def _failed_call(error: BaseException | None) -> tuple[int, list[str]] | None:
+    """Return code and problem if a call to the operating system is what failed the work.
+
+    Compiled code tells of a full disk or of too little memory in an error of its own.
+    """
+    while error is not None:
+        number = errno.ENOMEM if _NO_MEMORY.search(repr(error)) else errno_of(error)
+        if number == errno.ENOMEM:
+            advice = "Use fewer adapters at once, fewer workers, or a larger machine."
+            return ResourceError.exit_code, [one_line(f"memory: ran out ({error!r}). {advice}")]
+        if number is not None:
+            where = getattr(error, "filename", None)
+            reason = one_line(f"{where or 'files'}: {os.strerror(number)}")
+            if number in FULL:
+                return ResourceError.exit_code, [f"{reason}{_free(where)}. Free some disk space."]
+            code = InputError.exit_code if where and number in _OF_PATHS else 1
+            return code, [f"{reason}. Check the path."]
+        error = error.__cause__
+    return None
+
+
+def _free(where: object) -> str:
+    parents = Path(str(where)).absolute().parents if where else []
+    place = next((parent for parent in parents if parent.is_dir()), None)
+    return f", {shutil.disk_usage(place).free} bytes are free" if place else ""
+
+
+def _bug(error: BaseException) -> tuple[int, list[str]]:
+    """A bug of ours: still one line, still a code."""
+    return 1, [one_line(f"internal: {type(error).__name__}: {error}. Run with --debug.")]
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

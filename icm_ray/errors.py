@@ -9,12 +9,18 @@
 One error may carry several problems: everything found wrong in a run is told at once.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
 MAX_PROBLEM_LENGTH = 300
 SHOWN_OF_A_CAUSE = 2
 """How many places that one cause has spoilt get a line each; more share one line."""
+
+_PASSWORD = re.compile(r"(?<=://)[^\s/@]*(?::\S*)?@")
+_TOKEN = re.compile(
+    r"(?i)(?<=[?&])([\w-]*(?:token|secret|password|key|signature)[\w-]*=)[^\s&'\"]+"
+)
 
 
 class ICMRayError(Exception):
@@ -56,17 +62,23 @@ class ClusterError(ICMRayError):
 
 
 def one_line(text: str) -> str:
-    """Return `text` safe for a terminal and a log: one line, control and bidi characters escaped.
+    """Return `text` safe for a terminal and a log: one line, without controls and passwords.
 
     File, task and tensor names come from strangers; an escape sequence or a right-to-left
     override inside one must not rewrite what the reader sees.
     """
+    text = masked(text)
     safe = "".join(f"\\x{ord(char):02x}" if _is_unsafe(char) else char for char in text)
     if len(safe) <= MAX_PROBLEM_LENGTH:
         return safe
     # The advice stands at the end of a message, so the middle is what can go.
     keep = (MAX_PROBLEM_LENGTH - 3) // 2
     return f"{safe[:keep]}...{safe[-keep:]}"
+
+
+def masked(text: str) -> str:
+    """Return `text` with *** for the passwords and tokens of addresses in it."""
+    return _TOKEN.sub(r"\1***", _PASSWORD.sub("***@", text))
 
 
 def _is_unsafe(char: str) -> bool:

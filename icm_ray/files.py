@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from icm_ray.errors import InputError, ResourceError
+from icm_ray.errors import InputError, RecipeError, ResourceError
 
 MANIFEST = "manifest.json"
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS)
+MAX_NAME_BYTES = 200
+"""Of an output's name; 255 fit into a folder, and the names of temporary folders are longer."""
 RUN_FILE = "run.json"
 """Holds clocks, hosts and paths; it is the one file outside the byte comparison."""
 RESULTS_FILE = "results.json"
@@ -78,31 +82,66 @@ def whole_folder(target: Path, *, info: Mapping[str, Any] | None = None) -> Iter
         _seal(temporary, info or {})
         _swap(temporary, target)
     except (OSError, SafetensorError) as error:
-        if _number_of(error) not in NOT_WRITABLE:
+        if errno_of(error) not in NOT_WRITABLE:
             raise
         reason = getattr(error, "strerror", None) or error
+        written = sum(path.lstat().st_size for path in temporary.rglob("*"))
+        free = shutil.disk_usage(_nearest_folder(target)).free
         raise ResourceError(
-            f"{target}: could not be written ({reason}). Free disk space or choose another "
-            "output; an earlier result there is untouched."
+            f"{target}: could not be written ({reason}) after {written} bytes, {free} are free. "
+            "Free disk space or choose another output; an earlier result there is untouched."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _number_of(error: OSError | SafetensorError) -> int | None:
+def errno_of(error: BaseException) -> int | None:
+    """Return the operating system's number for a failed call, or None if it was no such failure."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"os error (\d+)", str(error))  # safetensors has it in its text only
-    return int(found[1]) if found else None
+    if not isinstance(error, SafetensorError):
+        return None
+    number = re.search(r"os error (\d+)", str(error))  # safetensors has it in its text only
+    return int(number[1]) if number else None
+
+
+def check_place(target: Path) -> None:
+    """Check, by making a folder there for a moment, that `target` could be written.
+
+    Raises:
+        RecipeError: it has no name, or one that no disk takes.
+        InputError: its place takes no folders.
+        ResourceError: its place is full.
+    """
+    sizes = [len(os.fsencode(part)) for part in target.parts]
+    if target.name in ("", "..") or max(sizes) > 255 or sizes[-1] > MAX_NAME_BYTES:
+        raise RecipeError(
+            f"output: {str(target)[:60]!r} but the path of a folder with a name of at most "
+            f"{MAX_NAME_BYTES} bytes is expected. Choose another."
+        )
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".icm_ray-", dir=_nearest_folder(target)))
+    except OSError as error:
+        kind = ResourceError if error.errno in FULL else InputError
+        raise kind(
+            f"{target}: cannot be written ({error.strerror}) but a place for files is expected. "
+            "Choose another output path."
+        ) from None
+
+
+def _nearest_folder(target: Path) -> Path:
+    """Return the nearest parent that exists, or raise InputError if that is no folder."""
+    nearest = next((parent for parent in target.parents if parent.exists()), target.parent)
+    if not nearest.is_dir():
+        raise InputError(f"{nearest}: exists and is no folder. Choose another output path.")
+    return nearest
 
 
 def refuse_foreign(target: Path) -> None:
     """Raise InputError if writing `target` would overwrite something this project did not make."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target}: exists and is no folder. Choose another output path.")
-    nearest = next((parent for parent in target.parents if parent.exists()), target.parent)
-    if not nearest.is_dir():
-        raise InputError(f"{nearest}: exists and is no folder. Choose another output path.")
+    _nearest_folder(target)
     foreign = _foreign_files(target) if target.is_dir() else []
     if foreign:
         raise InputError(

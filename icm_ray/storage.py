@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from icm_ray.config import Recipe
 from icm_ray.errors import RecipeError, ResourceError
-from icm_ray.files import MANIFEST, sha256_of
+from icm_ray.files import MANIFEST, check_place, sha256_of
 from icm_ray.suites import default_cache
 
 STORAGE_VARIABLE = "ICM_RAY_STORAGE"
@@ -24,14 +24,19 @@ def locate(recipe: Recipe) -> tuple[Path, str | None]:
     """Return the folder a job works in, and the address it mirrors or None.
 
     Raises:
-        RecipeError: the output is relative in a submitted job.
+        RecipeError: the output is relative in a submitted job, or no path of a folder.
+        InputError: the output's place takes no folders.
+        ResourceError: the output's place is full.
     """
     root, output = storage_root(recipe), recipe.output_path
     address = output if "://" in output else f"{root.rstrip('/')}/{output}" if root else output
-    if "://" not in address:
-        return output_folder(recipe, output), None
-    staging = default_cache() / "staging" / sha256_of(address)[:16]
-    return staging / Path(urlsplit(address).path).name, address
+    if "://" in address:
+        staging = default_cache() / "staging" / sha256_of(address)[:16]
+        target = staging / Path(urlsplit(address).path).name
+    else:
+        target = output_folder(recipe, output)
+    check_place(target)
+    return target, address if "://" in address else None
 
 
 def storage_root(recipe: Recipe) -> str | None:

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "types"},
     "adapters": BASICS | {"linalg"},
     "fusion_vae": BASICS | {"config", "linalg"},
-    "base_model": BASICS,
+    "base_model": BASICS | {"adapters"},
     "evidence": BASICS | {"base_model", "fusion_vae", "linalg"},
     "methods": BASICS | {"evidence", "fusion_vae", "linalg"},
     "suites": BASICS,
@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "importing": BASICS | {"config", "methods"},
     "exporting": BASICS | {"adapters"},
     "storage": {"config", "errors", "files", "suites"},
-    "command": {"config", "errors", "files", "storage"},
+    "interruption": set(),
+    "command": {"config", "errors", "files", "interruption", "storage"},
     "distributed": BASICS
     | {"adapters", "base_model", "config", "evaluation", "evidence", "finetuning", "fusion"}
     | {"fusion_vae", "learning", "linalg", "merging", "search", "suites"},
@@ -56,9 +57,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": BASICS
     | {"adapters", "command", "config", "exporting", "importing", "merging", "methods", "report"}
     | {"suites"},
-    "__init__": {"adapters", "errors", "merging", "methods", "types"},
+    "__init__": {"adapters", "errors", "interruption", "merging", "methods", "types"},
     "__main__": {"cli"},
-    "jobs": {"command", "config"},
+    "jobs": {"command", "config", "interruption"},
 }
 # Methods see evidence as named tensors alone; how it is gathered is none of their business.
 METHODS_SEE = {"icm_ray.evidence.tensors", "icm_ray.evidence.rebuild"}

@@ -12,6 +12,7 @@ from icm_ray.errors import (
     RecipeError,
     ResourceError,
     did_you_mean,
+    masked,
     one_line,
 )
 
@@ -60,6 +61,23 @@ def test_long_problems_lose_their_middle(length: int) -> None:
     assert safe.endswith("end")
     assert (safe == text) == (length <= MAX_PROBLEM_LENGTH)
     assert one_line(safe) == safe
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("base 'https://user:pass@host/x': no", "base 'https://***@host/x': no"),
+        ("s3://key:se/c@ret@bucket/x?a=1", "s3://***@bucket/x?a=1"),
+        ("https://token@host", "https://***@host"),
+        ("see https://host/a@b and me@host.org", "see https://host/a@b and me@host.org"),
+        ("https://h/?x=1&X-Amz-Signature=ab%2F&y=2", "https://h/?x=1&X-Amz-Signature=***&y=2"),
+        ("https://h/?api_key=k token=no", "https://h/?api_key=*** token=no"),
+    ],
+)
+def test_passwords_and_tokens_of_addresses_are_masked(text: str, expected: str) -> None:
+    assert masked(text) == one_line(text) == expected
+    assert InputError(text).problems == (expected,)
+    assert masked(expected) == expected
 
 
 def test_the_nearest_word_is_offered() -> None:

@@ -7,12 +7,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from icm_ray import files
-from icm_ray.errors import InputError, ResourceError
+from icm_ray.errors import InputError, RecipeError, ResourceError
 from icm_ray.files import (
     MANIFEST,
     RUN_FILE,
+    check_place,
+    errno_of,
     is_done,
     read_json,
     read_manifest,
@@ -171,6 +174,52 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(BrokenPipeError), whole_folder(tmp_path / "out"):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_what_was_written_and_what_is_free(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").write_bytes(bytes(1000))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told = r"after 1000 bytes, \d+ are free\. Free disk space"
+    with pytest.raises(ResourceError, match=told), whole_folder(tmp_path / "out") as folder:
+        fill(folder)
+
+
+def test_the_number_of_a_failed_call_is_read_from_every_error_that_has_one() -> None:
+    assert errno_of(OSError(errno.EIO, "x")) == errno.EIO
+    assert errno_of(SafetensorError("Error while serializing: (os error 28)")) == errno.ENOSPC
+    assert errno_of(SafetensorError("no such tensor")) is None
+    assert errno_of(ValueError("os error 28")) is None
+
+
+def test_a_place_is_tried_before_work_and_left_as_it_was(tmp_path: Path) -> None:
+    check_place(tmp_path / "a" / "b" / "c")
+    check_place(tmp_path / ("n" * 200))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["n" * 201, "\u00e9" * 101, f"{'n' * 256}/out", ".."])
+def test_a_name_that_no_disk_takes_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match="but the path of a folder"):
+        check_place(tmp_path / name)
+    with pytest.raises(RecipeError, match="output: '/'"):
+        check_place(Path("/"))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, ResourceError), (errno.EROFS, InputError), (errno.EACCES, InputError)],
+)
+def test_a_place_that_takes_no_folder_is_told_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    def fail(**_: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", fail)
+    with pytest.raises(kind, match=rf"out: cannot be written \({os.strerror(number)}\)"):
+        check_place(tmp_path / "out")
 
 
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from command_samples import recipe_of, save_lora
+from safetensors import SafetensorError
 
 from icm_ray.command import run_job
 from icm_ray.config import MergeRecipe
@@ -128,6 +130,13 @@ def test_merge_and_pipeline_refuse_before_ray_starts(job, recipe, tmp_path):
         (ResourceError("full"), 4),
         (MemoryError(), 4),
         (OSError(errno.ENOSPC, "No space left on device"), 4),
+        (OSError(errno.EFBIG, "File too large", "/tmp/x"), 4),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 4),
+        (SafetensorError("Error while serializing: No space left (os error 28)"), 4),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 4),
+        (torch.OutOfMemoryError("CUDA out of memory"), 4),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/x"), 3),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 3),
         (OSError(errno.EIO, "Input/output error"), 1),
         (ClusterError("lost"), 5),
         (KeyError("bug"), 1),
@@ -144,6 +153,19 @@ def test_every_failure_has_its_code_and_its_lines(recipe, capsys, error, code):
     assert found["problems"]
     err = capsys.readouterr().err
     assert err.splitlines() == [f"error: {problem}" for problem in found["problems"]]
+
+
+def test_a_full_disk_is_told_with_its_path_and_what_is_free(recipe, capsys):
+    def work(_recipe, _target):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", str(recipe))
+        except OSError as error:
+            raise RuntimeError("task failed") from error
+
+    assert run_job(MergeRecipe, work, "", ["-c", str(recipe)]) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {recipe}: No space left on device, ")
+    assert "bytes are free" in line
 
 
 def test_sigterm_ends_with_143_and_says_how_to_go_on(recipe, capsys):

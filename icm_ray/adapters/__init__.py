@@ -1,7 +1,7 @@
 """PEFT adapter folders in and out: strict reading, exact writing, and proof of what was written."""
 
 from icm_ray.adapters.alignment import check_together, name_problems
-from icm_ray.adapters.base import check_base, class_of, tied_warnings
+from icm_ray.adapters.base_fit import check_base, class_of, tied_warnings
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.formats.pickles import unpickled
 from icm_ray.adapters.forward import verify_forward

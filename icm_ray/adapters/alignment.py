@@ -29,8 +29,8 @@ def check_together(adapters: Sequence[Adapter | AdapterFile], *, values: bool = 
     problems += name_problems([adapter.name for adapter in adapters])
     warnings: list[str] = []
     _compare_bases(adapters, problems, warnings)
-    shapes = {adapter.name: _shapes(adapter) for adapter in adapters}
-    _compare_shapes(shapes, problems)
+    shapes = {adapter.name: shapes_of(adapter) for adapter in adapters}
+    compare_shapes(shapes, problems)
     problems += _unconnected(shapes)
     if problems:
         raise InputError(problems)
@@ -107,7 +107,7 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _shapes(adapter: Adapter | AdapterFile) -> dict[str, tuple[int, int, str]]:
+def shapes_of(adapter: Adapter | AdapterFile) -> dict[str, tuple[int, int, str]]:
     """Return `(d_out, d_in, layout)` by module."""
     if isinstance(adapter, AdapterFile):
         sizes = {module: shape[:2] for module, shape in adapter.shapes.items()}
@@ -116,9 +116,8 @@ def _shapes(adapter: Adapter | AdapterFile) -> dict[str, tuple[int, int, str]]:
     return {module: (*size, adapter.layouts.get(module, "")) for module, size in sizes.items()}
 
 
-def _compare_shapes(
-    shapes: dict[str, dict[str, tuple[int, int, str]]], problems: list[str]
-) -> None:
+def compare_shapes(shapes: dict[str, dict[str, tuple[int, int, str]]], problems: list[str]) -> None:
+    """Add a problem for every two adapters whose modules of one name differ in shape or layout."""
     first: dict[str, str] = {}
     wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, modules in shapes.items():

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 import torch
 
 from icm_ray.adapters.config_keys import FOLD
-from icm_ray.adapters.gaps import covered, find_gaps, plain_names
+from icm_ray.adapters.gaps import covered, find_gaps, most_siblings, plain_names, unused
 from icm_ray.adapters.header import TensorInfo
 from icm_ray.adapters.policy import WHOLE, PlainConfig, short
 
 PREFIX = "base_model.model."
 EMBEDDING = "embedding"
+MAX_WIDTH = 2**24
+"""Rows or columns of a layer; the largest vocabularies and layers have under a million."""
+MAX_SIBLINGS = 4096
+"""Layers or experts side by side; what loads adapters takes their number squared."""
 DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -83,6 +87,9 @@ def read_contents(
             f"but keys such as {PREFIX}<module>.lora_A.weight are expected. Save it with PEFT."
         )
         contents.problems.append((f"{len(header)} tensors, none of them LoRA", problem))
+    if (siblings := most_siblings(pairs)) > MAX_SIBLINGS:
+        expected = f"at most {MAX_SIBLINGS} are expected. Split the adapter."
+        contents.problems.append((f"{siblings} layers or experts side by side", f"but {expected}"))
     _set_dtype(pairs, contents)
     if config is not None and not config.problems and not contents.problems:
         _check_config(config, contents)
@@ -181,6 +188,9 @@ def _shape_problems(module: str, a: TensorInfo, b: TensorInfo) -> list[tuple[str
                 "2 to 5 dimensions, none of them 0, are expected. Gather shards before saving."
             )
             problems.append((key, f"shape {short(tensor.shape)} but {expected}"))
+        elif max(tensor.shape[0], math.prod(tensor.shape[1:])) > MAX_WIDTH:
+            expected = f"at most {MAX_WIDTH} rows and columns are expected. Save it again."
+            problems.append((key, f"shape {short(tensor.shape)} but {expected}"))
     if problems:
         return problems
     kernel = b.shape[2:]
@@ -236,6 +246,7 @@ def _check_config(config: PlainConfig, contents: Contents) -> None:
 def _check_targets(config: PlainConfig, contents: Contents) -> None:
     targets = config.raw.get("target_modules")
     if isinstance(targets, list):
+        selected = frozenset(targets)
         contents.problems += [
             (
                 module,
@@ -243,7 +254,7 @@ def _check_targets(config: PlainConfig, contents: Contents) -> None:
                 f"count. {_OWN_CONFIG}",
             )
             for module in contents.shapes
-            if not covered(module, targets)
+            if not covered(module, selected)
         ]
     names = plain_names(config.raw)
     if names is None:
@@ -253,8 +264,7 @@ def _check_targets(config: PlainConfig, contents: Contents) -> None:
     for where, _, what in (line.partition(": ") for line in wrong):
         contents.problems.append((where, f"{what}. {advice}"))
     contents.notes += [f"{line}." for line in uneven]
-    contents.notes += [
-        f"target_modules: {short(name)} has no tensors."
-        for name in names
-        if not any(covered(module, [name]) for module in contents.shapes)
-    ]
+    absent = unused(names, contents.shapes)
+    if absent:
+        others = f", nor have {len(absent) - 1} others" if absent[1:] else ""
+        contents.notes.append(f"target_modules: {short(absent[0])} has no tensors{others}.")

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from icm_ray.adapters.base import load_base
+from icm_ray.adapters.base_fit import load_base
+from icm_ray.adapters.base_folder import named
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.peft_format import open_adapter
 from icm_ray.adapters.verify import TOLERANCES, load_with_peft, relative_error
@@ -39,8 +40,14 @@ def verify_forward(
     file = open_adapter(folder, expected.name, saved_modules="keep")
     model = load_base(Path(base_path), expected)
     _lay_over(model, expected.saved_modules)
-    inputs = _random_inputs(model)
-    plain = _output(model, inputs)
+    with named(Path(base_path), "a base that does not run"):
+        inputs = _random_inputs(model)
+        plain = _output(model, inputs)
+    if not torch.isfinite(plain).all():
+        raise InputError(
+            f"{base_path}: outputs are NaN or infinite but finite ones are expected. Check the "
+            "base's weights."
+        )
     with _added(model, expected) as reached:
         algebra = _output(model, inputs)
     theirs = _output(load_with_peft(model, file.path), inputs)

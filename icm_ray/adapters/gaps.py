@@ -7,8 +7,8 @@ that breaks the rule betrays a damaged file. Real architectures break it too, bu
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import pairwise, takewhile
 from typing import Any
 
 NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
@@ -24,9 +24,26 @@ def plain_names(config: Mapping[str, Any]) -> list[str] | None:
     return names
 
 
-def covered(module: str, names: Iterable[str]) -> bool:
+def covered(module: str, names: Collection[str]) -> bool:
     """Say whether PEFT's list rule selects `module`: equal to a name, or ending in `.name`."""
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    return any(ending in names for ending in _endings(module))
+
+
+def unused(names: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Return those of some names that select no module, in their order."""
+    rest = dict.fromkeys(names)
+    for module in modules:
+        for ending in _endings(module):
+            rest.pop(ending, None)
+    return list(rest)
+
+
+def _endings(module: str) -> Iterator[str]:
+    """Yield what a name must be to select `module`; their number is that of its dots."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
 
 
 def find_gaps(modules: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -47,6 +64,23 @@ def find_gaps(modules: Iterable[str]) -> tuple[list[str], list[str]]:
         _look_at_children(family, layers, wrong, uneven)
         _look_at_layers(family, [layer[0] for layer in layers if len(layer) == 1], wrong, uneven)
     return wrong, uneven
+
+
+def most_siblings(modules: Iterable[str]) -> int:
+    """Return how many modules lie side by side in the one that holds most; layers, or experts."""
+    most = 0
+    previous: list[str] = []
+    counts: list[int] = []  # children so far, of each module on the way to the previous one
+    for parts in sorted(module.split(".") for module in modules):
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(previous, parts, strict=False))
+        shared = len(list(alike))
+        kept = counts[: shared + 1]
+        counts = kept + [0] * (len(parts) - len(kept))
+        for depth in range(shared, len(parts)):
+            counts[depth] += 1
+        most = max(most, *counts)
+        previous = parts
+    return most
 
 
 def _look_at_children(

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from icm_ray.adapters.base import check_base, misfits
+from icm_ray.adapters.alignment import compare_shapes, shapes_of
+from icm_ray.adapters.base_fit import misfits, refuse_misfits
+from icm_ray.adapters.base_folder import BaseFolder, open_base
 from icm_ray.adapters.base_names import chosen_name
 from icm_ray.adapters.peft_format import AdapterFile, open_adapter
 from icm_ray.adapters.renaming import FAMILIES, changed_names, renamings
@@ -38,16 +40,23 @@ def open_all(
     problems: list[tuple[str, str]] = []
     for name, path in refs:
         try:
-            file = open_adapter(path, name, saved_modules=saved_modules)
-            _ = file.fingerprint  # finds NaN and infinity; the result is kept for later
-            files.append(file)
+            files.append(open_adapter(path, name, saved_modules=saved_modules))
         except InputError as error:
             problems += [_apart(line, os.path.expanduser(path)) for line in error.problems]
+    files = _of_one_base(files, base) if base or same_base else files
+    files = [file for file in with_common_names(files) if isinstance(file, AdapterFile)]
+    clashes: list[str] = []
+    compare_shapes({file.name: shapes_of(file) for file in files}, clashes)
+    if clashes and not problems:
+        return files  # no value is read of them; `check_together` tells it with all that differs
+    for file in files if not clashes else ():
+        try:
+            _ = file.fingerprint  # finds NaN and infinity; the result is kept for later
+        except InputError as error:
+            problems += [_apart(line, file.path) for line in error.problems]
     if problems:
-        raise InputError(by_cause(problems, joined_by=""))
-    if base or same_base:
-        files = _of_one_base(files, base)
-    return [file for file in with_common_names(files) if isinstance(file, AdapterFile)]
+        raise InputError([*by_cause(problems, joined_by=""), *clashes])
+    return files
 
 
 def _apart(line: str, path: str | os.PathLike[str]) -> tuple[str, str]:
@@ -87,17 +96,18 @@ def fit_base(files: Sequence[AdapterFile], base: str | os.PathLike[str]) -> list
 
     Args:
         files: Opened adapters.
-        base: A local transformers model folder; only its config is read.
+        base: A local transformers model folder; only its config and headers are read.
 
     Raises:
         InputError: the config cannot be used, or naming the modules that do not fit.
     """
-    fitted = [_fit(file, Path(base)) for file in files]
-    check_base(fitted, Path(base))
+    opened = open_base(Path(base))
+    fitted = [_fit(file, opened) for file in files]
+    refuse_misfits(fitted, opened)
     return fitted
 
 
-def _fit(file: AdapterFile, base: Path) -> AdapterFile:
+def _fit(file: AdapterFile, base: BaseFolder) -> AdapterFile:
     if not misfits(file, base):
         return file
     changes = (changed_names(_paths(file), family) for family in FAMILIES)

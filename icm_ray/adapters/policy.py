@@ -19,12 +19,14 @@ from icm_ray.adapters.patterns import (
     compiles,
     match_all,
     may_run_for_ever,
-    unsafe_pattern,
+    unsafe_keys,
 )
+from icm_ray.errors import masked
 from icm_ray.types import SavedModulesPolicy
 
 CONFIG_FILE = "adapter_config.json"
-MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_BYTES = 7_000_000
+"""Room for the full paths of 50,000 modules, with a rank and an alpha of each."""
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -85,6 +87,8 @@ WHOLE = (
     "Whole layers are not merged: set modules_to_save: mean, keep or drop in the recipe "
     "(saved_modules in Python)."
 )
+NEVER_RUN = ("target_modules", "exclude_modules", "layers_pattern")
+"""Keys that may hold a regular expression; the tensors decide instead."""
 _NEVER_NULL = ("peft_type", "r", "lora_alpha")
 
 
@@ -149,7 +153,7 @@ def check_config(
 
 def short(value: object) -> str:
     """Return `value` as JSON, cut to a length that fits into a message."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = masked(json.dumps(value, ensure_ascii=False))  # before an address loses its end
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -209,13 +213,12 @@ def _pattern_problems(raw: Mapping[str, Any]) -> list[str]:
     problems = []
     for key in ("rank_pattern", "alpha_pattern"):
         table = raw.get(key)
-        for pattern in table if isinstance(table, dict) else ():
-            if reason := unsafe_pattern(pattern):
-                problems.append(
-                    f"{key}: {short(pattern)} is {reason} but names, '\\.', '.*', '[0-9]+' and "
-                    "'(a|b)' are expected. Write the module names out."
-                )
-    for key in ("target_modules", "exclude_modules"):
+        problems += [
+            f"{key}: {reason} but names, '\\.', '.*', '[0-9]+' and '(a|b)' are expected. Write the "
+            "module names out."
+            for reason in unsafe_keys(table if isinstance(table, dict) else {})
+        ]
+    for key in NEVER_RUN:
         if isinstance(raw.get(key), str) and not compiles(raw[key]):
             problems.append(
                 f"{key}: {short(raw[key])} but a valid regular expression is expected. Correct it."
@@ -258,7 +261,7 @@ def _warnings(raw: Mapping[str, Any], ignored: Sequence[str]) -> list[str]:
         lines.append(
             f"revision: {short(raw['revision'])} is no branch, tag or commit. It is not used."
         )
-    for key in ("target_modules", "exclude_modules"):
+    for key in NEVER_RUN:
         if isinstance(raw.get(key), str) and may_run_for_ever(raw[key]):
             lines.append(f"{key}: {short(raw[key])} could match for ever. It is not run.")
     if not _is_empty(raw.get("layers_to_transform")) or not _is_empty(raw.get("layers_pattern")):

@@ -9,6 +9,10 @@ from typing import Any
 from icm_ray.errors import InputError
 
 LFS_POINTER = b"version https://git-lfs"
+SPARSE_BYTES = 100_000_000
+"""From this size on, a file that is mostly holes is refused: reading it makes zeros of them."""
+SPARSE_SHARE = 0.25
+"""The share of such a file that its disk must hold; a compressing disk holds more of weights."""
 
 
 def regular_size(file: Path) -> int:
@@ -17,7 +21,7 @@ def regular_size(file: Path) -> int:
     Opening a FIFO would wait for ever and a device never ends, so both are refused unopened.
 
     Raises:
-        InputError: the file is missing, unreadable, or no regular file.
+        InputError: the file is missing, unreadable, mostly holes, or no regular file.
     """
     try:
         status = file.stat()
@@ -32,6 +36,12 @@ def regular_size(file: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
         raise InputError(f"{file}: {kind} but a regular file is expected. Check the folder.")
+    held = status.st_blocks * 512  # 0 where a network's file system does not say
+    if status.st_size >= SPARSE_BYTES and 0 < held < SPARSE_SHARE * status.st_size:
+        raise InputError(
+            f"{file}: {held} bytes on disk but {status.st_size} are expected by its size. Copy it "
+            "again, whole."
+        )
     return status.st_size
 
 
@@ -73,7 +83,7 @@ def read_table(file: Path, limit: int) -> dict[str, Any]:
     return raw
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes, where: str, *, only_finite: bool = True) -> Any:
     """Return the JSON value in `data`, refusing what JSON parsers disagree about.
 
     Duplicate keys let two readers see two different files; NaN and numbers beyond float64 are no
@@ -93,7 +103,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
     def finite(text: str) -> float:
         number = float(text)
-        if not math.isfinite(number):
+        if only_finite and not math.isfinite(number):
             raise InputError(f"{where}: {text[:20]} but a finite number is expected. Correct it.")
         return number
 

@@ -184,7 +184,7 @@ def _declared(adapter: Adapter) -> list[str]:
 
 def _targets(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> list[str]:
     """Return the inputs' short names if they select exactly `modules`, else all full paths."""
-    names = plain_names(adapter.config)
+    names = frozenset(plain_names(adapter.config) or ())
     complete = len(modules) == len(adapter.modules) and not any(find_gaps(modules))
     if names and complete and all(covered(module, names) for module in modules):
         return sorted(names)

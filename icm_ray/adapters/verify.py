@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from icm_ray.adapters.contents import EMBEDDING, PREFIX, kernel_of
 from icm_ray.adapters.peft_format import open_adapter
+from icm_ray.adapters.policy import NEVER_RUN
 from icm_ray.errors import InputError
 from icm_ray.types import Adapter, LoRAFactors
 
@@ -77,7 +78,7 @@ def load_with_peft(model: nn.Module, folder: Path) -> Any:
     """Return `model` wrapped by PEFT with the adapter in `folder`.
 
     Raises:
-        InputError: PEFT cannot load the folder.
+        InputError: PEFT cannot load the folder, or would run a pattern that no merge writes.
     """
     from peft import PeftConfig, PeftModel
 
@@ -85,15 +86,28 @@ def load_with_peft(model: nn.Module, folder: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config: Any = PeftConfig.from_pretrained(str(folder))
+            _refuse_patterns(config, folder)
             config.task_type = None  # else PEFT wraps the model for its task and asks for more
             config.modules_to_save = None  # they are compared, or laid over the model, by us
             # low_cpu_mem_usage: the factors come from the file, so none are drawn first.
             options: dict[str, Any] = {"low_cpu_mem_usage": True, "ignore_mismatched_sizes": True}
             return PeftModel.from_pretrained(model, str(folder), config=config, **options).eval()
+    except InputError:
+        raise
     except Exception as error:  # PEFT raises whatever its loader runs into
         raise InputError(
             f"{folder}: PEFT cannot load it ({type(error).__name__}: {error}). Save it again."
         ) from error
+
+
+def _refuse_patterns(config: Any, folder: Path) -> None:
+    """Refuse regular expressions that PEFT would run against every module, maybe for ever."""
+    for key in NEVER_RUN:
+        if isinstance(getattr(config, key), str):
+            raise InputError(
+                f"{folder}: {key}: a regular expression but a list of names is expected, as merges "
+                "are written. Merge again."
+            )
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from icm_ray.adapters.base_folder import named, open_base, require_weights
+from icm_ray.adapters.base_skeleton import is_finite, missing_lines, missing_weights, own_class
 from icm_ray.base_model.readers import ImageReader, Reader, TextReader
 from icm_ray.errors import InputError
 
@@ -54,39 +56,40 @@ class Base:
 def load_weights(path: Path) -> dict[str, np.ndarray]:
     """Read a base's weights as float32 numpy arrays, by parameter name.
 
-    Raises:
-        InputError: the folder holds no model that transformers can load from safetensors.
-    """
-    from safetensors import SafetensorError
+    What the files lack is told through Python's `warnings`.
 
-    try:
-        # A weight the folder lacks (BERT's pooler, often) is drawn, by everybody alike.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = _auto_class(_config(path)).from_pretrained(
-                path,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path}: not a loadable base model ({error}).") from None
-    return {name: tensor.numpy() for name, tensor in _distinct(model.state_dict()).items()}
+    Raises:
+        InputError: the folder holds no model that transformers can load from safetensors, or
+            weights that are NaN or infinite.
+    """
+    base = open_base(path)
+    require_weights(base)
+    for line in missing_lines(path, missing_weights(base)):
+        warnings.warn(line, stacklevel=2)
+    # A weight the folder lacks (BERT's pooler, often) is drawn, by everybody alike.
+    with named(path, "no loadable base model"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = own_class(base.config).from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
+    weights = _distinct(model.state_dict())
+    bad = [name for name, tensor in weights.items() if not is_finite(tensor)]
+    if bad:
+        raise InputError(
+            f"{path}: {bad[0]}: NaN or infinity in {len(bad)} of {len(weights)} tensors but finite "
+            "ones are expected. Download the base again."
+        )
+    return {name: tensor.numpy() for name, tensor in weights.items()}
 
 
 def _config(path: Path) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
-def _auto_class(config: Any) -> Any:
-    """Return what to load a folder with: language models keep their head, others are bare."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    saved = (config.architectures or [""])[0]
-    return AutoModelForCausalLM if saved.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
 
 
 def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +110,7 @@ def build_base(path: Path, weights: Weights, *, device: str, dtype: str) -> Base
 
     config = _config(path)
     with init_empty_weights(include_buffers=False):
-        whole = _auto_class(config).from_config(config, trust_remote_code=False)
+        whole = own_class(config).from_config(config, trust_remote_code=False)
     with warnings.catch_warnings():
         # The arrays are read-only on purpose, and torch says so once.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -51,6 +51,7 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         config.merge_with_dotlist(list(overrides))
         # No interpolation: a recipe says what it says.
         plain = _at_home(OmegaConf.to_container(config))
+        _refuse_no_text(source, plain)
         return kind.model_validate(plain)
     except ValidationError as error:
         raise RecipeError([_problem(kind, source, item) for item in error.errors()]) from None
@@ -141,6 +142,19 @@ def _check_events(source: Path, text: str) -> None:
                 key_next.append(True)
         if len(open_tables) > MAX_DEPTH:
             raise RecipeError(f"{source}: nested too deeply. A recipe is flat.")
+
+
+def _refuse_no_text(source: Path, value: object, where: str = "") -> None:
+    """Refuse what no path, name or address may hold: a NUL, and halves of characters."""
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise RecipeError(
+            f"{source}: {where}: holds a NUL or half a character but plain text is expected. "
+            "Retype it."
+        )
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inside in items:
+            _refuse_no_text(source, inside, f"{where}.{key}".lstrip("."))
 
 
 def _problem(kind: type[BaseModel], source: Path, item: Any) -> str:

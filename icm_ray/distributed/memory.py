@@ -74,7 +74,7 @@ def merge_many(
         return ManyRow(
             method=label,
             adapters=len(files),
-            input_bytes=sum(file.file.stat().st_size for file in files),
+            input_bytes=sum(file.bytes for file in files),
             seconds=seconds,
             peak=sampler.peak,
             net=sampler.peak - workers * bare,

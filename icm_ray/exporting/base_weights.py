@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile
-from icm_ray.adapters.base import architecture
+from icm_ray.adapters.base_fit import architecture
 from icm_ray.adapters.contents import DTYPES, EMBEDDING
 from icm_ray.adapters.formats.shards import INDEX_ENDING, read_shards
 from icm_ray.adapters.header import TensorInfo, read_header

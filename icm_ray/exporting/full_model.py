@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from icm_ray.adapters import AdapterFile
-from icm_ray.adapters.base import architecture
+from icm_ray.adapters.base_fit import architecture
 from icm_ray.adapters.contents import DTYPES
 from icm_ray.adapters.header import MAX_HEADER_BYTES, TensorInfo, open_tensors, read_header
 from icm_ray.adapters.raw_files import read_table

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from icm_ray.adapters import AdapterFile, fit_base
+from icm_ray.adapters.base_folder import open_base, require_weights
 from icm_ray.config import MergeRecipe
 from icm_ray.evidence.tensors import as_evidence
 from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
@@ -49,6 +50,7 @@ def merge_recipe(
     base = None
     if recipe.base:
         base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
+        require_weights(open_base(base))  # the result is verified on it in the end
         files = fit_base(files, base)
     warn([*warnings_of(files, base), *idle_lines(checked)])
     evidence = Path(recipe.evidence) if recipe.evidence else None

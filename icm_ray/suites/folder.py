@@ -4,13 +4,14 @@ Columns (or keys of each JSON line): `text`, and optionally `target` (a number: 
 or the value), `split` and `document`. Every problem of a file is told at once, by line.
 """
 
-import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from icm_ray.errors import InputError
+from icm_ray.suites.rows import Row, json_rows, table_rows, table_schema
 from icm_ray.suites.tasks import Examples
 
 COLUMNS = ("text", "target", "split", "document")
@@ -18,9 +19,10 @@ LOOKALIKES = ("label", "labels", "class", "score", "value", "y")
 """Names that mean `target` elsewhere; reading such a file as unlabelled would be a silent loss."""
 
 MAX_TOLD = 20
+MAX_PROBLEMS = 10_000
+"""After so many the file is not read to its end."""
 
-Row = tuple[str, Mapping[str, Any]]
-"""Where the row stands, in words, and its values."""
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def load_folder(path: str | Path, task: str, split: str | None = None) -> Examples:
@@ -38,18 +40,35 @@ def load_folder(path: str | Path, task: str, split: str | None = None) -> Exampl
         InputError: The file is missing, unreadable or wrong; one line a problem.
     """
     file = _find(Path(path).expanduser(), task)
-    rows = list(_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))
-    problems = [
-        f"{file}: {where}: {problem}" for where, row in rows for problem in _problems(row, split)
-    ]
-    if not problems:
-        problems = _mixed_targets(file, rows)
+    problems: list[str] = []
+    splits: set[str] = set()
+    bare: list[str] = []
+    kept: list[Row] = []
+    count = 0
+    for where, row in _rows(file):
+        count += 1
+        problems += [f"{file}: {where}: {problem}" for problem in _problems(row, split)]
+        splits.add(str(row.get("split")))
+        bare += [where] if row.get("target") is None else []
+        if split is None or row.get("split") == split:
+            kept.append((where, row))
+        if len(problems) > MAX_PROBLEMS:
+            break
+    if not problems and bare and len(bare) < count:
+        problems = [
+            f"{file}: {bare[0]}: no target but other lines have one ({len(bare)} of {count} lack "
+            "it). Give every line a target, or none."
+        ]
     if problems:
         more = len(problems) - MAX_TOLD
         raise InputError(
             problems[:MAX_TOLD] + ([f"{file}: {more} more problems."] if more > 0 else [])
         )
-    return _examples(file, rows, split)
+    if not kept:
+        held = f"split {split!r} but the file has {', '.join(sorted(splits))}"
+        wanted = held if split is not None and splits else "no examples"
+        raise InputError(f"{file}: {wanted}. Add examples, or name another split.")
+    return _examples(kept)
 
 
 def _find(folder: Path, task: str) -> Path:
@@ -67,45 +86,12 @@ def _find(folder: Path, task: str) -> Path:
     raise InputError(f"{folder}: neither {task}.parquet nor {task}.jsonl. Write one of them.")
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        reader = pq.ParquetFile(file)
-        names = reader.schema_arrow.names
-        _check_names(file, "columns", names)
-        table = reader.read(columns=[name for name in COLUMNS if name in names])
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{file}: not a readable Parquet file ({error}). Write it again."
-        ) from None
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield f"row {number}", row
-
-
-def _json_rows(file: Path) -> Iterator[Row]:
-    # Split on "\n" only: str.splitlines would also cut at U+2028 inside a JSON string.
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: byte {error.start}: not UTF-8. Save it as UTF-8.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
-            raise InputError(
-                f"{file}: {where}: not JSON ({reason}). Write one JSON object per line."
-            ) from None
-        if not isinstance(row, dict):
-            raise InputError(
-                f"{file}: {where}: a {type(row).__name__} but expected an object. Write one "
-                'JSON object per line, as {"text": "...", "target": 0}.'
-            )
+def _rows(file: Path) -> Iterator[Row]:
+    if file.suffix == ".parquet":
+        _check_names(file, "columns", table_schema(file).names)
+        yield from table_rows(file, COLUMNS)
+        return
+    for where, row in json_rows(file):
         _check_names(file, where, list(row))
         yield where, row
 
@@ -127,41 +113,46 @@ def _check_names(file: Path, where: str, names: list[str]) -> None:
 def _problems(row: Mapping[str, Any], split: str | None) -> Iterator[str]:
     text, target = row.get("text"), row.get("target")
     if not isinstance(text, str):
-        yield f"text is {text!r} but expected a string. Mend or drop the line."
+        yield f"text is {_short(text)} but expected a string. Mend or drop the line."
     elif not text.strip():
         yield "text is empty but expected words. Mend or drop the line."
+    for name in ("text", "split", "document"):
+        if isinstance(row.get(name), str) and (half := _HALF_PAIR.search(row[name])):
+            yield (
+                f"{name} holds half a surrogate pair at character {half.start() + 1} but expected "
+                "whole characters. Mend or drop the line."
+            )
     if isinstance(target, bool) or not isinstance(target, int | float | None):
         yield (
-            f"target is {target!r} but expected a number. Write the value, or the class index "
-            "counted from 0."
+            f"target is {_short(target)} but expected a number. Write the value, or the class "
+            "index counted from 0."
         )
-    elif target is not None and not math.isfinite(target):
-        yield f"target is {target!r} but expected a finite number. Mend or drop the line."
+    elif target is not None and not _is_finite(target):
+        yield f"target is {_short(target)} but expected a finite number. Mend or drop the line."
     if split is not None and not isinstance(row.get("split"), str):
-        yield f"split is {row.get('split')!r} but split {split!r} was asked for. Add the key."
+        yield (
+            f"split is {_short(row.get('split'))} but split {split!r} was asked for. Add the key."
+        )
 
 
-def _mixed_targets(file: Path, rows: list[Row]) -> list[str]:
-    missing = [where for where, row in rows if row.get("target") is None]
-    if not missing or len(missing) == len(rows):
-        return []
-    return [
-        f"{file}: {missing[0]}: no target but other lines have one ({len(missing)} of "
-        f"{len(rows)} lack it). Give every line a target, or none."
-    ]
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _examples(file: Path, rows: list[Row], split: str | None) -> Examples:
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _examples(rows: list[Row]) -> Examples:
     import numpy as np
 
-    kept = [(where, row) for where, row in rows if split is None or row["split"] == split]
-    if not kept:
-        held = sorted({str(row["split"]) for _, row in rows}) if split is not None else []
-        wanted = f"split {split!r} but the file has {', '.join(held)}" if held else "no examples"
-        raise InputError(f"{file}: {wanted}. Add examples, or name another split.")
-    targets = [math.nan if row.get("target") is None else row["target"] for _, row in kept]
+    targets = [math.nan if row.get("target") is None else row["target"] for _, row in rows]
     return Examples(
-        texts=tuple(row["text"] for _, row in kept),
+        texts=tuple(row["text"] for _, row in rows),
         targets=np.asarray(targets, dtype=np.float64),
-        documents=tuple(str(row.get("document") or where) for where, row in kept),
+        documents=tuple(str(row.get("document") or where) for where, row in rows),
     )

@@ -89,6 +89,15 @@ def test_what_looks_unintended_is_told(adapter_of):
     assert "times that of a" in told(a, type(a)("loud", "base", loud, {}, "f"))
 
 
+def test_no_value_is_read_of_adapters_of_different_shapes(make_folder, monkeypatch):
+    wide = {f"{PREFIX}layers.0.q.lora_A.weight": torch.full((2, 7), float("nan"))}
+    refs = [("a", make_folder(folder="a")), ("b", make_folder({}, wide, "b"))]
+    files = open_all(refs)
+    assert not any("_scan" in vars(file) for file in files)
+    with pytest.raises(InputError, match=r"b: layers\.0\.q: 6 x 7 but 6 x 5 as in a"):
+        check_together(files)
+
+
 def test_open_all_tells_the_problems_of_every_adapter(make_folder, tmp_path):
     good = make_folder()
     bad = make_folder({"use_dora": True}, folder="bad")

@@ -1,11 +1,20 @@
 """Our matcher gives PEFT's answer, in bounded time."""
 
+import re
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icm_ray.adapters.gaps import find_gaps
-from icm_ray.adapters.patterns import match_all, may_run_for_ever, unsafe_pattern
+from icm_ray.adapters.gaps import covered, find_gaps, most_siblings, unused
+from icm_ray.adapters.patterns import (
+    MAX_MATCH_STEPS,
+    MAX_WAYS,
+    match_all,
+    may_run_for_ever,
+    unsafe_pattern,
+)
 
 MODULES = [
     "layers.0.q",
@@ -14,6 +23,8 @@ MODULES = [
     "model.layers.1.q",
     "model.layers.1.attn.q_proj",
     "model.layers.1.attn.v_proj",
+    "layersX1.q",
+    "a-b.layers.1Xq",
 ]
 SAFE = [
     "q",
@@ -28,7 +39,15 @@ SAFE = [
     "(q_proj|v_proj)",
     r"model\..*attn.*proj",
     "q_proj$",
+    "^layers.1.q$",
+    ".q",
+    "..q",
+    r"layers.1\.q",
+    "a-b.layers",
     "layers.1.q|v_proj",
+    ".?.?q",
+    r"layers\.\d{0,2}.q",
+    "(q|q_proj|v)",
     "nothing",
 ]
 UNSAFE = [
@@ -39,6 +58,11 @@ UNSAFE = [
     r"(\w+)\1",
     "(?=a)b",
     ".*.*.*.*",
+    ".?" * 40 + "zz",
+    ".{0,9}" * 8,
+    r"\d{1,}" * 4,
+    "(a|ab|abc)" * 20,
+    "a|b" * 160 + ".*.*.*",
     "a{2,100000}",
     "x" * 501,
     "(",
@@ -61,6 +85,62 @@ def test_unsafe_keys_are_known_without_running_them(key):
     assert unsafe_pattern(key)
 
 
+@given(st.text("ab.", min_size=1, max_size=6), st.text("ab.", min_size=1, max_size=8))
+def test_a_name_with_dots_matches_what_it_matches_in_peft(key, module):
+    """Names are looked up; an unescaped dot in one still stands for any character."""
+    found, _ = match_all({key: 1}, [module], 0)
+    assert found[module] == bool(re.match(rf"(.*\.)?({key})$", module))
+
+
+@pytest.mark.parametrize("key", [".?" * 16, ".*.*.*", ".{0,9}" * 5 + "(q|v)", "[0-9]*" * 3])
+def test_what_may_run_is_tried_in_few_ways(key):
+    """The slowest key that passes, on the path that suits it best."""
+    assert unsafe_pattern(key) is None
+    started = time.perf_counter()
+    assert not re.fullmatch(f"{key}!", "0" * 100)
+    assert time.perf_counter() - started < MAX_WAYS * 200e-9
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("keys", "modules"),
+    [
+        ([f".*.*.*x{i}" for i in range(9)], [f"{'deep.' * 12}l.{i}.q" for i in range(999)]),
+        ([f"a{i}|b" for i in range(1000)], [f"l.{i}.q" for i in range(40_000)]),
+        ([f"{'.' * i}a{'.' * (97 - i)}" for i in range(97)], ["a" * 98] * 20_000),
+    ],
+)
+def test_too_many_tries_are_refused_before_the_first(keys, modules):
+    with pytest.raises(ValueError, match=f"regular expressions for {len(modules)} modules"):
+        match_all(dict.fromkeys(keys, 1), modules, 0)
+    assert MAX_MATCH_STEPS > 1e8
+
+
+@pytest.mark.timeout(30)
+def test_a_name_for_every_module_is_looked_up_in_linear_time():
+    modules = [f"model.layers.{i % 60}.mlp.experts.{i}.up" for i in range(5_000)]
+    ranks = {module: 1 + number % 7 for number, module in enumerate(modules)}
+    assert match_all(ranks, modules, 99) == (ranks, [])
+    names = frozenset([*modules[::2], *(f"x{i}" for i in range(100_000))])
+    assert [covered(module, names) for module in modules] == [True, False] * 2_500
+    assert len(unused(names, modules)) == 100_000
+
+
+def test_a_name_selects_what_ends_in_it_after_a_dot():
+    for module in ("q", "a.q", "a.b.q"):
+        assert covered(module, ["q"])
+    assert covered("a.b.q", ["b.q"])
+    assert not covered("a.bq", ["q"])
+    assert unused(["b.q", "v", "q", "a"], ["a.b.q"]) == ["v", "a"]
+
+
+def test_siblings_are_counted_where_they_are_most():
+    assert most_siblings([]) == 0
+    assert most_siblings(["a.x", "b.x", "c", "a-b"]) == 4
+    assert most_siblings(["a.b", "a.c", "a.b.d"]) == 2
+    assert most_siblings([f"l.{i}.{leaf}" for i in range(100) for leaf in "qv"]) == 100
+
+
 def test_contradictions_are_reported():
     _, torn = match_all({"q": 4, r"layers\.1\.q": 8, ".*v_proj": 4}, MODULES, 7)
     assert torn == ["layers.1.q", "model.layers.1.q"]
@@ -71,6 +151,9 @@ def test_targets_that_people_write_are_harmless():
     assert not may_run_for_ever(unsloth)
     assert not may_run_for_ever(r".*\.(q_proj|v_proj)")
     assert may_run_for_ever("([a-z0-9_.]+)+!")
+    assert may_run_for_ever(".?" * 40 + "zz")
+    assert may_run_for_ever(".{0,9}" * 12)
+    assert not may_run_for_ever(r".*layers\.(1|2|3)\..*(attn|mlp).*_proj")
 
 
 def layers(count, leaves="qv"):

@@ -102,5 +102,5 @@ def test_a_wrong_base_and_a_wrong_change_are_found(make_peft, tmp_path):
             verify_forward(tmp_path / "out", other, tmp_path / "bert")
         with pytest.raises(InputError, match="lacks modules of the adapter"):
             verify_forward(tmp_path / "out", adapter, tmp_path / "gpt2")
-        with pytest.raises(InputError, match="cannot be loaded"):
+        with pytest.raises(InputError, match=r"nowhere/config\.json: missing"):
             verify_forward(tmp_path / "out", adapter, tmp_path / "nowhere")

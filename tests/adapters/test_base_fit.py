@@ -50,7 +50,7 @@ def test_bases_that_cannot_be_used(make_folder, tmp_path):
         (tmp_path / name / "evil.py").write_text("raise SystemExit('ran')")
         if config:
             (tmp_path / name / "config.json").write_text(json.dumps(config))
-        with pytest.raises(InputError, match="Check the base model"):
+        with pytest.raises(InputError, match=rf"{name}/config\.json: .*Check the (base|folder)"):
             check_base([file], tmp_path / name)
 
 

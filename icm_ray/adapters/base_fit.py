@@ -1,17 +1,20 @@
-"""The base model of an adapter: its architecture without weights, or the real thing."""
+"""Does an adapter fit this base model? Asked of its architecture, or answered by loading it."""
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from icm_ray.adapters.base_folder import BaseFolder, named, open_base, require_weights
+from icm_ray.adapters.base_skeleton import build, class_named, is_finite, model_classes
 from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.peft_format import AdapterFile
+from icm_ray.adapters.policy import short
 from icm_ray.errors import InputError, by_cause
 from icm_ray.types import Adapter
 
@@ -33,32 +36,35 @@ def class_of(config: Mapping[str, Any]) -> str | None:
 def check_base(adapters: Sequence[Adapter | AdapterFile], base_path: str | Path) -> None:
     """Check that a base model has every module of the adapters, in their shape.
 
-    Only the base's `config.json` is read; the architecture is built without weights.
+    Only the base's config and its weights' headers are read; the architecture is built without
+    weights.
 
     Args:
         adapters: Adapters or opened files.
         base_path: A local transformers model folder.
 
     Raises:
-        InputError: the config cannot be used, or naming every module that does not fit.
+        InputError: the base cannot be used, or naming every module that does not fit.
     """
+    refuse_misfits(adapters, open_base(Path(base_path)))
+
+
+def refuse_misfits(adapters: Iterable[Adapter | AdapterFile], base: BaseFolder) -> None:
+    """Raise InputError, naming every module, unless a checked base has all of the adapters'."""
     problems = []
     for adapter in adapters:
-        problems += [f"{adapter.name}: {line}" for line in by_cause(misfits(adapter, base_path))]
+        problems += [f"{adapter.name}: {line}" for line in by_cause(misfits(adapter, base))]
     if problems:
         raise InputError(problems)
 
 
 def architecture(path: Path, adapter: Adapter | AdapterFile) -> Any:
-    """Return the base without weights, as the class that has most of the adapter's modules.
+    """Return the base without weights, as the class that fits the adapter best.
 
     Raises:
         InputError: the base's config cannot be used.
     """
-    return max(
-        _architectures(path, adapter),
-        key=lambda model: sum(name in adapter.modules for name, _ in model.named_modules()),
-    )
+    return _fit(adapter, open_base(path))[0]
 
 
 def tied_warnings(
@@ -108,7 +114,10 @@ def load_base(path: Path, adapter: Adapter) -> Any:
         InputError: the base cannot be loaded, holds NaN or infinity, or no class of it has these
             modules.
     """
-    for model in _architectures(path, adapter):
+    base = open_base(path)
+    require_weights(base)
+    for kind in _classes(base, adapter):
+        model: Any = build(base, kind)
         if adapter.modules.keys() <= {name for name, _ in model.named_modules()}:
             return _loaded(path, type(model))
     raise InputError(
@@ -118,11 +127,9 @@ def load_base(path: Path, adapter: Adapter) -> Any:
 
 def _loaded(path: Path, kind: Any) -> Any:
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-    try:
+    with named(path, "no loadable base model"):
         model, info = kind.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _unusable(path, error) from error
-    bad = [name for name, x in model.named_parameters() if not math.isfinite(_peak(x))]
+    bad = [name for name, weight in model.named_parameters() if not is_finite(weight.detach())]
     if bad:
         expected = "NaN or infinity but finite weights are expected. Download the base again."
         raise InputError(f"{path}: {line}" for line in by_cause((name, expected) for name in bad))
@@ -135,70 +142,54 @@ def _loaded(path: Path, kind: Any) -> Any:
     return model.eval()
 
 
-def _peak(values: torch.Tensor) -> float:
-    return float(values.detach().abs().max()) if values.numel() else 0.0
+def _classes(base: BaseFolder, adapter: Adapter | AdapterFile) -> list[Any]:
+    """Return what the base may be: its task's class, its own, the bare model, one with a head.
+
+    Raises:
+        InputError: transformers has none of them for this kind of model.
+    """
+    own = class_of(adapter.config)
+    tasks = [] if own else [TASK_CLASSES[task] for task in TASKS_WITH_HEADS]
+    is_auto = own in TASK_CLASSES.values()
+    first = _auto_classes(base, [own]) if is_auto else [own and class_named(base, own)]
+    kinds = [*first, *model_classes(base), *_auto_classes(base, ["AutoModel", *tasks])]
+    classes = [kind for kind in dict.fromkeys(kinds) if kind]
+    if not classes:
+        raise InputError(
+            f"{base.config_file}: model_type: {short(base.config.model_type)} but a kind that "
+            "transformers has a model for is expected. Check the base model."
+        )
+    return classes
 
 
-def _architectures(path: Path, adapter: Adapter | AdapterFile) -> Iterator[Any]:
-    """Yield the base without weights: as its task's class, as its own, without and with a head."""
+def _auto_classes(base: BaseFolder, names: Iterable[str | None]) -> list[Any]:
+    """Return those of transformers' auto classes that have a model of this kind."""
     import transformers
 
-    try:
-        # trust_remote_code must be said: left open, transformers asks on the terminal.
-        config = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise _unusable(path, error) from error
-    own = class_of(adapter.config)
-    heads = [] if own else [TASK_CLASSES[task] for task in TASKS_WITH_HEADS]
-    for name in dict.fromkeys([own, *(config.architectures or []), "AutoModel", *heads]):
-        known: Any = getattr(transformers, str(name), None)
-        if name in TASK_CLASSES.values():
-            build = known.from_config
-        elif _is_model_of(known, config):
-            build = known
-        else:
-            continue
-        try:
-            with torch.device("meta"):
-                model = build(config)
-        except ValueError as error:  # no such head for this kind of model
-            if name == "AutoModel":
-                raise _unusable(path, error) from error
-            continue
-        yield model
+    kinds = [getattr(transformers, str(name)) for name in names]
+    return [kind for kind in kinds if type(base.config) in kind._model_mapping]
 
 
-def _is_model_of(known: Any, config: Any) -> bool:
-    """Say whether a name from a config is a model class for this config, and no other thing."""
-    from transformers import PreTrainedModel
-
-    is_model = isinstance(known, type) and issubclass(known, PreTrainedModel)
-    return is_model and isinstance(config, known.config_class or ())
-
-
-def _unusable(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path}: cannot be loaded ({error}) but a local transformers model with safetensors is "
-        "expected. Check the base model."
-    )
-
-
-def misfits(adapter: Adapter | AdapterFile, base_path: str | Path) -> list[tuple[str, str]]:
+def misfits(adapter: Adapter | AdapterFile, base: BaseFolder) -> list[tuple[str, str]]:
     """Return modules that do not fit into the base's class that fits best, and why.
 
     Raises:
         InputError: the base's config cannot be used.
     """
-    fewest: list[tuple[str, str]] | None = None
-    for model in _architectures(Path(base_path), adapter):
-        wrong = _misfits_of(adapter, model)
-        if fewest is None or len(wrong) < len(fewest):
-            fewest = wrong
-        if not fewest:
-            break
-    return fewest or []
+    return _fit(adapter, base)[1]
+
+
+def _fit(
+    adapter: Adapter | AdapterFile, base: BaseFolder
+) -> tuple[nn.Module, list[tuple[str, str]]]:
+    """Return the first class without weights that fits, or that with the fewest misfits."""
+    tried = []
+    for kind in _classes(base, adapter):
+        model = build(base, kind)
+        tried.append((model, _misfits_of(adapter, model)))
+        if not tried[-1][1]:
+            return tried[-1]
+    return min(tried, key=lambda one: len(one[1]))
 
 
 def _misfits_of(adapter: Adapter | AdapterFile, model: nn.Module) -> list[tuple[str, str]]:
@@ -213,9 +204,7 @@ def _misfits_of(adapter: Adapter | AdapterFile, model: nn.Module) -> list[tuple[
         weight = getattr(layers.get(module), "weight", None)
         if weight is None and (fused := _fused_experts(layers, module)):
             advice = "Leave base out: merging and checking the file need none."
-            holds = (
-                f"{fused} holds all experts in one parameter but a module of its own is expected"
-            )
+            holds = f"{fused} holds all experts in one parameter but a module of its own"
             wrong.append((module, f"{holds} is expected. {advice}"))
         elif weight is None:
             wrong.append((module, "not in the base model but expected. Check the base."))
