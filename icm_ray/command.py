@@ -225,7 +225,8 @@ def _write_results(target: Path, code: int, problems: list[str], found: dict[str
             write_json(target / RESULTS_FILE, content)
             beside.unlink(missing_ok=True)
     except OSError as error:
-        print(f"error: {beside}: {error.strerror}", file=sys.stderr)
+        if code != ResourceError.exit_code:  # else that the disk is full has been said
+            print(f"error: {beside}: {error.strerror}", file=sys.stderr)
 
 
 def _plain(value: Any) -> Any:

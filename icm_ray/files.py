@@ -44,8 +44,11 @@ def sha256_of(value: object) -> str:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as sorted, indented JSON with a final newline, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk nothing is left but an empty file
 
 
 def read_json(path: Path) -> Any:

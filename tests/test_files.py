@@ -267,6 +267,18 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (one / MANIFEST).read_bytes() == (two / MANIFEST).read_bytes()
 
 
+def test_json_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "x.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_json_is_sorted_and_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"b": 1, "a": [1.5]})

@@ -220,17 +220,16 @@ def test_places_that_take_no_output(
     "address", ["https://user:s3cret@host/x", "s3://key:s3/c@ret@bucket/x", "nowhere://s3cret@h"]
 )
 def test_no_password_of_an_address_is_repeated(
-    run: Run, adapter: Path, tmp_path: Path, where: str, address: str
+    adapter: Path, tmp_path: Path, where: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     keys = {where: address, "base" if where == "cache" else where: address}
     recipe = recipe_of(tmp_path / "r.yaml", {"a": adapter}, output={"path": "out"}, **keys)
-    code, errors = CliRunner().invoke(app, ["merge", "-c", str(recipe)]).exit_code, ""
     done = CliRunner().invoke(app, ["merge", "-c", str(recipe), "--debug"])
-    assert code == done.exit_code != 0
-    errors = done.stdout + done.stderr
-    assert "s3cret" not in errors
-    assert "ret@" not in errors
-    assert "Traceback" in errors
+    assert done.exit_code in (2, 3, 4)
+    assert "Traceback" in done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+    assert "ret@" not in done.stdout + done.stderr
 
 
 def test_nul_and_wrong_types_anywhere_in_a_recipe(run: Run, adapter: Path, tmp_path: Path) -> None:
