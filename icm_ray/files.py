@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,22 @@ def refuse_foreign(target: Path) -> None:
         )
 
 
-def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
-    """Raise InputError if writing `target` would replace, or replace a folder around, an input."""
-    for source in inputs:
-        if target.resolve() in (source.resolve(), *source.resolve().parents):
-            raise InputError(
-                f"{target}: holds the input {source} but another place is expected. Choose another "
-                "output path."
-            )
+def refuse_inputs(target: Path, inputs: Mapping[str, Path]) -> None:
+    """Raise InputError if `target` is, holds or lies in what it is to be made from.
+
+    Args:
+        target: The output.
+        inputs: Folders or files by what they are, such as "base".
+    """
+    place = target.resolve()
+    problems = [
+        f"{target}: in one place with the {what} {source} but inputs stay as they are. Choose "
+        "another output path."
+        for what, source in inputs.items()
+        if place.is_relative_to(source.resolve()) or source.resolve().is_relative_to(place)
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def _foreign_files(folder: Path) -> list[str]:

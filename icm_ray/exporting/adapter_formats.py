@@ -51,7 +51,7 @@ def export_adapter(adapter: AdapterFile, form: str, out: Path) -> None:
     Raises:
         InputError: the format cannot say what the adapter holds, or `out` is somebody else's.
     """
-    refuse_inputs(out, [adapter.path])
+    refuse_inputs(out, {"adapter": adapter.path})
     refuse_foreign(out)
     with adapter.open() as handle:
         keys = {m: tensor_keys(m, adapter.layouts.get(m)) for m in adapter.shapes}

@@ -75,7 +75,7 @@ def export_model(adapter: AdapterFile, base: Path, out: Path) -> None:
         InputError: the base is quantised, or lacks a module; all of them are named.
         ResourceError: the disk is full or not writable.
     """
-    refuse_inputs(out, [adapter.path, base])
+    refuse_inputs(out, {"adapter": adapter.path, "base": base})
     refuse_foreign(out)
     weights = read_base(base, adapter)
     targets = find_targets(adapter, weights)
