@@ -245,7 +245,7 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path, make):
     assert "a file beside the index" in problems_of(tmp_path)[0]
 
 
-@pytest.mark.parametrize("place", ["base", "adapter", "."])
+@pytest.mark.parametrize("place", ["base", "adapter", ".", "base/out"])
 def test_an_output_that_is_an_input_is_refused(tmp_path, make, place):
     make(llama(), ["q_proj"])
     before = sorted(tmp_path.rglob("*"))
