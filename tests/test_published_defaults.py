@@ -17,7 +17,9 @@ from icm_ray.config import DataSpec, FusionSpec, LearnSpec, ObjectiveSpec
 from icm_ray.fusion.latent import DIRECT, IN_CONTEXT
 from icm_ray.fusion_vae import network
 from icm_ray.importing import counterparts
+from icm_ray.learning.decoding import TokenEntropy
 from icm_ray.learning.descent import Descent, Optimisation
+from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised
 from icm_ray.learning.objectives import NullSpaceRatio, RowSpaceMatch, TaskVectorMatch, Tokens
 from icm_ray.learning.recipes import LEARNERS
 from icm_ray.learning.targets import Targets
@@ -40,6 +42,10 @@ SPECS: Mapping[str, LearnSpec] = {
     "icm_fusion direct": DIRECT,
     "whatever else is not set": LearnSpec(objective=ObjectiveSpec(kind="token_entropy")),
 }
+OBJECTIVES = (
+    *(NullSpaceRatio, RowSpaceMatch, TaskVectorMatch),
+    *(HeadEntropy, Distillation, Supervised, TokenEntropy),
+)
 NO_MATTER = {"save_every"}
 """Fields that decide about no result."""
 
@@ -194,6 +200,7 @@ CONSTANTS: Mapping[str, Callable[[], Any]] = {
     "targets": lambda: list(astuple(Targets())),
     "tokens": lambda: list(astuple(Tokens())),
     "task vectors": lambda: list(astuple(TaskVectorMatch())),
+    "what losses are divided by": lambda: {kind.__name__: kind.scaling for kind in OBJECTIVES},
     "floor under the ratio's root": lambda: RATIO_FLOOR,
     "singular values that count": lambda: NUMERICAL_RANK,
     "RegMean beneath a learner": lambda: [default_of(regmean_terms, n) for n in ("rho", "ridge")],

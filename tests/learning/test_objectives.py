@@ -112,7 +112,9 @@ def test_row_space_match_is_its_formula(watched, against) -> None:
     inputs, own, values = watched(RowSpaceMatch(EVERYTHING, against=against))
     assert not mean_over(values, own, 2).any(), "an expert matches itself"
     energy = sum(memory["energy"] for *_, memory in values)
-    error = sum(own.measure(batch, base, memory)[0] for batch, base, _, memory in values)
+    measured = [own.measure(batch, base, memory) for batch, base, _, memory in values]
+    assert [count for _, count in measured] == [float(v[0].mask.sum()) for v in values]
+    error = sum(sums for sums, _ in measured)
     for number, path in enumerate(own.modules):
         q = row_space(inputs.adapter.modules[path].a)
         before, after = (
