@@ -110,6 +110,28 @@ def test_vectors_of_nothing_have_a_scale(build) -> None:
     assert bool(torch.isfinite(again(0, ("law",))["loss"]))
 
 
+def test_another_run_s_state_is_left_aside(build, tmp_path) -> None:
+    seen: list[int] = []
+    for key in ("k", "k", "other"):
+        options = {"key": key, "progress": lambda step, _loss: seen.append(step)}
+        train(build(**STAGES, save_every=7), scratch=tmp_path, **options)
+    assert seen == [*range(1, 8), *range(1, 8)], "the second run found the first one done"
+
+
+def test_kernels_have_the_threads_they_are_given(build) -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+
+    def look(_step: int, _loss: float) -> None:
+        seen.append(torch.get_num_threads())
+
+    for threads in (2, 3):
+        meta = build(**{**STAGES, "vae_steps": 1, "meta_steps": 0})
+        train(meta, threads=threads, progress=look)
+    assert seen == [2, 3]
+    assert torch.get_num_threads() == before
+
+
 def test_the_seed_draws_the_weights(build) -> None:
     one, other = (build(seed).vae.state_dict() for seed in (0, 1))
     assert any(not torch.equal(one[name], other[name]) for name in one)
