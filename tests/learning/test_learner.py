@@ -1,5 +1,7 @@
 """The loop: it minimises, repeats, resumes, splits over workers, and tells what happened."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -167,6 +169,36 @@ def test_parts_are_added_in_the_order_of_names() -> None:
         descents.append(descent)
     assert {float(d.leaves["x"].grad) for d in descents} == {1.0}, "float64 loses no task"
     assert descents[0].history == [{"a": 1.0, "b": 1.0, "c": 1.0}]
+
+
+def test_what_a_sum_of_parts_rounds_to_depends_on_no_order() -> None:
+    parts = [part("a", 1.0, x=1e16), part("b", 1.0, x=1.0), part("c", 1.0, x=-1e16)]
+    slopes = set()
+    for order in itertools.permutations(parts):
+        descent = Descent(two_numbers(), Optimisation(1, 0.1))
+        descent.move(order)
+        slopes.add(float(descent.leaves["x"].grad))
+    assert len(slopes) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_every_step_is_as_long_as_its_rate(optimizer) -> None:
+    options = Optimisation(4, 0.5, optimizer, weight_decay=0.0, schedule="linear")
+    descent, places = Descent(two_numbers(), options), [1.0]
+    for _ in range(4):  # of equal gradients Adam's step is the rate
+        descent.move([part("a", 1.0, x=3.0)])
+        places.append(float(descent.values()["x"]))
+    steps = [before - after for before, after in itertools.pairwise(places)]
+    assert steps == pytest.approx([0.5, 0.375, 0.25, 0.125], rel=1e-4)
+
+
+def test_adam_adds_its_decay_to_the_gradient_and_adamw_to_the_step() -> None:
+    ends = []
+    for optimizer in ("adam", "adamw"):
+        descent = Descent(two_numbers(), Optimisation(1, 0.1, optimizer, weight_decay=0.5))
+        descent.move([part("a", 1.0, x=0.0)])
+        ends.append(float(descent.values()["x"]))
+    assert ends == pytest.approx([0.9, 0.95])
 
 
 def test_no_gradient_is_not_a_gradient_of_zero() -> None:
