@@ -6,7 +6,7 @@ import torch
 from icm_ray.base_model.loading import find_module
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged
-from icm_ray.learning.gradients import TaskGradients
+from icm_ray.learning.gradients import TaskGradients, inverse
 from icm_ray.learning.heads import Distillation, HeadEntropy, Supervised
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives import NullSpaceRatio, RowSpaceMatch, TaskVectorMatch
@@ -154,6 +154,41 @@ def test_tasks_may_share_a_forward(share, terms, save_memory: bool) -> None:
     for name, gradient in whole.gradients.items():
         expected = sum(part.gradients[name] for part in parts if name in part.gradients)
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_task_s_weight_multiplies_its_gradient_and_not_its_loss(tiny, make_tasks, terms) -> None:
+    parts = []
+    for weight in (1.0, 3.0):
+        weights = {"code": 1.0, "law": weight, "med": 1.0}
+        parameters = Coefficients(terms, 0.4)
+        side = TaskGradients(
+            tiny.model, parameters, OBJECTIVES["row space"], make_tasks(), weights=weights
+        )
+        side.start("law")
+        parts.append(side.gradient(("law",), 0))
+    assert parts[0].losses == parts[1].losses
+    for name, gradient in parts[0].gradients.items():
+        torch.testing.assert_close(parts[1].gradients[name], 3 * gradient)
+
+
+def test_a_seed_and_a_step_choose_the_batch(share, terms) -> None:
+    losses = []
+    for seed in (0, 1):
+        side = share(Coefficients(terms, 0.4), TaskVectorMatch(), batch=1, seed=seed)
+        losses.append([side.gradient(("law",), step).losses["law"] for step in range(8)])
+        task = side.tasks["law"]
+        order = [task.batch_number(seed, step) for step in range(8)]
+        by_batch = dict(zip(order, losses[-1], strict=True))
+        again = share(Coefficients(terms, 0.4), TaskVectorMatch(), batch=1, seed=seed)
+        assert [again.gradient(("law",), 8 + i).losses["law"] for i in range(8)] == [
+            by_batch[task.batch_number(seed, 8 + i)] for i in range(8)
+        ]
+    assert losses[0] != losses[1]
+    assert sorted(losses[0]) == sorted(losses[1])
+
+
+def test_what_compares_with_nothing_is_divided_by_nothing() -> None:
+    assert inverse(torch.tensor([0.0, 4.0])).tolist() == [1.0, 0.25]
 
 
 def test_objectives_without_a_signal_are_told(tiny, make_tasks, make_adapter) -> None:

@@ -132,6 +132,27 @@ def test_modules_without_a_path_stay_and_are_named(tiny, make_tasks, terms) -> N
     assert torch.equal(still, torch.full((3, 1), 0.3))
 
 
+def test_a_run_is_carried_out_as_it_says(tiny, make_tasks, terms, monkeypatch) -> None:
+    shared, saved, seen, told = [], [], [], []
+    gradient = TaskGradients.gradient
+
+    def watched(self, tasks, step):
+        shared.append(tuple(tasks))
+        saved.append(self.save_memory)
+        seen.append((torch.get_num_threads(), self.seed))
+        return gradient(self, tasks, step)
+
+    monkeypatch.setattr(TaskGradients, "gradient", watched)
+    run = Run(seed=7, tasks_per_forward=2, save_memory=True, threads=2)
+    parameters, steps = Coefficients(terms, 0.3), Optimisation(1, 0.1)
+    progress = {"progress": lambda _step, loss: told.append(loss)}
+    found = learn(tiny.model, make_tasks(), parameters, TaskVectorMatch(), steps, run, **progress)
+    assert shared == [("code", "law"), ("med",)]
+    assert set(saved) == {True}
+    assert set(seen) == {(2, 7)}
+    assert told == [pytest.approx(sum(one[0] for one in found.report["history"].values()) / 3)]
+
+
 def test_tasks_without_an_objective_are_merged_all_the_same(tiny, make_tasks, terms) -> None:
     learned = learn(tiny.model, make_tasks(), Coefficients(terms, 0.3), HeadEntropy(), STEPS)
     assert set(learned.report["history"]) == {"code", "law"}
