@@ -127,6 +127,14 @@ def test_row_space_match_is_its_formula(watched, against) -> None:
         torch.testing.assert_close(energy[number], whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("objective", [NullSpaceRatio(EVERYTHING), RowSpaceMatch(EVERYTHING)])
+def test_only_linear_layers_with_a_rank_have_a_row_space(make_adapter, objective) -> None:
+    shapes = {"l.0.q": (4, 6), "l.1.q": (4, 6), "l.2.words": (4, 9)}
+    ranks = {"l.0.q": 2, "l.1.q": 0, "l.2.words": 2}
+    adapter = make_adapter("t", shapes=shapes, rank=ranks, layouts={"l.2.words": "embedding"})
+    assert objective.of(TaskInputs(adapter, [])).modules == ("l.0.q",)
+
+
 def test_the_default_looks_at_everything_in_the_last_block(make_tasks) -> None:
     own = RowSpaceMatch().of(make_tasks()[0])
     assert {path.split("layer.")[1][0] for path in own.modules} == {"1"}
