@@ -45,7 +45,7 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def on_ray(request: pytest.FixtureRequest) -> None:
     """Every test of such a folder has the session, but those that start a cluster of their own."""
-    marks = ("cluster", "slow")
+    marks = ("cluster", "slow", "long")
     if getattr(request.module, "OWN_RAY", False) or any(
         request.node.get_closest_marker(name) for name in marks
     ):

@@ -18,10 +18,14 @@ from icm_ray.fusion.latent import DIRECT, IN_CONTEXT
 from icm_ray.fusion_vae import network
 from icm_ray.importing import counterparts
 from icm_ray.learning.descent import Descent
+from icm_ray.learning.objectives.distillation import Distillation
+from icm_ray.learning.objectives.entropy import HeadEntropy
 from icm_ray.learning.objectives.module_inputs import Tokens
 from icm_ray.learning.objectives.null_space_ratio import NullSpaceRatio
 from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
+from icm_ray.learning.objectives.supervised import Supervised
 from icm_ray.learning.objectives.task_vector_match import TaskVectorMatch
+from icm_ray.learning.objectives.token_entropy import TokenEntropy
 from icm_ray.learning.recipes import LEARNERS
 from icm_ray.learning.targets import Targets
 from icm_ray.learning.tasks import load_inputs
@@ -43,6 +47,10 @@ SPECS: Mapping[str, LearnSpec] = {
     "icm_fusion direct": DIRECT,
     "whatever else is not set": LearnSpec(objective=ObjectiveSpec(kind="token_entropy")),
 }
+OBJECTIVES = (
+    *(NullSpaceRatio, RowSpaceMatch, TaskVectorMatch),
+    *(HeadEntropy, Distillation, Supervised, TokenEntropy),
+)
 NO_MATTER = {"save_every"}
 """Fields that decide about no result."""
 
@@ -198,6 +206,7 @@ CONSTANTS: Mapping[str, Callable[[], Any]] = {
     "targets": lambda: list(astuple(Targets())),
     "tokens": lambda: list(astuple(Tokens())),
     "task vectors": lambda: list(astuple(TaskVectorMatch())),
+    "what losses are divided by": lambda: {kind.__name__: kind.scaling for kind in OBJECTIVES},
     "floor under the ratio's root": lambda: RATIO_FLOOR,
     "singular values that count": lambda: NUMERICAL_RANK,
     "RegMean beneath a learner": lambda: [default_of(regmean_terms, n) for n in ("rho", "ridge")],

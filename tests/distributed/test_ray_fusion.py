@@ -107,8 +107,14 @@ def test_two_workers_train_the_serial_loops_network_and_halve_the_optimiser(mate
     assert not built.exists(), "an op was compiled"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "workers", "parts"), [(0, 2, 1), (1, 1, 3), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("stage", "workers", "parts"),
+    [
+        pytest.param(0, 2, 1, marks=pytest.mark.long),
+        pytest.param(1, 1, 3, marks=pytest.mark.long),
+        pytest.param(2, 2, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_every_stage_and_split_trains_the_same_network(
     ray_session, material, tmp_path, stage, workers, parts
 ):
@@ -121,8 +127,14 @@ def test_every_stage_and_split_trains_the_same_network(
     assert found.optimizer_bytes == pytest.approx([share] * workers, rel=0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("max_failures", "stage"), [(3, 1), (0, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("max_failures", "stage"),
+    [
+        pytest.param(3, 1, marks=pytest.mark.slow),
+        pytest.param(0, 0, marks=pytest.mark.slow),
+        pytest.param(3, 2, marks=pytest.mark.long),
+    ],
+)
 def test_a_lost_worker_changes_nothing(ray_session, material, tmp_path, max_failures, stage):
     layout, table = material
     mark, made = tmp_path / "died", tmp_path / "made"
@@ -164,7 +176,7 @@ def test_an_error_of_ours_comes_back_as_itself(ray_session, material, tmp_path):
         train_fusion_on_ray(order, table, tmp_path, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trials_of_tune_train_through_the_same_function(ray_session, material, tmp_path):
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback

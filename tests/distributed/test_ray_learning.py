@@ -77,16 +77,21 @@ CASES = {
     "row_space_match": {**PLAIN, "parameters": {"kind": "coefficients"}},
     "task_vector_match": PLAIN,
 }
-# Each actor is a process that imports torch and transformers: of one start, one number is enough.
-BY_DEFAULT = ("row_space_match", 2)
+# An actor is a process that imports torch and transformers, so most pairs are for other days.
+MARKS = {
+    ("row_space_match", 2): (),
+    ("row_space_match", 4): pytest.mark.slow,
+    ("nsc", 2): pytest.mark.slow,
+    ("task_vector_match", 2): pytest.mark.slow,
+}
 
 
 @pytest.mark.parametrize(
     ("method", "workers"),
     [
-        pytest.param(m, n, marks=[pytest.mark.slow] if (m, n) != BY_DEFAULT else [])
-        for m in CASES
-        for n in (1, 2, 4)
+        pytest.param(method, workers, marks=MARKS.get((method, workers), pytest.mark.long))
+        for method in CASES
+        for workers in (1, 2, 4)
     ],
 )
 def test_any_number_of_actors_gives_the_serial_learner(

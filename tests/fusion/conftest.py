@@ -70,7 +70,8 @@ def tasks(tiny, adapters, texts) -> list[TaskInputs]:
         batches = make_batches(tokenize(tiny.tokenizer, own, 16), 4, 0)
         draw = torch.Generator().manual_seed(number)
         outputs = 1 if adapter.name == "med" else 4
-        head = Head(torch.randn(outputs, 16, generator=draw), torch.zeros(outputs))
+        weight = torch.randn(outputs, 16, generator=draw)
+        head = Head(weight, torch.randn(outputs, generator=draw))
         kind = "regression" if adapter.name == "med" else "classification"
         targets = torch.arange(8.0) % 4 if outputs == 4 else torch.linspace(-1, 1, 8)
         made.append(TaskInputs(adapter, batches, head, kind, targets))

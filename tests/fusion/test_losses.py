@@ -193,6 +193,14 @@ def test_the_query_asks_what_was_encoded_again_on_new_inputs(watch, monkeypatch)
     assert bool(found.query > 0)
 
 
+def test_a_task_that_the_inner_loss_is_silent_about_reconstructs(build) -> None:
+    meta = build(**META, inner={"loss": "entropy"})
+    x, wanted = meta.table.x[0], meta.table.x[7]
+    found = {task: float(meta.inner_loss(task, 0, x, wanted)) for task in ("law", "med")}
+    assert found["med"] == float(mse_loss(x, wanted)), "a regression has no entropy"
+    assert found["law"] != found["med"]
+
+
 def by_hand(x: Tensor, wanted: Tensor, steps: int, lr: float, relative: bool) -> Tensor:
     """Descend on the mean square from `wanted`, whose gradient is 2 (x - wanted) / D."""
     for _ in range(steps):

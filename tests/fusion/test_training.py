@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from icm_ray.checkpoint import Checkpoint
 from icm_ray.fusion.meta import MetaTraining
-from icm_ray.fusion.train import finished, learning_rate, train
+from icm_ray.fusion.train import STATE, finished, learning_rate, train
 
 STAGES = {"vae_steps": 4, "meta_steps": 3, "warm_up": 0.5, "inner": {"loss": "reconstruction"}}
 
@@ -108,6 +109,29 @@ def test_vectors_of_nothing_have_a_scale(build) -> None:
     again = MetaTraining.build(meta.spec, meta.layout, silent, meta.base_side)
     assert again.v_scale == 1.0
     assert bool(torch.isfinite(again(0, ("law",))["loss"]))
+
+
+def test_another_run_s_state_is_left_aside(build, tmp_path) -> None:
+    seen: list[int] = []
+    for key in ("k", "k", "other"):
+        options = {"progress": lambda step, _loss: seen.append(step)}
+        state = Checkpoint(tmp_path / STATE, key)
+        train(build(**STAGES, save_every=7), checkpoint=state, **options)
+    assert seen == [*range(1, 8), *range(1, 8)], "the second run found the first one done"
+
+
+def test_kernels_have_the_threads_they_are_given(build) -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+
+    def look(_step: int, _loss: float) -> None:
+        seen.append(torch.get_num_threads())
+
+    for threads in (2, 3):
+        meta = build(**{**STAGES, "vae_steps": 1, "meta_steps": 0})
+        train(meta, threads=threads, progress=look)
+    assert seen == [2, 3]
+    assert torch.get_num_threads() == before
 
 
 def test_the_seed_draws_the_weights(build) -> None:

@@ -44,7 +44,8 @@ def make_tasks(tiny, adapters, texts) -> Callable[..., list[TaskInputs]]:
             batches = make_batches(tokenize(tiny.tokenizer, own, 16), batch, 0)
             draw = torch.Generator().manual_seed(number)
             outputs = 1 if adapter.name == "med" else 4
-            head = Head(torch.randn(outputs, 16, generator=draw), torch.zeros(outputs))
+            weight = torch.randn(outputs, 16, generator=draw)
+            head = Head(weight, torch.randn(outputs, generator=draw))
             kind = "regression" if adapter.name == "med" else "classification"
             targets = (
                 torch.arange(8.0) % 4 if kind == "classification" else torch.linspace(-1, 1, 8)

@@ -39,13 +39,14 @@ def test_it_computes_what_the_merged_adapter_computes(tiny, make_tasks, paramete
             torch.testing.assert_close(ours.inputs[path], theirs.inputs[path], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [Coefficients, CoreMatrices])
 @torch.no_grad()
-def test_embeddings_are_merged_too(tiny, make_adapter, make_tasks, adapter_around) -> None:
+def test_embeddings_are_merged_too(tiny, make_adapter, make_tasks, adapter_around, kind) -> None:
     word = "embeddings.word_embeddings"
     given = [
         make_adapter(t, shapes={word: (16, 20)}, layouts={word: "embedding"}) for t in ("a", "b")
     ]
-    parameters = Coefficients(own_terms(given), 0.5)
+    parameters = kind(own_terms(given), 0.5)
     whole = adapter_around("m", merged_factors(parameters), layouts={word: "embedding"})
     batch = make_tasks()[0].batches[0]
     with merged(tiny.model, parameters.frames, parameters.cores()):

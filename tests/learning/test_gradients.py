@@ -7,7 +7,7 @@ from icm_ray.base_model.loading import find_module
 from icm_ray.config import OptimisationSpec
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged
-from icm_ray.learning.gradients import Learning, TaskGradients
+from icm_ray.learning.gradients import Learning, TaskGradients, inverse
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives.distillation import Distillation
 from icm_ray.learning.objectives.entropy import HeadEntropy
@@ -34,11 +34,11 @@ OBJECTIVES = {
 
 @pytest.fixture
 def share(tiny, make_tasks):
-    def make(parameters, objective, batch: int = 8, **options) -> TaskGradients:
+    def make(parameters, objective, batch: int = 8, seed: int = 0, **options) -> TaskGradients:
         how = OptimisationSpec(reduction="sum", **options)
         tasks, names = make_tasks(batch=batch, labels=True), ("code", "law", "med")
         learning = Learning(parameters, objective, how)
-        side = TaskGradients(tiny.model, learning, tasks, covered=names)
+        side = TaskGradients(tiny.model, learning, tasks, covered=names, seed=seed)
         for task in side.tasks:
             side.start(task)
         return side
@@ -163,6 +163,39 @@ def test_tasks_may_share_a_forward(share, terms, save_memory: bool) -> None:
     for name, gradient in whole.gradients.items():
         expected = sum(part.gradients[name] for part in parts if name in part.gradients)
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_task_s_weight_multiplies_its_gradient_and_not_its_loss(tiny, make_tasks, terms) -> None:
+    parts = []
+    for weight in (1.0, 3.0):
+        how = OptimisationSpec(reduction="sum", task_weights={"law": weight})
+        learning = Learning(Coefficients(terms, 0.4), OBJECTIVES["row space"], how)
+        side = TaskGradients(tiny.model, learning, make_tasks(), covered=("code", "law", "med"))
+        side.start("law")
+        parts.append(side.gradient(("law",), 0))
+    assert parts[0].losses == parts[1].losses
+    for name, gradient in parts[0].gradients.items():
+        torch.testing.assert_close(parts[1].gradients[name], 3 * gradient)
+
+
+def test_a_seed_and_a_step_choose_the_batch(share, terms) -> None:
+    losses = []
+    for seed in (0, 1):
+        side = share(Coefficients(terms, 0.4), TaskVectorMatch(), batch=1, seed=seed)
+        losses.append([side.gradient(("law",), step).losses["law"] for step in range(8)])
+        task = side.tasks["law"]
+        order = [task.batch_number(seed, step) for step in range(8)]
+        by_batch = dict(zip(order, losses[-1], strict=True))
+        again = share(Coefficients(terms, 0.4), TaskVectorMatch(), batch=1, seed=seed)
+        assert [again.gradient(("law",), 8 + i).losses["law"] for i in range(8)] == [
+            by_batch[task.batch_number(seed, 8 + i)] for i in range(8)
+        ]
+    assert losses[0] != losses[1]
+    assert sorted(losses[0]) == sorted(losses[1])
+
+
+def test_what_compares_with_nothing_is_divided_by_nothing() -> None:
+    assert inverse(torch.tensor([0.0, 4.0])).tolist() == [1.0, 0.25]
 
 
 def test_objectives_without_a_signal_are_told(tiny, make_tasks, make_adapter) -> None:

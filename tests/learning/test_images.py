@@ -21,6 +21,7 @@ from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.evidence.gather import gather
 from icm_ray.evidence.grams import gather_grams
 from icm_ray.finetuning.expert import ExpertJob, train_expert
+from icm_ray.learning.forward import observe
 from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives.distillation import Distillation
@@ -201,3 +202,27 @@ def test_dense_labels_are_judged_patch_by_patch(base: Base, tasks) -> None:
     logits = states @ task.head.weight.T + task.head.bias
     expected = torch.nn.functional.cross_entropy(logits, task.targets.flatten().long())
     assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_task_vectors_are_compared_where_the_head_reads(base: Base, tasks, kind: str) -> None:
+    task = next(task for task in tasks if task.name == kind)
+    own = TaskVectorMatch(heads=True).of(task)
+    adapters, found = {"base": None, "expert": task.adapter}, {}
+    for name, adapter in adapters.items():
+        with torch.no_grad(), applied(base.model, adapter):
+            found[name] = head_features(base, examples_of(TASKS[kind]), TASKS[kind], 4)
+            seen = observe(base.model, task.batches[0], (), hidden=True)
+            if name == "base":
+                before = seen
+    assert task.head is not None
+    memory = dict(own.remember(task.batches[0], seen, before))
+    sums, count = own.measure(task.batches[0], before, memory)
+    rows = torch.isin(torch.arange(COUNT), task.batches[0].rows)
+    gaps = (found["base"] - found["expert"]).unflatten(0, (COUNT, -1))[rows].flatten(0, 1)
+    assert count == len(gaps) == 4 * (9 if "dense" in kind else 1)
+    reads = gaps @ task.head.weight.T
+    if "classification" in kind:  # a shift of all logits is no difference
+        reads = reads - reads.mean(1, keepdim=True)
+    expected = torch.stack([gaps.square().sum(), reads.square().sum()])
+    torch.testing.assert_close(sums, expected, rtol=1e-3, atol=1e-5)

@@ -46,7 +46,8 @@ def test_other_adapters_are_refused(learned, adapters, make_adapter, tmp_path) -
     save_learned(learned, tmp_path / "learned")
     with pytest.raises(InputError, match="learned with med too"):
         merge(adapters[:2], "nsc", evidence=tmp_path / "learned")
-    stranger = make_adapter("law", seed=99)
+    shapes = {module: factors.shape for module, factors in adapters[1].modules.items()}
+    stranger = make_adapter("law", seed=99, shapes=shapes)
     with pytest.raises(InputError, match="of another adapter than 'law' given here"):
         merge([adapters[0], stranger, adapters[2]], "nsc", evidence=tmp_path / "learned")
 

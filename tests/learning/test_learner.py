@@ -1,5 +1,7 @@
 """The loop: it minimises, repeats, resumes, splits over workers, and tells what happened."""
 
+import itertools
+
 import pytest
 import torch
 from learning_samples import merged_factors, rebuilt
@@ -122,6 +124,27 @@ def test_modules_without_a_path_stay_and_are_named(tiny, make_tasks, terms) -> N
     assert torch.equal(still, torch.full((3, 1), 0.3))
 
 
+def test_a_run_is_carried_out_as_it_says(tiny, make_tasks, terms, monkeypatch) -> None:
+    shared, saved, seen, told = [], [], [], []
+    gradient = TaskGradients.gradient
+
+    def watched(self, tasks, step):
+        shared.append(tuple(tasks))
+        saved.append(self.save_memory)
+        seen.append((torch.get_num_threads(), self.seed))
+        return gradient(self, tasks, step)
+
+    monkeypatch.setattr(TaskGradients, "gradient", watched)
+    how = OptimisationSpec(steps=1, lr=0.1, tasks_per_forward=2, save_memory=True)
+    learning = Learning(Coefficients(terms, 0.3), TaskVectorMatch(), how)
+    run, progress = Run(seed=7, threads=2), {"progress": lambda _step, loss: told.append(loss)}
+    found = learn(tiny.model, learning, make_tasks(), run, **progress)
+    assert shared == [("code", "law"), ("med",)]
+    assert set(saved) == {True}
+    assert set(seen) == {(2, 7)}
+    assert told == [pytest.approx(sum(one[0] for one in found.report["history"].values()) / 3)]
+
+
 def test_tasks_without_an_objective_are_merged_all_the_same(tiny, make_tasks, terms) -> None:
     learned = learn(
         tiny.model, Learning(Coefficients(terms, 0.3), HeadEntropy(), STEPS), make_tasks()
@@ -166,6 +189,39 @@ def test_parts_are_added_in_the_order_of_names() -> None:
         descents.append(descent)
     assert {float(d.leaves["x"].grad) for d in descents} == {1.0}, "float64 loses no task"
     assert descents[0].history == [{"a": 1.0, "b": 1.0, "c": 1.0}]
+
+
+def test_what_a_sum_of_parts_rounds_to_depends_on_no_order() -> None:
+    parts = [part("a", 1.0, x=1e16), part("b", 1.0, x=1.0), part("c", 1.0, x=-1e16)]
+    slopes = set()
+    for order in itertools.permutations(parts):
+        descent = Descent(two_numbers(), OptimisationSpec(steps=1, lr=0.1))
+        descent.move(order)
+        slopes.add(float(descent.leaves["x"].grad))
+    assert len(slopes) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_every_step_is_as_long_as_its_rate(optimizer) -> None:
+    options = OptimisationSpec(
+        steps=4, lr=0.5, optimizer=optimizer, weight_decay=0.0, schedule="linear"
+    )
+    descent, places = Descent(two_numbers(), options), [1.0]
+    for _ in range(4):  # of equal gradients Adam's step is the rate
+        descent.move([part("a", 1.0, x=3.0)])
+        places.append(float(descent.values()["x"]))
+    steps = [before - after for before, after in itertools.pairwise(places)]
+    assert steps == pytest.approx([0.5, 0.375, 0.25, 0.125], rel=1e-4)
+
+
+def test_adam_adds_its_decay_to_the_gradient_and_adamw_to_the_step() -> None:
+    ends = []
+    for optimizer in ("adam", "adamw"):
+        how = OptimisationSpec(steps=1, lr=0.1, optimizer=optimizer, weight_decay=0.5)
+        descent = Descent(two_numbers(), how)
+        descent.move([part("a", 1.0, x=0.0)])
+        ends.append(float(descent.values()["x"]))
+    assert ends == pytest.approx([0.9, 0.95])
 
 
 def test_no_gradient_is_not_a_gradient_of_zero() -> None:

@@ -118,7 +118,9 @@ def test_row_space_match_is_its_formula(watched, against) -> None:
     inputs, own, values = watched(RowSpaceMatch(EVERYTHING, against=against))
     assert not mean_over(values, own, 2).any(), "an expert matches itself"
     energy = sum(memory["energy"] for *_, memory in values)
-    error = sum(own.measure(batch, base, memory)[0] for batch, base, _, memory in values)
+    measured = [own.measure(batch, base, memory) for batch, base, _, memory in values]
+    assert [count for _, count in measured] == [float(v[0].mask.sum()) for v in values]
+    error = sum(sums for sums, _ in measured)
     for number, path in enumerate(own.modules):
         q = row_space(inputs.adapter.modules[path].a)
         before, after = (
@@ -129,6 +131,14 @@ def test_row_space_match_is_its_formula(watched, against) -> None:
         whole = after.square().sum() if against == "expert" else gap
         torch.testing.assert_close(error[number], gap, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(energy[number], whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [NullSpaceRatio(EVERYTHING), RowSpaceMatch(EVERYTHING)])
+def test_only_linear_layers_with_a_rank_have_a_row_space(make_adapter, objective) -> None:
+    shapes = {"l.0.q": (4, 6), "l.1.q": (4, 6), "l.2.words": (4, 9)}
+    ranks = {"l.0.q": 2, "l.1.q": 0, "l.2.words": 2}
+    adapter = make_adapter("t", shapes=shapes, rank=ranks, layouts={"l.2.words": "embedding"})
+    assert objective.of(TaskInputs(adapter, [])).modules == ("l.0.q",)
 
 
 def test_the_default_looks_at_everything_in_the_last_block(make_tasks) -> None:

@@ -236,8 +236,14 @@ LEARNED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("halving", [None, {"by": "steps", "first": 2}])
+@pytest.mark.parametrize(
+    "halving",
+    [
+        pytest.param(None, marks=pytest.mark.long),
+        pytest.param({"by": "steps", "first": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["to the end", "halved"],
+)
 def test_a_learner_s_search_ends_with_the_adapter_its_trial_scored(
     recipe, ray_session, tmp_path, halving
 ):
