@@ -307,6 +307,14 @@ def test_the_result_grows_with_its_inputs(abc, adapter_around, method: str, para
     assert_close(deltas(merge(larger, method, params=chosen)), expected)
 
 
+@each_row()
+def test_a_scale_multiplies_the_result(abc, method: str, params: dict) -> None:
+    if "scale" not in METHODS[method].parameters() or method == "negate_add":  # of the difference
+        return
+    once, thrice = (merge(abc, method, params={**params, "scale": s}) for s in (1.0, -3.0))
+    assert_close(deltas(thrice), {module: -3 * delta for module, delta in deltas(once).items()})
+
+
 def splits(modules: Sequence[str]) -> Iterator[list[list[str]]]:
     yield [[module] for module in modules]
     yield [list(modules[1:]), list(modules[:1])]
