@@ -184,7 +184,7 @@ def test_every_method_is_covered_and_every_exemption_is_known() -> None:
 
 
 @each_row()
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.sampled_from([1.0, 0.25, -3.0]))
 def test_one_adapter_gives_itself_back(
     make_adapter, method: str, params: dict, d_out: int, d_in: int, rank: int, scaling: float
@@ -322,7 +322,7 @@ def splits(modules: Sequence[str]) -> Iterator[list[list[str]]]:
 
 
 @each_row()
-@pytest.mark.parametrize("rank", [None, 2, "energy:0.9"])
+@pytest.mark.parametrize("rank", [None, "energy:0.9"])
 def test_any_split_over_workers_gives_the_same_bits(abc, method: str, params: dict, rank) -> None:
     chosen = three(params, method)
     order = plan_merge(abc, method, chosen, evidence_for(abc, method), rank, seed=3)
