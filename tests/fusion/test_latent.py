@@ -106,6 +106,12 @@ def test_a_merge_may_lie_beneath(tiny, tasks, model, adapters, tmp_path) -> None
     save_learned(found, tmp_path / "fused")
     result = icm_ray.merge(adapters, "icm_fusion", evidence=tmp_path / "fused").adapter
     assert 0 < distance(result.modules, beneath) < norm(beneath)
+    for module, factors in result.modules.items():
+        left, core, right, a, b = (
+            found.tensors[f"{module}.{end}"]
+            for end in ("left", "core", "right", "residual_a", "residual_b")
+        )
+        torch.testing.assert_close(factors.delta(), left @ core @ right + b @ a, atol=1e-5, rtol=0)
 
 
 def test_a_latent_can_distil(tiny, tasks, model, fused) -> None:

@@ -253,7 +253,7 @@ def test_the_adapter_is_proven(out, tiny_bert):
     done = cli.invoke(app, ["reproduce", str(out / "adapter")])
     assert done.exit_code == 0, done.output
     card = (out / "adapter" / "README.md").read_text()
-    assert f"base_model: {tiny_bert}" in card
+    assert str(tiny_bert.parent) not in card, "a path of this machine"
     assert "Scores on the test split" in card
     # Every clock is outside the comparison of bytes.
     assert {row["seconds"] for row in read_json(out / "adapter" / "scores.json")} == {0.0}
