@@ -1,11 +1,13 @@
 """What adapters are and what a merge of them will cost, read from file headers."""
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, check_together, delta_cosines, open_all, tied_warnings
+from icm_ray.adapters.base_folder import open_base
 from icm_ray.config import MergeRecipe, folder_names
 from icm_ray.errors import RecipeError, one_line
 from icm_ray.files import refuse_inputs
@@ -23,6 +25,8 @@ VISIT = 40.0
 """What visiting one entry of one task costs beside its product, in the same unit."""
 PROCESS_BYTES = 350_000_000
 """A worker that has imported torch, before it holds any adapter."""
+WRITER_BYTES = 400_000_000
+"""A process that has imported PEFT too, to check what it writes."""
 
 
 def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
@@ -102,6 +106,10 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
     top = max(ranks.values())
     size = sum(ranks[m] * _width(order, files, m) for m in ranks)
     stored = recipe.output.dtype or dtype_name(files[0].dtype)
+    worker = PROCESS_BYTES + largest
+    # The merge and PEFT's copy of it in float32; the bytes as written and as read; mapped inputs.
+    writer = WRITER_BYTES + largest + 2 * size * (BYTES["float32"] + BYTES[stored])
+    writer += sum(file.bytes for file in files) + _base_bytes(recipe)
     workers = recipe.resources.workers or "as many as CPUs allow"
     if warning := find_method(recipe.method).warns(len(files), **order.params):
         warnings.append(warning)
@@ -112,7 +120,8 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
         "output rank": f"{top} (exact would be {max(stacked.values())})",
         "server needs": f"--max-lora-rank {serving_rank([top])}",
         "output size": f"{size * BYTES[stored] / 1e6:.2f} MB in {stored}",
-        "memory a worker": f"{(PROCESS_BYTES + largest) / 1e6:.0f} MB",
+        "memory a worker": f"{writer / 1e6:.0f} MB where the result is written and checked, "
+        f"{worker / 1e6:.0f} MB where it is only merged",
         "time": f"about {flops / FLOPS_PER_SECOND:.1f} s of one core, plus 10 s to start Ray",
         "cluster": f"workers: {workers}; CPUs {recipe.resources.cpus_per_worker:g} and GPUs "
         f"{recipe.resources.gpus_per_worker:g} each",
@@ -124,7 +133,8 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
         "output_rank": top,
         "exact_rank": max(stacked.values()),
         "output_bytes": size * BYTES[stored],
-        "worker_bytes": PROCESS_BYTES + largest,
+        "worker_bytes": worker,
+        "writer_bytes": writer,
         "seconds": flops / FLOPS_PER_SECOND,
         "modules": len(order.present),
     }
@@ -160,6 +170,15 @@ def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
         problems.append(f"evidence: missing but method {recipe.method!r} needs {needs}. {advice}")
     if problems:
         raise RecipeError(problems)
+
+
+def _base_bytes(recipe: MergeRecipe) -> int:
+    """Return what the base takes in float32, in which the result is checked on it; 0 if unknown."""
+    folder = Path(recipe.base or "")
+    if not recipe.base or not folder.is_dir():
+        return 0
+    stored = (info for _, info in open_base(folder).tensors.values())
+    return BYTES["float32"] * sum(math.prod(info.shape) for info in stored)
 
 
 def _data_needed(recipe: MergeRecipe) -> str:

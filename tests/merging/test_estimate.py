@@ -86,6 +86,18 @@ def test_the_summary_says_what_a_server_and_a_cluster_need(plan, tmp_path):
     assert found["worker_bytes"] > 100_000_000
 
 
+def test_who_writes_holds_the_result_the_inputs_and_the_base(plan, tmp_path, tiny_bert):
+    folders = {n: save_lora(tmp_path / n, i, shapes=LARGE) for i, n in enumerate("ab")}
+    found = plan(folders)
+    least = 4 * found["output_bytes"] + sum(
+        (folder / "adapter_model.safetensors").stat().st_size for folder in folders.values()
+    )
+    assert found["writer_bytes"] - found["worker_bytes"] > least
+    weights = (tiny_bert / "model.safetensors").stat().st_size
+    more = plan(folders, base=str(tiny_bert))["writer_bytes"] - found["writer_bytes"]
+    assert more == pytest.approx(weights, rel=0.1)
+
+
 def test_modules_that_not_all_have_are_counted_and_warned_of(plan, tmp_path):
     some = dict(list(SHAPES.items())[::2])
     folders = {
