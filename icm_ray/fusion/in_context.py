@@ -9,7 +9,7 @@ from icm_ray.config import LearnSpec, changed
 from icm_ray.errors import RecipeError
 from icm_ray.evidence.learned import LearnedMerge
 from icm_ray.files import MANIFEST, sha256_of_file
-from icm_ray.fusion.latent import DIRECT, IN_CONTEXT, in_stages
+from icm_ray.fusion.latent import DIRECT, IN_CONTEXT, Adaptation, in_stages
 from icm_ray.fusion.store import load_fusion
 from icm_ray.learning.recipes import Plan
 from icm_ray.types import Adapter
@@ -94,5 +94,5 @@ class Context:
         adapters: Sequence[Adapter],
     ) -> LearnedMerge:
         """Return what both stages learn; of the plan, its recipe and what lies beneath count."""
-        model, beneath = load_fusion(self.fusion), plan.terms.residual or None
-        return in_stages(stage, model, adapters, plan.spec, self.direct, beneath=beneath)
+        how = Adaptation(plan.spec, self.direct, beneath=plan.terms.residual or None)
+        return in_stages(stage, load_fusion(self.fusion), adapters, how)

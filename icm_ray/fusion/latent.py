@@ -229,15 +229,29 @@ def direct_plan(
     return DirectPlan(spec, terms, 0.0, parts)
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """How a fused adapter is adapted in context.
+
+    Attributes:
+        latent: How the latent moves.
+        direct: How the decoded LoRA moves afterwards; None: not.
+        residual: See `latent_plan`.
+        beneath: See `latent_plan`.
+    """
+
+    latent: LearnSpec = IN_CONTEXT
+    direct: LearnSpec | None = DIRECT
+    residual: bool = True
+    beneath: Mapping[str, LoRAFactors] | None = None
+
+
 def fuse_in_context(
     base: Base,
     tasks: Sequence[TaskInputs],
     model: FusionModel,
+    how: Adaptation,
     *,
-    latent: LearnSpec = IN_CONTEXT,
-    direct: LearnSpec | None = DIRECT,
-    residual: bool = True,
-    beneath: Mapping[str, LoRAFactors] | None = None,
     run: Run | None = None,
     progress: Progress | None = None,
 ) -> LearnedMerge:
@@ -247,10 +261,7 @@ def fuse_in_context(
         base: The frozen base.
         tasks: Adapters the model knows, and their inputs.
         model: The Fusion-VAE.
-        latent: How the latent moves.
-        direct: How the LoRA moves afterwards; None: not.
-        residual: See `latent_plan`.
-        beneath: See `latent_plan`.
+        how: Both stages.
         run: How the run is carried out.
         progress: Told about each step of each stage.
 
@@ -263,19 +274,14 @@ def fuse_in_context(
             base.model, plan.learning(base), tasks, (run or Run()).of_stage(name), progress=progress
         )
 
-    adapters = [task.adapter for task in tasks]
-    return in_stages(stage, model, adapters, latent, direct, residual=residual, beneath=beneath)
+    return in_stages(stage, model, [task.adapter for task in tasks], how)
 
 
 def in_stages(
     stage: Callable[[Plan, str], LearnedMerge],
     model: FusionModel,
     adapters: Sequence[Adapter],
-    latent: LearnSpec = IN_CONTEXT,
-    direct: LearnSpec | None = DIRECT,
-    *,
-    residual: bool = True,
-    beneath: Mapping[str, LoRAFactors] | None = None,
+    how: Adaptation,
 ) -> LearnedMerge:
     """Return what both stages learn, whoever runs them; see `fuse_in_context`.
 
@@ -283,19 +289,16 @@ def in_stages(
         stage: Learns a plan, given the stage's name: "latent" or "direct".
         model: The Fusion-VAE.
         adapters: Adapters the model knows.
-        latent: How the latent moves.
-        direct: How the LoRA moves afterwards; None: not.
-        residual: See `latent_plan`.
-        beneath: See `latent_plan`.
+        how: Both stages.
     """
-    origin = {"method": "icm_fusion", "latent": latent.model_dump()}
-    plan = latent_plan(model, adapters, latent, residual=residual, beneath=beneath)
+    origin = {"method": "icm_fusion", "latent": how.latent.model_dump()}
+    plan = latent_plan(model, adapters, how.latent, residual=how.residual, beneath=how.beneath)
     first = stage(plan, "latent")
-    if direct is None:
+    if how.direct is None:
         return replace(first, origin=origin)
-    then = direct_plan(adapters, parts_of(first.tensors), direct, beneath=beneath)
+    then = direct_plan(adapters, parts_of(first.tensors), how.direct, beneath=how.beneath)
     last = stage(then, "direct")
-    origin["direct"] = direct.model_dump()
+    origin["direct"] = how.direct.model_dump()
     return replace(last, origin=origin, report={**last.report, "latent": first.report})
 
 

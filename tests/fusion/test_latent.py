@@ -1,7 +1,5 @@
 """F3: the latent and then the LoRA adapt to inputs, resume, and merge as what was learned."""
 
-from typing import Any
-
 import pytest
 import torch
 from learning_samples import merged_factors
@@ -11,7 +9,13 @@ from icm_ray.config import ObjectiveSpec
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.learned import save_learned
 from icm_ray.fusion.diagnosis import soup
-from icm_ray.fusion.latent import DIRECT, IN_CONTEXT, fuse_in_context, latent_plan
+from icm_ray.fusion.latent import (
+    DIRECT,
+    IN_CONTEXT,
+    Adaptation,
+    fuse_in_context,
+    latent_plan,
+)
 from icm_ray.fusion_vae.layout import distance, norm
 from icm_ray.learning.parameters import Parameters
 
@@ -27,7 +31,7 @@ QUICK = {"latent": short(IN_CONTEXT, 8), "direct": short(DIRECT, 6)}
 
 @pytest.fixture(scope="module")
 def fused(tiny, tasks, model):
-    return fuse_in_context(tiny, tasks, model, **QUICK)
+    return fuse_in_context(tiny, tasks, model, Adaptation(**QUICK))
 
 
 def test_it_starts_at_the_average(model, adapters) -> None:
@@ -78,18 +82,18 @@ def test_a_killed_run_continues_to_the_same_bytes(tiny, tasks, model, fused, tmp
         if step == 5:
             raise Killed
 
-    options: dict[str, Any] = {
+    stages = {
         name: spec.model_copy(
             update={"optimisation": spec.optimisation.model_copy(update={"save_every": 2})}
         )
         for name, spec in QUICK.items()
     }
-    options["run"] = Run(scratch=tmp_path, key="k")
+    how, run = Adaptation(**stages), Run(scratch=tmp_path, key="k")
     with pytest.raises(Killed):
-        fuse_in_context(tiny, tasks, model, **options, progress=kill)
+        fuse_in_context(tiny, tasks, model, how, run=run, progress=kill)
     seen: list[int] = []
     again = fuse_in_context(
-        tiny, tasks, model, **options, progress=lambda step, _loss: seen.append(step)
+        tiny, tasks, model, how, run=run, progress=lambda step, _loss: seen.append(step)
     )
     assert seen[0] == 5
     assert all(torch.equal(again.tensors[n], t) for n, t in fused.tensors.items())
@@ -100,9 +104,8 @@ def test_a_merge_may_lie_beneath(tiny, tasks, model, adapters, tmp_path) -> None
     start = latent_plan(model, adapters, beneath=beneath).parameters()
     merged = merged_factors(start)
     assert distance(merged, beneath) <= 1e-4 * norm(beneath)
-    found = fuse_in_context(
-        tiny, tasks, model, beneath=beneath, latent=QUICK["latent"], direct=None
-    )
+    how = Adaptation(QUICK["latent"], None, beneath=beneath)
+    found = fuse_in_context(tiny, tasks, model, how)
     save_learned(found, tmp_path / "fused")
     result = icm_ray.merge(adapters, "icm_fusion", evidence=tmp_path / "fused").adapter
     assert 0 < distance(result.modules, beneath) < norm(beneath)
@@ -117,7 +120,7 @@ def test_a_merge_may_lie_beneath(tiny, tasks, model, adapters, tmp_path) -> None
 def test_a_latent_can_distil(tiny, tasks, model, fused) -> None:
     changes = {"objective": ObjectiveSpec(kind="distillation")}
     how = {name: spec.model_copy(update=changes) for name, spec in QUICK.items()}
-    found = fuse_in_context(tiny, tasks, model, **how)
+    found = fuse_in_context(tiny, tasks, model, Adaptation(**how))
     losses = found.report["losses"].values()
     assert sum(t["end"][0] for t in losses) < sum(t["start"][0] for t in losses)
     assert found.origin["direct"]["objective"]["kind"] == "distillation"
@@ -140,6 +143,6 @@ def test_gauges_of_factors_adapt_too(tiny, tasks, build, adapters, gauge) -> Non
 
     changes = {"representation": {"gauge": gauge}, "vae": {"preset": "default"}}
     model = finished(build(**changes), [], adapters)
-    found = fuse_in_context(tiny, tasks, model, **QUICK)
+    found = fuse_in_context(tiny, tasks, model, Adaptation(**QUICK))
     losses = found.report["losses"].values()
     assert sum(t["end"][0] for t in losses) < sum(t["start"][0] for t in losses)
