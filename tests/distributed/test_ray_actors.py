@@ -157,9 +157,13 @@ def test_actors_start_when_they_are_needed_and_end_with_the_pool(session, files,
         gather_on_ray(pool, files[:1], inputs, BATCH)
         (actor, *_) = pool.actors
     with pytest.raises(ray.exceptions.RayActorError):
-        for _ in range(300):  # a killed actor may still answer what reached it first
-            ray.get(actor.__ray_ready__.remote(), timeout=60)
-            time.sleep(0.1)
+        wait_for_the_end(actor)
+
+
+def wait_for_the_end(actor) -> None:
+    for _ in range(300):  # a killed actor may still answer what reached it first
+        ray.get(actor.__ray_ready__.remote(), timeout=60)
+        time.sleep(0.1)
 
 
 def test_scores_are_the_serial_ones_and_kept_by_content(
