@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -343,10 +344,11 @@ def test_a_killed_driver_goes_on(recipe, ray_session, tmp_path):
 
 @pytest.mark.cluster
 def test_two_nodes_run_trials(tmp_path):
-    command = [sys.executable, str(ROOT / "tests" / "distributed" / "two_nodes_search.py")]
+    tests = ROOT / "tests"
+    command = [sys.executable, str(tests / "distributed" / "two_nodes_search.py")]
     done = subprocess.run(
         [*command, str(tmp_path)],
-        env=environment(),
+        env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{tests}"),
         capture_output=True,
         text=True,
         timeout=400,
