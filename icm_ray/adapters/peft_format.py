@@ -16,6 +16,7 @@ from torch import Tensor
 from icm_ray.adapters.contents import PREFIX, Contents, read_contents, tensor_keys
 from icm_ray.adapters.fingerprint import largest
 from icm_ray.adapters.formats import WEIGHTS_FILE, Stored, StoredTensors, open_stored, view_of
+from icm_ray.adapters.formats.repositories import REPOSITORY
 from icm_ray.adapters.policy import check_config
 from icm_ray.adapters.values import Scan, not_finite, scan
 from icm_ray.errors import InputError, by_cause
@@ -248,7 +249,8 @@ def default_name(path: Path) -> str:
     """Return what an adapter is called that got no name: as its folder, file or repository."""
     if path.is_dir():
         return path.resolve().name
-    return path.name.partition("@")[0].removesuffix(".safetensors")
+    repository = None if path.exists() else REPOSITORY.fullmatch(str(path))
+    return Path(repository["id"]).name if repository else path.name.removesuffix(".safetensors")
 
 
 def load_adapter(

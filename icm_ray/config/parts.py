@@ -83,12 +83,19 @@ class AdapterRef(Part):
         return self.name, Path(self.path)
 
 
+_REVISION = re.compile(r"^(\w[\w.-]*/\w[\w.-]*)@[\w./-]+$")
+"""Of a repository's id; the @ of a folder is part of its name."""
+
+
 def folder_names(paths: Iterable[str]) -> list[str]:
     """Return names by folders, files or repositories, with as many parents as tell them apart.
 
     `runA/checkpoint-500` and `runB/checkpoint-500` become `runA-checkpoint-500` and so on.
     """
-    bare = (path.partition("@")[0].removesuffix(".safetensors") for path in paths)
+    bare = (
+        path if os.path.isdir(path) else _REVISION.sub(r"\1", path).removesuffix(".safetensors")
+        for path in paths
+    )
     parts = [Path(os.path.abspath(os.path.expanduser(path))).parts[1:] for path in bare]
     depths = [1] * len(parts)
     for _ in range(max(map(len, parts), default=0)):

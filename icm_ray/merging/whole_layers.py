@@ -10,7 +10,6 @@ from torch import Tensor
 
 from icm_ray.adapters import AdapterFile, class_of
 from icm_ray.adapters.contents import is_saved
-from icm_ray.adapters.header import read_header
 from icm_ray.errors import InputError, by_cause
 from icm_ray.report import Usage
 from icm_ray.types import Adapter, SavedModulesPolicy
@@ -20,12 +19,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def shapes_of(file: AdapterFile) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of an adapter's full tensors, from the file's header."""
-    if not file.saved:
-        return {}
-    header = read_header(file.file)
-    keys = zip(file.saved_names, file.saved, strict=True)
-    return {path: tuple(header[key].shape) for path, key in keys}
+    """Return the shapes of an adapter's full tensors; no value is read."""
+    with file.open() as handle:
+        keys = zip(file.saved_names, file.saved, strict=True)
+        return {path: handle.get_shape(key) for path, key in keys}
 
 
 def check_mean(files: Sequence[AdapterFile]) -> None:

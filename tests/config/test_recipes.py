@@ -205,6 +205,8 @@ def test_adapters_may_be_paths_alone(tmp_path: Path) -> None:
 
 def test_one_folder_twice_keeps_one_name() -> None:
     assert len(set(folder_names(["a/b", "a/b/", "./a/b"]))) == 1
+    assert folder_names(["/home/me@corp/law", "/home/me@corp/med"]) == ["law", "med"]
+    assert folder_names(["org/law@refs/pr/1", "x/med.safetensors"]) == ["law", "med"]
 
 
 @pytest.mark.parametrize(

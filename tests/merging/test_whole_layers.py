@@ -1,11 +1,12 @@
 """What becomes of full layers: averaged only where they are equal in shape, matched as in PEFT."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from command_samples import save_lora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from icm_ray.adapters import open_all
 from icm_ray.adapters.contents import is_saved
@@ -13,7 +14,7 @@ from icm_ray.errors import InputError
 from icm_ray.merging.folder import Origin, read_merged, write_merged
 from icm_ray.merging.merge import merge
 from icm_ray.merging.proof import reproduce, verify_folder
-from icm_ray.merging.whole_layers import check_mean
+from icm_ray.merging.whole_layers import check_mean, shapes_of
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,25 @@ def test_the_mean_is_in_the_file_as_peft_has_it(opened, tmp_path):
     assert read_merged(tmp_path / "out").report["modules_to_save"] == "mean"
     verify_folder(tmp_path / "out")
     assert "adapter_model.safetensors" in reproduce(tmp_path / "out")
+
+
+def test_whole_layers_in_shards_are_read_where_they_lie(tmp_path):
+    head = {"classifier.weight": torch.ones(2, 16)}
+    whole = save_lora(tmp_path / "whole", saved=head)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    tensors = load_file(whole / "adapter_model.safetensors")
+    places = {
+        name: f"adapter_model-0000{1 + ('lora' in name)}-of-00002.safetensors" for name in tensors
+    }
+    for place in set(places.values()):
+        save_file({n: t for n, t in tensors.items() if places[n] == place}, shards / place)
+    index = {"metadata": {}, "weight_map": places}
+    (shards / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copyfile(whole / "adapter_config.json", shards / "adapter_config.json")
+    one, other = open_all([("whole", whole), ("shards", shards)], "mean")
+    assert shapes_of(one) == shapes_of(other) == {"classifier.weight": (2, 16)}
+    check_mean([one, other])
 
 
 def test_unequal_layers_have_no_mean(opened):

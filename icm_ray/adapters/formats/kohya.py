@@ -9,6 +9,7 @@ from pathlib import Path
 
 from icm_ray.adapters.formats.view import (
     View,
+    by_ending,
     plain_config,
     ranks_of,
     read_alphas,
@@ -70,10 +71,8 @@ def read_kohya(file: Path, header: dict[str, TensorInfo]) -> View:
 
 
 def _names(key: str) -> tuple[str, str] | None:
-    for side, ending in ENDINGS.items():
-        if key.endswith(ending):
-            return module_path(key.removesuffix(ending)), side
-    return None
+    parts = by_ending(key, ENDINGS)
+    return parts and (module_path(parts[0]), parts[1])
 
 
 def module_path(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters.contents import EMBEDDING
-from icm_ray.adapters.formats.view import View, plain_config, sort_keys, stored_as_peft
+from icm_ray.adapters.formats.view import View, by_ending, plain_config, sort_keys, stored_as_peft
 from icm_ray.adapters.header import TensorInfo
 from icm_ray.adapters.policy import CONFIG_FILE, MAX_CONFIG_BYTES, short
 from icm_ray.adapters.raw_files import read_table
@@ -27,7 +27,9 @@ def read_mlx(file: Path, header: dict[str, TensorInfo]) -> View:
     Raises:
         InputError: naming every tensor that is no factor, or what of the config is no plain LoRA.
     """
-    modules = sort_keys(file, header, _names, "MLX's lora_a and lora_b")
+    modules = sort_keys(
+        file, header, lambda key: by_ending(key, ENDINGS), "MLX's lora_a and lora_b"
+    )
     config_file = file.parent / CONFIG_FILE
     config = read_table(config_file, MAX_CONFIG_BYTES)
     problems = [
@@ -53,13 +55,6 @@ def read_mlx(file: Path, header: dict[str, TensorInfo]) -> View:
         stored=stored,
         config_file=config_file,
     )
-
-
-def _names(key: str) -> tuple[str, str] | None:
-    for side, ending in ENDINGS.items():
-        if key.endswith(ending):
-            return key.removesuffix(ending), side
-    return None
 
 
 def _base(config: Mapping[str, Any]) -> str | None:

@@ -72,14 +72,27 @@ class StoredTensors:
 
     def get_tensor(self, key: str) -> Tensor:
         """Return the tensor that PEFT calls `key`."""
-        place = self._stored.get(key) or Stored(self._file, key)
-        if place.file not in self._handles:
-            self._handles[place.file] = self._stack.enter_context(open_tensors(place.file))
+        place, handle = self._open(key)
         try:
-            tensor = self._handles[place.file].get_tensor(place.key)
+            tensor = handle.get_tensor(place.key)
         except (SafetensorError, OSError) as error:
             raise damaged(place.file, error) from None
         return tensor.T.contiguous() if place.is_turned else tensor
+
+    def get_shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of the tensor that PEFT calls `key`; no value is read."""
+        place, handle = self._open(key)
+        try:
+            shape = tuple(handle.get_slice(place.key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise damaged(place.file, error) from None
+        return shape[::-1] if place.is_turned else shape
+
+    def _open(self, key: str) -> tuple[Stored, Any]:
+        place = self._stored.get(key) or Stored(self._file, key)
+        if place.file not in self._handles:
+            self._handles[place.file] = self._stack.enter_context(open_tensors(place.file))
+        return place, self._handles[place.file]
 
 
 @contextlib.contextmanager
@@ -87,6 +100,14 @@ def open_stored(file: Path, stored: Mapping[str, Stored]) -> Iterator[StoredTens
     """Open a view's tensors; those that `stored` does not list are in `file` under PEFT's names."""
     with contextlib.ExitStack() as stack:
         yield StoredTensors(file, stored, stack)
+
+
+def by_ending(key: str, endings: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return what stands before the ending of a tensor's name, and the side of that ending."""
+    for side, ending in endings.items():
+        if key.endswith(ending):
+            return key.removesuffix(ending), side
+    return None
 
 
 def sort_keys(
