@@ -181,3 +181,19 @@ def save_tokenizer(folder: Path, *, pad: str | None = "[PAD]") -> None:
 def texts() -> tuple[str, ...]:
     """Twenty-four short texts of different lengths."""
     return tuple(" ".join(WORDS[(i + j) % len(WORDS)] for j in range(2 + i % 5)) for i in range(24))
+
+
+@pytest.fixture
+def cli() -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs `icm-ray` and returns exit code, stdout and stderr."""
+    from typer.testing import CliRunner
+
+    from icm_ray.cli import app
+
+    def invoke(*words: object) -> tuple[int, str, str]:
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done.exit_code, done.stdout, done.stderr
+
+    return invoke

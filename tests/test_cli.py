@@ -12,24 +12,9 @@ import torch
 import yaml
 from command_samples import SHAPES, recipe_of, save_lora
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from icm_ray.cli import app
 from icm_ray.command import quiet_libraries
 from icm_ray.methods import METHODS
-
-
-@pytest.fixture
-def cli():
-    """Return a function that runs `icm-ray` and returns exit code, stdout and stderr."""
-
-    def invoke(*words):
-        done = CliRunner().invoke(app, [str(word) for word in words])
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        return done.exit_code, done.stdout, done.stderr
-
-    return invoke
 
 
 @pytest.fixture

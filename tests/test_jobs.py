@@ -136,7 +136,7 @@ def test_merge_and_pipeline_refuse_before_ray_starts(job, recipe, tmp_path):
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 4),
         (torch.OutOfMemoryError("CUDA out of memory"), 4),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/x"), 3),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 3),
+        (PermissionError(errno.EACCES, "Permission denied", "/locked/x"), 3),
         (OSError(errno.EIO, "Input/output error"), 1),
         (ClusterError("lost"), 5),
         (KeyError("bug"), 1),

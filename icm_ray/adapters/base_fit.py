@@ -58,17 +58,17 @@ def refuse_misfits(adapters: Iterable[Adapter | AdapterFile], base: BaseFolder) 
         raise InputError(problems)
 
 
-def architecture(path: Path, adapter: Adapter | AdapterFile) -> Any:
+def architecture(base: BaseFolder, adapter: Adapter | AdapterFile) -> Any:
     """Return the base without weights, as the class that fits the adapter best.
 
     Raises:
-        InputError: the base's config cannot be used.
+        InputError: the base's config makes no model.
     """
-    return _fit(adapter, open_base(path))[0]
+    return _fit(adapter, base)[0]
 
 
 def tied_warnings(
-    adapters: Sequence[Adapter | AdapterFile], base_path: Path | None = None
+    adapters: Sequence[Adapter | AdapterFile], base: BaseFolder | None = None
 ) -> list[str]:
     """Say if adapters change one of two layers that the base may keep as one weight.
 
@@ -76,7 +76,7 @@ def tied_warnings(
 
     Args:
         adapters: Adapters or opened files.
-        base_path: The base's folder; without it, whether the layers are tied is not known.
+        base: The checked base; without it, whether the layers are tied is not known.
 
     Returns:
         One line for all adapters, or none.
@@ -88,8 +88,8 @@ def tied_warnings(
             for module in adapter.modules
             if adapter.layouts.get(module) == EMBEDDING or module.rpartition(".")[2] == "lm_head"
         ]
-        if modules and base_path is not None:
-            ties = architecture(base_path, adapter).all_tied_weights_keys or {}
+        if modules and base is not None:
+            ties = architecture(base, adapter).all_tied_weights_keys or {}
             weights = {*ties, *ties.values()}
             modules = [module for module in modules if f"{module}.weight" in weights]
         if modules:
@@ -99,7 +99,7 @@ def tied_warnings(
     name, module = next(iter(changed.items()))
     others = f" (and in {len(changed) - 1} others)" if len(changed) > 1 else ""
     return [
-        f"{name}: {module}{others}: {'' if base_path else 'if '}the base ties its embeddings: "
+        f"{name}: {module}{others}: {'' if base else 'if '}the base ties its embeddings: "
         "loaded, the adapter changes one of them; merged by PEFT, both. icm-ray export unties them."
     ]
 

@@ -17,7 +17,7 @@ from torch import nn
 from icm_ray.adapters.header import TensorInfo, read_header
 from icm_ray.adapters.policy import CONFIG_FILE as ADAPTER_CONFIG
 from icm_ray.adapters.policy import short
-from icm_ray.adapters.raw_files import parse_json, read_bytes, regular_size
+from icm_ray.adapters.raw_files import read_table
 from icm_ray.errors import InputError
 
 CONFIG_FILE = "config.json"
@@ -26,6 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 10_000_000
 """Room for the names of 21,000 classes."""
 MAX_INDEX_BYTES = 100_000_000
+DOWNLOAD = "Download it again."
 MAX_COUNT = 100_000
 """Layers, heads, experts or labels of one model."""
 
@@ -112,17 +113,8 @@ def named(where: Path, what: str) -> Iterator[None]:
 
 def _read_config(file: Path) -> dict[str, Any]:
     """Return `config.json` as plain data, after every check that needs no transformers."""
-    size = regular_size(file)
-    if size > MAX_CONFIG_BYTES:
-        raise InputError(
-            f"{file}: {size} bytes but at most {MAX_CONFIG_BYTES} are expected. Download it again."
-        )
     # State-space models have bounds of Infinity in their configs.
-    raw = parse_json(read_bytes(file, MAX_CONFIG_BYTES), str(file), only_finite=False)
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"{file}: a {type(raw).__name__} but a JSON object is expected. Download it again."
-        )
+    raw = read_table(file, MAX_CONFIG_BYTES, DOWNLOAD, only_finite=False)
     problems = list(_config_problems(raw))
     if (file.parent / ADAPTER_CONFIG).exists():
         problems.append(
@@ -208,15 +200,9 @@ def _read_headers(path: Path) -> dict[str, tuple[Path, TensorInfo]]:
 
 def _read_index(file: Path) -> dict[str, str]:
     """Return the shard of every tensor; a shard is a file beside its index and nothing else."""
-    size = regular_size(file)
-    if size > MAX_INDEX_BYTES:
-        raise InputError(
-            f"{file}: {size} bytes but at most {MAX_INDEX_BYTES} are expected. Download it again."
-        )
-    raw = parse_json(read_bytes(file, MAX_INDEX_BYTES), str(file))
-    places = raw.get("weight_map") if isinstance(raw, dict) else None
+    places = read_table(file, MAX_INDEX_BYTES, DOWNLOAD).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise InputError(f"{file}: no weight_map but one is expected. Download it again.")
+        raise InputError(f"{file}: no weight_map but one is expected. {DOWNLOAD}")
     for shard in places.values():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise InputError(

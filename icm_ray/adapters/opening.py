@@ -4,11 +4,10 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from icm_ray.adapters.alignment import compare_shapes, shapes_of
 from icm_ray.adapters.base_fit import misfits, refuse_misfits
-from icm_ray.adapters.base_folder import BaseFolder, open_base
+from icm_ray.adapters.base_folder import BaseFolder
 from icm_ray.adapters.base_names import chosen_name
 from icm_ray.adapters.peft_format import AdapterFile, open_adapter
 from icm_ray.adapters.renaming import FAMILIES, changed_names, renamings
@@ -91,19 +90,18 @@ def with_common_names(adapters: Sequence[Adapter | AdapterFile]) -> list[Adapter
     return [_renamed(adapter, new.get(adapter.name, {})) for adapter in adapters]
 
 
-def fit_base(files: Sequence[AdapterFile], base: str | os.PathLike[str]) -> list[AdapterFile]:
+def fit_base(files: Sequence[AdapterFile], base: BaseFolder) -> list[AdapterFile]:
     """Return files whose modules the base has, under the names of the installed transformers.
 
     Args:
         files: Opened adapters.
-        base: A local transformers model folder; only its config and headers are read.
+        base: The checked base.
 
     Raises:
-        InputError: the config cannot be used, or naming the modules that do not fit.
+        InputError: the config makes no model, or naming the modules that do not fit.
     """
-    opened = open_base(Path(base))
-    fitted = [_fit(file, opened) for file in files]
-    refuse_misfits(fitted, opened)
+    fitted = [_fit(file, base) for file in files]
+    refuse_misfits(fitted, base)
     return fitted
 
 

@@ -63,23 +63,29 @@ def read_bytes(file: Path, count: int, offset: int = 0) -> bytes:
         ) from None
 
 
-def read_table(file: Path, limit: int) -> dict[str, Any]:
+def read_table(
+    file: Path, limit: int, advice: str = "Save it again.", *, only_finite: bool = True
+) -> dict[str, Any]:
     """Read a JSON file of at most `limit` bytes that holds a table, such as `adapter_config.json`.
+
+    Args:
+        file: The file.
+        limit: Its largest size.
+        advice: What to do about one that is too large or no table.
+        only_finite: See `parse_json`.
 
     Raises:
         InputError: no such file, too large, or no JSON object.
     """
     size = regular_size(file)
     if size > limit:
-        raise InputError(f"{file}: {size} bytes but at most {limit} are expected. Save it again.")
+        raise InputError(f"{file}: {size} bytes but at most {limit} are expected. {advice}")
     data = read_bytes(file, limit)
     if data.startswith(LFS_POINTER):
         raise InputError(f"{file}: a Git LFS pointer but JSON is expected. Run 'git lfs pull'.")
-    raw = parse_json(data, str(file))
+    raw = parse_json(data, str(file), only_finite=only_finite)
     if not isinstance(raw, dict):
-        raise InputError(
-            f"{file}: a {type(raw).__name__} but a JSON object is expected. Save it again."
-        )
+        raise InputError(f"{file}: a {type(raw).__name__} but a JSON object is expected. {advice}")
     return raw
 
 

@@ -8,16 +8,13 @@ from typing import Any
 
 from icm_ray.adapters import AdapterFile
 from icm_ray.adapters.base_fit import architecture
+from icm_ray.adapters.base_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, open_base
 from icm_ray.adapters.contents import DTYPES, EMBEDDING
-from icm_ray.adapters.formats.shards import INDEX_ENDING, read_shards
+from icm_ray.adapters.formats.shards import read_shards
 from icm_ray.adapters.header import TensorInfo, read_header
 from icm_ray.adapters.policy import MAX_CONFIG_BYTES, short
 from icm_ray.adapters.raw_files import read_table
 from icm_ray.errors import InputError
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = f"model{INDEX_ENDING}"
 
 
 @dataclass(frozen=True)
@@ -76,22 +73,23 @@ def read_base(folder: Path, adapter: AdapterFile) -> BaseWeights:
     Raises:
         InputError: a file is missing or damaged, or the weights are quantised.
     """
-    config = read_table(folder / CONFIG, MAX_CONFIG_BYTES)
+    config = read_table(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for key in ("quantization_config", "quantization"):
         if any(part.get(key) for part in parts):
             raise InputError(
-                f"{folder / CONFIG}: {key}: a quantised base but stored numbers that a change can "
-                "be added to are expected. Export with the base it was quantised from."
+                f"{folder / CONFIG_FILE}: {key}: a quantised base but stored numbers that a change "
+                "can be added to are expected. Export with the base it was quantised from."
             )
-    is_sharded = not (folder / WEIGHTS).exists()
+    is_sharded = not (folder / WEIGHTS_FILE).exists()
     if is_sharded:
-        header, places = read_shards(folder / INDEX)
+        header, places = read_shards(folder / INDEX_FILE)
         files = {key: place.file.name for key, place in places.items()}
     else:
-        header = read_header(folder / WEIGHTS)
-        files = dict.fromkeys(header, WEIGHTS)
-    return BaseWeights(folder, config, architecture(folder, adapter), header, files, is_sharded)
+        header = read_header(folder / WEIGHTS_FILE)
+        files = dict.fromkeys(header, WEIGHTS_FILE)
+    model = architecture(open_base(folder), adapter)
+    return BaseWeights(folder, config, model, header, files, is_sharded)
 
 
 def find_targets(adapter: AdapterFile, base: BaseWeights) -> list[Target]:

@@ -16,14 +16,12 @@ from safetensors.torch import save_file
 
 from icm_ray.adapters import AdapterFile
 from icm_ray.adapters.base_fit import architecture
+from icm_ray.adapters.base_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, open_base
 from icm_ray.adapters.contents import DTYPES
 from icm_ray.adapters.header import MAX_HEADER_BYTES, TensorInfo, open_tensors, read_header
 from icm_ray.adapters.raw_files import read_table
 from icm_ray.errors import InputError
 from icm_ray.exporting.base_weights import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
     BaseWeights,
     Target,
     copies_to_untie,
@@ -44,7 +42,7 @@ from icm_ray.types import LoRAFactors
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """Endings of what belongs to a model beside its weights: config, tokenizer, templates."""
-NOT_COPIED = (INDEX, MANIFEST, RESULTS_FILE, RUN_FILE)
+NOT_COPIED = (INDEX_FILE, MANIFEST, RESULTS_FILE, RUN_FILE)
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 """What a single weights file and the weights that were tied become."""
 UNTIED_SHARD = "model-untied.safetensors"
@@ -85,8 +83,8 @@ def export_model(adapter: AdapterFile, base: Path, out: Path) -> None:
         places = _copy_weights(weights, copies or {}, folder)
         _change(adapter, targets, places)
         if copies is not None:
-            write_json(folder / CONFIG, untied(weights.config))
-            if architecture(folder, adapter).all_tied_weights_keys:
+            write_json(folder / CONFIG_FILE, untied(weights.config))
+            if architecture(open_base(folder), adapter).all_tied_weights_keys:
                 raise InputError(
                     f"{base}: ties weights that the adapter changes in a way that cannot be "
                     "undone. Serve the adapter beside the base instead."
@@ -102,8 +100,8 @@ def _copy_settings(base: Path, folder: Path) -> None:
 
 def _copy_weights(base: BaseWeights, copies: Mapping[str, str], folder: Path) -> dict[str, Place]:
     """Copy the base's files, write what is stored anew, and the index if there are several."""
-    first, extra = (WEIGHTS, UNTIED_SHARD) if base.is_sharded or not copies else SHARDS
-    names = {file: first if file == WEIGHTS else file for file in set(base.files.values())}
+    first, extra = (WEIGHTS_FILE, UNTIED_SHARD) if base.is_sharded or not copies else SHARDS
+    names = {file: first if file == WEIGHTS_FILE else file for file in set(base.files.values())}
     for old, new in names.items():
         shutil.copyfile(base.folder / old, folder / new)
     places = {
@@ -119,12 +117,12 @@ def _copy_weights(base: BaseWeights, copies: Mapping[str, str], folder: Path) ->
             k: Place(folder / extra, info) for k, info in read_header(folder / extra).items()
         }
     if base.is_sharded or copies:
-        write_json(folder / INDEX, _index(base, places))
+        write_json(folder / INDEX_FILE, _index(base, places))
     return places
 
 
 def _index(base: BaseWeights, places: Mapping[str, Place]) -> dict[str, object]:
-    old = read_table(base.folder / INDEX, MAX_HEADER_BYTES) if base.is_sharded else {}
+    old = read_table(base.folder / INDEX_FILE, MAX_HEADER_BYTES) if base.is_sharded else {}
     size = sum(
         math.prod(place.info.shape) * DTYPES[place.info.dtype].itemsize
         for place in places.values()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, check_together, delta_cosines, open_all, tied_warnings
-from icm_ray.adapters.base_folder import open_base
+from icm_ray.adapters.base_folder import BaseFolder, open_base
 from icm_ray.config import MergeRecipe, folder_names
 from icm_ray.errors import RecipeError, one_line
 from icm_ray.files import refuse_inputs
@@ -51,7 +51,7 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def warnings_of(files: Sequence[AdapterFile], base: Path | None = None) -> list[str]:
+def warnings_of(files: Sequence[AdapterFile], base: BaseFolder | None = None) -> list[str]:
     """Return, once each, what is odd about adapters, together and alone; none stops a merge."""
     users: dict[str, list[AdapterFile]] = {}
     for file in files:

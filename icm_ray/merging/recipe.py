@@ -47,12 +47,13 @@ def merge_recipe(
     files = open_inputs(recipe)
     request = MergeRequest.of(recipe)
     checked = plan_merge(files, request, is_gathered_later=True)
-    base = None
+    base = opened = None
     if recipe.base:
         base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
-        require_weights(open_base(base))  # the result is verified on it in the end
-        files = fit_base(files, base)
-    warn([*warnings_of(files, base), *idle_lines(checked)])
+        opened = open_base(base)
+        require_weights(opened)  # the result is verified on it in the end
+        files = fit_base(files, opened)
+    warn([*warnings_of(files, opened), *idle_lines(checked)])
     evidence = Path(recipe.evidence) if recipe.evidence else None
     if gatherer is not None and recipe.data is not None and base is not None:
         evidence = gatherer(files, base)

@@ -6,6 +6,7 @@ import pytest
 from adapter_samples import CASES, small_model
 
 from icm_ray.adapters import check_base, open_adapter, tied_warnings
+from icm_ray.adapters.base_folder import open_base
 from icm_ray.errors import InputError
 
 
@@ -59,9 +60,9 @@ def test_a_change_of_tied_embeddings_is_said_once(make_peft, tmp_path):
     [unknown] = tied_warnings([file, file])
     assert "if the base ties its embeddings" in unknown
     tied = write_config(small_model("llama"), tmp_path / "tied", tie_word_embeddings=True)
-    [known] = tied_warnings([file], tied)
+    [known] = tied_warnings([file], open_base(tied))
     assert "model.embed_tokens: the base ties its embeddings" in known
     free = write_config(small_model("llama"), tmp_path / "free", tie_word_embeddings=False)
-    assert tied_warnings([file], free) == []
+    assert tied_warnings([file], open_base(free)) == []
     plain = open_adapter(make_peft("llama", r=2, target_modules=["q_proj"], folder="plain")[0])
-    assert tied_warnings([plain]) == tied_warnings([plain], tied) == []
+    assert tied_warnings([plain]) == tied_warnings([plain], open_base(tied)) == []

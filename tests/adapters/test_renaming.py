@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from icm_ray import merge
 from icm_ray.adapters import check_base, check_together, fit_base, open_all
+from icm_ray.adapters.base_folder import open_base
 from icm_ray.adapters.renaming import FAMILIES, changed_names, renamings
 from icm_ray.errors import InputError
 
@@ -125,11 +126,11 @@ def test_names_of_an_old_release_fit_the_base_as_it_is_built_today(old_and_new, 
     old = open_all([("old", old_and_new / "old")])
     with pytest.raises(InputError, match="not in the base model"):
         check_base(old, tmp_path / "base")
-    fitted = fit_base(old, tmp_path / "base")
+    fitted = fit_base(old, open_base(tmp_path / "base"))
     check_base(fitted, tmp_path / "base")
     assert fitted[0].fingerprint == old[0].fingerprint
     current = open_all([("current", old_and_new / "current")])
-    assert fit_base(current, tmp_path / "base") == current
+    assert fit_base(current, open_base(tmp_path / "base")) == current
 
 
 def test_loaded_adapters_are_brought_together_too():

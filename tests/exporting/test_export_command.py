@@ -4,23 +4,8 @@ import pytest
 import torch
 from command_samples import save_lora
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from icm_ray.adapters import open_adapter
-from icm_ray.cli import app
-
-
-@pytest.fixture
-def cli():
-    """Return a function that runs `icm-ray` and returns exit code, stdout and stderr."""
-
-    def invoke(*words):
-        done = CliRunner().invoke(app, [str(word) for word in words])
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        return done.exit_code, done.stdout, done.stderr
-
-    return invoke
 
 
 def test_a_whole_model_and_how_to_serve_it(cli, tmp_path, tiny_bert):
