@@ -1,5 +1,6 @@
 """`jobs.evaluate`: adapters scored on a suite's tasks, beside the tasks' own experts."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     own = [open_all([(task, expert.adapter)])[0] for task, expert in experts.items()]
     items = [ScoreItem(file.name, AdapterSource(file), tuple(experts)) for file in files]
     data = task_data(suite, experts, recipe.split, recipe.examples)
-    base = prepare_base(recipe.base or suite.base, recipe.cache, recipe.revision, progress=print)
+    prepare = partial(prepare_base, recipe.base or suite.base, recipe.cache, recipe.revision)
+    base = prepare(progress=print)
     with (
-        opened(recipe.resources, base, recipe.seed) as session,
+        opened(recipe.resources, base, recipe.seed, prepare) as session,
         session.pool(len(items) + len(own) + 1) as pool,
     ):
         everything = [*references(own), *items]

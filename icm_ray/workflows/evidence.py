@@ -1,5 +1,6 @@
 """`jobs.evidence`: what methods and reports must know of adapters and inputs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     files = open_all(refs, recipe.modules_to_save, base=recipe.base)
     warn(warnings_of(files))
     inputs = load_inputs(recipe.data, [file.name for file in files])
-    base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
+    prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)
+    base = prepare(progress=print)
     outputs = {"outputs": {"evidence": str(target)}}
     with (
-        opened(recipe.resources, base, recipe.seed) as session,
+        opened(recipe.resources, base, recipe.seed, prepare) as session,
         session.pool(len(files)) as pool,
     ):
         if recipe.kind == "gram_statistics":

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -87,8 +88,9 @@ def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     files = open_all(refs, recipe.modules_to_save, base=recipe.base)
     request = _request(recipe, files)
     warn(warnings_of(files))
-    base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
-    with opened(recipe.resources, base, recipe.seed) as session:
+    prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)
+    base = prepare(progress=print)
+    with opened(recipe.resources, base, recipe.seed, prepare) as session:
         learn_with_grams(session, request, target, recipe.method)
     report = load_learned(target).report
     losses = _summary(report)

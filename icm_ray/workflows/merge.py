@@ -47,13 +47,14 @@ def _gathered(
     assert recipe.data is not None, "asked for by recipes with data alone"
     folder = target.with_name(f"{target.name}.evidence")
     tasks = [file.name for file in files]
+    prepare = partial(prepare_base, recipe.base or "", recipe.cache, recipe.revision)
     if find_method(recipe.method).needs == "learned_merge":
         spec = spec_of(recipe.method, recipe.learn)
         experts_for(spec.objective, None, recipe.data, tasks)  # a merge recipe names no heads
         request = LearnRequest(spec, files, learner_data(recipe.data, tasks))
-        session = stack.enter_context(opened(recipe.resources, base, recipe.seed))
+        session = stack.enter_context(opened(recipe.resources, base, recipe.seed, prepare))
         return learn_with_grams(session, request, folder, recipe.method)
     data = learner_data(recipe.data, tasks)
-    session = stack.enter_context(opened(recipe.resources, base, recipe.seed))
+    session = stack.enter_context(opened(recipe.resources, base, recipe.seed, prepare))
     with session.pool(len(files)) as pool:
         return grams_on_ray(pool, files, data.inputs, folder)

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
         check_joins(load_fusion(Path(recipe.joins)), [file.name for file in files])
     training = Training(recipe, files, _data(recipe, [file.name for file in files]))
     warn(warnings_of(files))
-    base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
-    with opened(recipe.resources, base, recipe.seed) as session:
+    prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)
+    base = prepare(progress=print)
+    with opened(recipe.resources, base, recipe.seed, prepare) as session:
         key = training.key(session)
         if not is_done(target, key):
             _make(session, training, target, key)

@@ -1,5 +1,6 @@
 """`jobs.pipeline`: every missing stage, then the report and the best adapter."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     """Make a table of experts, and of merges if the recipe names some."""
     suite = find_suite(recipe.suite)
     check_tasks(recipe)
-    base = prepare_base(recipe.base or suite.base, recipe.cache, recipe.revision, progress=print)
+    prepare = partial(prepare_base, recipe.base or suite.base, recipe.cache, recipe.revision)
+    base = prepare(progress=print)
     target.mkdir(parents=True, exist_ok=True)
-    with opened(recipe.resources, base, recipe.seed) as session:
+    with opened(recipe.resources, base, recipe.seed, prepare) as session:
         table = Table(recipe, suite, target, session)
         run_stages(table)
     data = report_data(table)

@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,15 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     optuna()
     check_loggers(recipe.loggers)
     plan = plan_of(recipe)
-    base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
+    prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)
+    base = prepare(progress=print)
     check_base(plan.files, base)
     warn(warnings_of(plan.files))
     searches = searches_of(plan, target)
     ledgers = [Ledger(one.folder, key_of(plan, one)) for one in searches]
     studies = [study_of(plan, s, ledger) for s, ledger in zip(searches, ledgers, strict=True)]
     pairs = list(zip(searches, studies, strict=True))
-    with opened(recipe.resources, base, recipe.seed) as session:
+    with opened(recipe.resources, base, recipe.seed, prepare) as session:
         _run_all(plan, pairs, session, target)
         return finish(plan, pairs, session, target)
 
