@@ -162,11 +162,14 @@ def plan(
 def merge(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Merge in this process, without Ray: data-free and ready-evidence methods."""
     from icm_ray.adapters import AdapterFile
+    from icm_ray.devices import find_device
     from icm_ray.merging.merge import merge_as_asked
     from icm_ray.merging.order import MergeRequest
     from icm_ray.merging.recipe import merge_recipe
 
     def work(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
+        find_device(recipe.resources.device)
+
         def serial(files: list[AdapterFile], request: MergeRequest) -> tuple[MergeResult, float]:
             started = time.monotonic()
             result = merge_as_asked([file.load() for file in files], request)

@@ -43,6 +43,11 @@ def merge_recipe(
     """
     refuse_inputs(target, sources_of(recipe))
     refuse_foreign(target)
+    if recipe.resources.dtype and recipe.data is None:
+        raise RecipeError(
+            f"resources.dtype: {recipe.resources.dtype} but merges compute in float32 and no base "
+            "is run without data. Leave it out; output.dtype is what is written."
+        )
     check_sources(recipe, can_gather=gatherer is not None)
     files = open_inputs(recipe)
     request = MergeRequest.of(recipe)

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from fake_gpu import DEVICE, fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icm_ray
 from icm_ray import METHODS, RecipeError
-from icm_ray.merging.merge import assemble, merge_modules
+from icm_ray.devices import find_device
+from icm_ray.merging import inputs, passes
+from icm_ray.merging import merge as merging
+from icm_ray.merging.merge import assemble, merge_as_asked, merge_modules
 from icm_ray.merging.order import MergeRequest, plan_merge
 from icm_ray.merging.passes import concluded, measure_modules, passes_of
 from icm_ray.seeding import generator
@@ -462,3 +466,20 @@ def test_every_exemption_is_needed(abc, adapter_around, method: str, exempt: str
     assert not all(
         holds(exempt, method, params, abc, adapter_around) for params in PARAMS.get(method, [{}])
     )
+
+
+@each_row()
+def test_on_another_device_nothing_stays_behind(method, params, abc, monkeypatch) -> None:
+    for module in (inputs, merging, passes):
+        monkeypatch.setattr(
+            module, "find_device", lambda name: DEVICE if name == "cuda" else find_device(name)
+        )
+    order = {"evidence": evidence_for(abc, method), "seed": 3}
+    here = merge_as_asked(abc, MergeRequest(method, three(params, method), **order))
+    with fake_gpu():
+        there = merge_as_asked(
+            abc, MergeRequest(method, three(params, method), **order, device="cuda")
+        )
+    for factors in there.adapter.modules.values():
+        assert factors.a.device.type == factors.b.device.type == "cpu"
+    assert_close(deltas(there), deltas(here))
