@@ -10,7 +10,8 @@ numpy on one of them, fail as they would on a GPU.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -131,3 +132,24 @@ def fake_gpu() -> Iterator[None]:
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device that is not the processor, and what the code on it runs under.
+
+    Attributes:
+        name: As torch spells it.
+        on: Gives the context of such code.
+    """
+
+    name: str
+    on: Callable[[], contextlib.AbstractContextManager[None]]
+
+    def find(self, name: str) -> torch.device:
+        """Return it for "cuda", in the place of `devices.find_device`."""
+        return torch.device(self.name if name == "cuda" else name)
+
+
+STAND_IN = Accelerator(str(DEVICE), fake_gpu)
+REAL = Accelerator("cuda:0", contextlib.nullcontext)

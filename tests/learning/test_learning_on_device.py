@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import DEVICE, OnGpu, fake_gpu
 
 from icm_ray.base_model.loading import Base, load_base
 from icm_ray.base_model.low_rank import applied
@@ -18,10 +17,10 @@ from icm_ray.learning.recipes import LEARNERS, plan_of
 
 
 @pytest.fixture(scope="module")
-def there(tiny_bert) -> Base:
-    with fake_gpu():
-        base = load_base(tiny_bert, device=str(DEVICE))
-    assert all(isinstance(p, OnGpu) for p in base.model.parameters())
+def there(tiny_bert, accelerator) -> Base:
+    with accelerator.on():
+        base = load_base(tiny_bert, device=accelerator.name)
+    assert {str(p.device) for p in base.model.parameters()} == {accelerator.name}
     return base
 
 
@@ -29,26 +28,26 @@ def close(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_evidence(tiny, there, adapters, make_tasks) -> None:
+def test_evidence(accelerator, tiny, there, adapters, make_tasks) -> None:
     task = make_tasks()[0]
     here = gather(tiny.model, task.adapter, task.batches)
-    with fake_gpu():
+    with accelerator.on():
         found = gather(there.model, task.adapter, task.batches)
     close(found.task_vector, here.task_vector)
     assert found.expert_ratios == pytest.approx(here.expert_ratios, rel=1e-5)
     with applied(tiny.model, adapters[1]):
         expected = features(tiny.model, task.batches)
-    with fake_gpu(), applied(there.model, adapters[1]):
+    with accelerator.on(), applied(there.model, adapters[1]):
         close(features(there.model, task.batches), expected)
     _, by_example = example_ratios(tiny.model, None, task.adapter, task.batches)
-    with fake_gpu():
+    with accelerator.on():
         close(example_ratios(there.model, None, task.adapter, task.batches)[1], by_example)
 
 
-def test_grams(tiny, there, make_tasks, adapters) -> None:
+def test_grams(accelerator, tiny, there, make_tasks, adapters) -> None:
     task, modules = make_tasks()[0], list(adapters[0].modules)
     here = gather_grams(tiny.model, task.adapter, modules, task.batches)
-    with fake_gpu():
+    with accelerator.on():
         found = gather_grams(there.model, task.adapter, modules, task.batches)
     for module, gram in here.grams.items():
         assert found.grams[module].device.type == "cpu"
@@ -76,11 +75,11 @@ LEARNED = [
 
 
 @pytest.mark.parametrize(("name", "changes"), LEARNED, ids=lambda value: str(value))
-def test_every_learner(tiny, there, make_tasks, adapters, name, changes) -> None:
+def test_every_learner(accelerator, tiny, there, make_tasks, adapters, name, changes) -> None:
     spec, tasks = short(name, **changes), make_tasks(labels=True)
     plan = plan_of(spec, adapters)
     here = learn(tiny.model, plan.learning(tiny), tasks)
-    with fake_gpu():
+    with accelerator.on():
         found = learn(there.model, plan.learning(there), tasks)
     assert found.report["losses"].keys() == here.report["losses"].keys()
     for key, tensor in here.tensors.items():

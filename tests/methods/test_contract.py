@@ -4,17 +4,16 @@ Properties a row may name in `exempt`: identity, homogeneity, scaling. Everythin
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from fake_gpu import DEVICE, fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import icm_ray
 from icm_ray import METHODS, RecipeError
-from icm_ray.devices import find_device
 from icm_ray.merging import inputs, passes
 from icm_ray.merging import merge as merging
 from icm_ray.merging.merge import assemble, merge_as_asked, merge_modules
@@ -469,17 +468,15 @@ def test_every_exemption_is_needed(abc, adapter_around, method: str, exempt: str
 
 
 @each_row()
-def test_on_another_device_nothing_stays_behind(method, params, abc, monkeypatch) -> None:
+def test_on_another_device_nothing_stays_behind(
+    method, params, abc, accelerator, monkeypatch
+) -> None:
     for module in (inputs, merging, passes):
-        monkeypatch.setattr(
-            module, "find_device", lambda name: DEVICE if name == "cuda" else find_device(name)
-        )
-    order = {"evidence": evidence_for(abc, method), "seed": 3}
-    here = merge_as_asked(abc, MergeRequest(method, three(params, method), **order))
-    with fake_gpu():
-        there = merge_as_asked(
-            abc, MergeRequest(method, three(params, method), **order, device="cuda")
-        )
+        monkeypatch.setattr(module, "find_device", accelerator.find)
+    request = MergeRequest(method, three(params, method), evidence_for(abc, method), seed=3)
+    here = merge_as_asked(abc, request)
+    with accelerator.on():
+        there = merge_as_asked(abc, replace(request, device="cuda"))
     for factors in there.adapter.modules.values():
         assert factors.a.device.type == factors.b.device.type == "cpu"
     assert_close(deltas(there), deltas(here))
