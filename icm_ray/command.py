@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from icm_ray import interruption
-from icm_ray.config import Recipe
+from icm_ray.config import INSECURE_VARIABLE, Recipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import ICMRayError, InputError, ResourceError, masked, one_line
 from icm_ray.files import FULL, RESULTS_FILE, errno_of, write_json
@@ -79,7 +79,14 @@ def run_job(
     parser.add_argument("-c", "--config", required=True, help="recipe (YAML)")
     parser.add_argument("overrides", nargs="*", help="dotted.key=value")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument(
+        "--insecure-cluster",
+        action="store_true",
+        help="join a cluster at RAY_ADDRESS that asks for no token",
+    )
     options = parser.parse_args(arguments)
+    if options.insecure_cluster:
+        os.environ[INSECURE_VARIABLE] = "1"
     return run_recipe(kind, work, options.config, options.overrides, debug=options.debug)
 
 
