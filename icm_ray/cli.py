@@ -212,6 +212,8 @@ def export(
     """Write base plus adapter as a whole model, or the adapter in another tool's format."""
     from icm_ray.adapters import open_adapter
     from icm_ray.exporting import ADAPTER_FORMATS, export_adapter, export_model, serving_lines
+    from icm_ray.files import check_place
+    from icm_ray.locks import locked
     from icm_ray.merging.cut import serving_rank
     from icm_ray.suites import prepare_base
 
@@ -225,12 +227,14 @@ def export(
         if form == "model" and base is None:
             raise RecipeError("--base: missing but a whole model is made from one. Name it.")
         file = open_adapter(folder)
-        if form != "model":
-            export_adapter(file, form, output)
-            print(f"{output}: written.")
-            return
-        place = prepare_base(str(base), progress=print)
-        export_model(file, place, output)
+        check_place(output.absolute())
+        with locked(output.absolute()):
+            if form != "model":
+                export_adapter(file, form, output)
+                print(f"{output}: written.")
+                return
+            place = prepare_base(str(base), progress=print)
+            export_model(file, place, output)
         print(f"{output}: written.")
         print("\n".join(serving_lines(output, place, folder, serving_rank([file.max_rank]))))
 

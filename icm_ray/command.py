@@ -18,11 +18,12 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from icm_ray import interruption
-from icm_ray.config import Recipe
+from icm_ray.config import INSECURE_VARIABLE, Recipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import ICMRayError, InputError, ResourceError, masked, one_line
 from icm_ray.files import FULL, RESULTS_FILE, errno_of, write_json
-from icm_ray.storage import fetch, locate, publish
+from icm_ray.locks import locked
+from icm_ray.storage import fetch, held, locate, publish
 
 R = TypeVar("R", bound=Recipe)
 TERMINATED = 143
@@ -78,7 +79,14 @@ def run_job(
     parser.add_argument("-c", "--config", required=True, help="recipe (YAML)")
     parser.add_argument("overrides", nargs="*", help="dotted.key=value")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument(
+        "--insecure-cluster",
+        action="store_true",
+        help="join a cluster at RAY_ADDRESS that asks for no token",
+    )
     options = parser.parse_args(arguments)
+    if options.insecure_cluster:
+        os.environ[INSECURE_VARIABLE] = "1"
     return run_recipe(kind, work, options.config, options.overrides, debug=options.debug)
 
 
@@ -93,25 +101,31 @@ def run_recipe(
     """Load a recipe, run `work` on it in its output folder, report; return the exit code.
 
     `results.json` says how it went: in the output folder after success, beside it (as
-    `<output>.results.json`) after a failure, since a failed job leaves no output folder behind.
+    `<output>.results.json`) after a failure, since a failed job leaves no output folder behind. A
+    job that finds another one at its output writes neither.
     """
     place: tuple[Path, str | None] | None = None
+    with contextlib.ExitStack() as stack:
 
-    def job() -> dict[str, Any]:
-        nonlocal place
-        recipe = load_recipe(kind, config, overrides)
-        place = target, address = locate(recipe)
-        if address:
-            fetch(address, target)
-        return work(recipe, target)
+        def job() -> dict[str, Any]:
+            nonlocal place
+            recipe = load_recipe(kind, config, overrides)
+            target, address = locate(recipe)
+            stack.enter_context(locked(target))
+            if address:
+                stack.enter_context(held(address))
+            place = target, address  # from here on results are ours to write
+            if address:
+                fetch(address, target)
+            return work(recipe, target)
 
-    code, problems, found = guarded(job, debug=debug)
-    if place is not None:
-        target, address = place
-        _write_results(target, code, problems, found)
-        if address:
-            failed, *_ = guarded(lambda: _upload(target, address), debug=debug)
-            return code or failed
+        code, problems, found = guarded(job, debug=debug)
+        if place is not None:
+            target, address = place
+            _write_results(target, code, problems, found)
+            if address:
+                failed, *_ = guarded(lambda: _upload(target, address), debug=debug)
+                return code or failed
     return code
 
 

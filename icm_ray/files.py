@@ -8,14 +8,15 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 from safetensors import SafetensorError
 
 from icm_ray.errors import InputError, RecipeError, ResourceError
+from icm_ray.swap import clear, sibling, swap
 
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,7 +44,7 @@ def sha256_of(value: object) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as sorted, indented JSON with a final newline, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = sibling(path)
     try:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
         temporary.replace(path)
@@ -67,23 +68,26 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def whole_folder(target: Path, *, info: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """Yield a temporary sibling of `target`; on success it becomes `target` in one rename.
+    """Yield a temporary sibling of `target`; on success it becomes `target` in one step.
 
     Every file is hashed into `manifest.json` (written last, next to `info`) and synced to disk
-    first. A folder this project made before is replaced; anything else in the way is refused, so
-    nobody's files are lost. After an error nothing is left behind.
+    first. A folder this project made before is replaced (see `swap.swap`); anything else in the
+    way is refused, so nobody's files are lost. After an error nothing is left behind, and what a
+    killed process left is cleared away first.
 
     Raises:
         InputError: `target` exists and is not a folder made by this function.
         ResourceError: the disk is full or not writable.
     """
     refuse_foreign(target)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    clear(target)
+    temporary = sibling(target)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         _seal(temporary, info or {})
-        _swap(temporary, target)
+        swap(temporary, target)
+        _sync(target.parent)
     except (OSError, SafetensorError) as error:
         if errno_of(error) not in NOT_WRITABLE:
             raise
@@ -220,25 +224,14 @@ def _seal(folder: Path, info: Mapping[str, Any]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != RUN_FILE)
     hashes = {p.relative_to(folder).as_posix(): sha256_of_file(p) for p in files}
     write_json(folder / MANIFEST, {**info, "files": hashes})
+    # What the process's umask made of a plain file and a folder. safetensors writes 0600, which
+    # another user's server cannot read.
+    of_files, of_folders = (S_IMODE(p.stat().st_mode) for p in (folder / MANIFEST, folder))
     for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o644)  # safetensors writes 0600, which another user's server cannot read
+        if not path.is_symlink():
+            path.chmod(of_folders if path.is_dir() else of_files)
         _sync(path)
     _sync(folder)
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
-    if target.exists():
-        target.rename(old)
-    try:
-        temporary.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -5,19 +5,24 @@ A job always works in a folder. For an address (`s3://`, `gs://`, `hdfs://`, `fi
 rerun resumes, and everything is uploaded at the end, manifests last.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from icm_ray.config import Recipe
-from icm_ray.errors import RecipeError, ResourceError
+from icm_ray.errors import RecipeError, ResourceError, masked
 from icm_ray.files import MANIFEST, check_place, sha256_of
+from icm_ray.locks import beating, refuse_living
 from icm_ray.suites import default_cache
 
 STORAGE_VARIABLE = "ICM_RAY_STORAGE"
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a submitted job."""
+BEAT_SECONDS = 15.0
+"""So often a run says at its address that it lives; each time is one small upload."""
 
 
 def locate(recipe: Recipe) -> tuple[Path, str | None]:
@@ -73,6 +78,49 @@ def fetch(address: str, folder: Path) -> None:
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
         folder.mkdir(parents=True, exist_ok=True)
         _copy(filesystem, path, fs.LocalFileSystem(), str(folder))
+
+
+@contextlib.contextmanager
+def held(address: str) -> Iterator[None]:
+    """Hold the lock of an address, `<address>.lock`, for the body.
+
+    Nothing that pyarrow opens can write a file only if there is none, so two runs that begin on two
+    machines within the same moment may both go on; any later one is refused. On one machine, where
+    both work in one copy, `locks.locked` tells every two apart.
+
+    Raises:
+        InputError: another run holds it.
+        ResourceError: the address cannot be opened or written.
+    """
+    filesystem, path = _open(address)
+    lock = f"{path.rstrip('/')}.lock"
+
+    def read() -> bytes:
+        with contextlib.suppress(FileNotFoundError), filesystem.open_input_stream(lock) as file:
+            return file.read()
+        return b""
+
+    def write(text: bytes) -> None:
+        with filesystem.open_output_stream(lock) as file:
+            file.write(text)
+
+    with contextlib.ExitStack() as stack:
+        try:
+            refuse_living(masked(address), read, BEAT_SECONDS)
+            filesystem.create_dir(lock.rpartition("/")[0], recursive=True)
+            stack.callback(_forget, filesystem, lock)
+            stack.enter_context(beating(write, BEAT_SECONDS))
+        except OSError as error:
+            raise ResourceError(
+                f"storage: {masked(address)}: cannot be written ({type(error).__name__}). Check it "
+                "and its credentials."
+            ) from None
+        yield
+
+
+def _forget(filesystem: Any, path: str) -> None:
+    with contextlib.suppress(OSError):  # it will be found silent
+        filesystem.delete_file(path)
 
 
 def publish(folder: Path, address: str) -> None:

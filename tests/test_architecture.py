@@ -20,7 +20,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": set(),
     "linalg": set(),
     "types": {"errors"},
-    "files": {"errors"},
+    "owners": set(),
+    "swap": {"owners"},
+    "locks": {"errors", "owners", "swap"},
+    "files": {"errors", "swap"},
     "config": {"errors", "types"},
     "adapters": BASICS | {"linalg"},
     "fusion_vae": BASICS | {"config", "linalg"},
@@ -43,9 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"learning", "merging", "methods", "suites"},
     "importing": BASICS | {"config", "methods"},
     "exporting": BASICS | {"adapters"},
-    "storage": {"config", "errors", "files", "suites"},
+    "storage": {"config", "errors", "files", "locks", "suites"},
     "interruption": set(),
-    "command": {"config", "errors", "files", "interruption", "storage"},
+    "command": {"config", "errors", "files", "interruption", "locks", "storage"},
     "distributed": BASICS
     | {"adapters", "base_model", "config", "evaluation", "evidence", "finetuning", "fusion"}
     | {"fusion_vae", "learning", "linalg", "merging", "search", "suites"},
@@ -56,8 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "base_model", "config", "distributed", "fusion", "fusion_vae", "learning"}
     | {"linalg", "merging", "methods"},
     "cli": BASICS
-    | {"adapters", "command", "config", "exporting", "importing", "merging", "methods", "report"}
-    | {"suites"},
+    | {"adapters", "command", "config", "exporting", "importing", "locks", "merging", "methods"}
+    | {"report", "suites"},
     "__init__": {"adapters", "errors", "interruption", "merging", "methods", "types"},
     "__main__": {"cli"},
     "jobs": {"command", "config", "interruption"},

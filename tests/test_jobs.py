@@ -16,7 +16,7 @@ from command_samples import recipe_of, save_lora
 from safetensors import SafetensorError
 
 from icm_ray.command import run_job
-from icm_ray.config import MergeRecipe
+from icm_ray.config import INSECURE_VARIABLE, MergeRecipe
 from icm_ray.errors import ClusterError, InputError, RecipeError, ResourceError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,3 +226,17 @@ def test_a_submitted_job_refuses_an_output_that_would_vanish(recipe, monkeypatch
     monkeypatch.setenv("ICM_RAY_STORAGE", str(storage))
     assert run_job(MergeRecipe, work, "", words) == 0
     assert seen == [storage / "runs" / "x"] * 2
+
+
+def test_the_flag_of_an_open_cluster_is_what_the_variable_is(recipe, monkeypatch):
+    monkeypatch.delenv(INSECURE_VARIABLE, raising=False)
+    seen = []
+
+    def work(*_):
+        seen.append(os.environ.get(INSECURE_VARIABLE))
+        return {}
+
+    assert run_job(MergeRecipe, work, "", ["-c", str(recipe)]) == 0
+    monkeypatch.setenv(INSECURE_VARIABLE, "0")  # so that it is put back afterwards
+    assert run_job(MergeRecipe, work, "", ["-c", str(recipe), "--insecure-cluster"]) == 0
+    assert seen == [None, "1"]

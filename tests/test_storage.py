@@ -1,16 +1,23 @@
 """Outputs at an address: fetched before, uploaded after, manifests last."""
 
+import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
+from icm_ray import storage
+from icm_ray.command import run_recipe
 from icm_ray.config import PrepareRecipe
-from icm_ray.errors import RecipeError, ResourceError
+from icm_ray.errors import InputError, RecipeError, ResourceError
 from icm_ray.files import MANIFEST, read_manifest, whole_folder
+from icm_ray.locks import Holder
+from icm_ray.owners import Owner
 from icm_ray.storage import (
     STORAGE_VARIABLE,
     SUBMITTED_JOB_VARIABLE,
     fetch,
+    held,
     locate,
     publish,
 )
@@ -76,3 +83,45 @@ def test_a_bad_address_is_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="a nonsense:// address") as caught:
         publish(tmp_path, "nonsense://user:hunter2@host/x")
     assert "hunter2" not in str(caught.value)
+
+
+def no_work(_recipe: PrepareRecipe, _target: Path) -> dict[str, object]:
+    pytest.fail("the body must not run")
+
+
+def test_a_run_holds_its_address_and_another_machine_s_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(storage, "BEAT_SECONDS", 0.05)
+    address, lock = (tmp_path / "remote" / "out").as_uri(), tmp_path / "remote" / "out.lock"
+    with held(address):
+        holder = Holder.read(lock.read_bytes())
+        assert holder is not None
+        assert holder.owner == Owner.me()
+        with pytest.raises(InputError, match=f"{address}: held by another run"), held(address):
+            pass
+    assert list(lock.parent.iterdir()) == []
+
+    theirs = Holder(Owner("node-7", "f" * 36, "0" * 8, 77, 1), "2026-01-02T03:04:05Z")
+    lock.write_bytes(theirs.written(0))
+    monkeypatch.setattr(storage, "BEAT_SECONDS", 1.0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"storage": lock.parent.as_uri(), "output": "out"}))
+    beat = threading.Timer(0.07, lock.write_bytes, [theirs.written(1)])
+    beat.start()
+    assert run_recipe(PrepareRecipe, no_work, recipe, [], debug=False) == 3
+    beat.join()
+    assert "out: held by another run (pid 77 on node-7" in capsys.readouterr().err
+    assert [path.name for path in lock.parent.iterdir()] == ["out.lock"]
+    monkeypatch.setattr(storage, "BEAT_SECONDS", 0.05)
+    with pytest.warns(UserWarning, match="pid 77 on node-7.* is broken"), held(address):
+        pass
+
+
+def test_a_lock_that_cannot_be_written_is_told_without_its_password(tmp_path: Path) -> None:
+    (tmp_path / "out.lock").mkdir()
+    with (
+        pytest.raises(ResourceError, match="out: cannot be written"),
+        held((tmp_path / "out").as_uri()),
+    ):
+        pass

@@ -38,6 +38,7 @@ from icm_ray.config.learning import (
 )
 from icm_ray.config.merging import EvidenceRecipe, MergeRecipe
 from icm_ray.config.parts import (
+    INSECURE_VARIABLE,
     AdapterRef,
     Adapters,
     DataSpec,
@@ -63,6 +64,7 @@ from icm_ray.config.search import (
 
 __all__ = [
     "INPUT_BATCH",
+    "INSECURE_VARIABLE",
     "AdapterRef",
     "Adapters",
     "BenchmarkRecipe",

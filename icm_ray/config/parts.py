@@ -13,6 +13,8 @@ from icm_ray.errors import RecipeError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Positive = Annotated[int, Field(gt=0)]
+INSECURE_VARIABLE = "ICM_RAY_INSECURE_CLUSTER"
+"""Environment variable; 1, or a job's `--insecure-cluster`: an open cluster may be joined."""
 
 
 class Part(BaseModel):

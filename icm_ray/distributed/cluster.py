@@ -1,23 +1,20 @@
 """Join or start a Ray cluster, say what is missing before any work, and wait with a limit."""
 
 import contextlib
-import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from icm_ray.config import Resources
+from icm_ray.distributed import is_joining
+from icm_ray.distributed.joining import join, start_local
 from icm_ray.distributed.progress import bar
 from icm_ray.errors import ClusterError, ICMRayError
 
 Key = TypeVar("Key", bound=Hashable)
 MAX_RETRIES = 3
-JOIN_SECONDS = 15.0
-
-log = logging.getLogger(__name__)
 
 _session_ends_with_us = False
 
@@ -29,16 +26,16 @@ def connected(resources: Resources) -> Iterator[None]:
     A cluster we start asks for a token, listens on the loopback interface, and ends with the body.
 
     Raises:
+        RecipeError: RAY_ADDRESS is a cluster that anybody may use, and nobody said that it may be.
         ClusterError: the cluster cannot be joined, or one worker's request fits no node.
     """
     import ray
 
-    joined = os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             # Ray's own handler of SIGTERM would end the process with code 1 and tell nobody.
             with _signals_kept():
-                _join(joined) if joined else _start_local(resources)
+                join(os.environ["RAY_ADDRESS"]) if is_joining() else start_local(resources)
             stack.enter_context(_ended_by_us())
         check_fits(resources)
         yield
@@ -67,57 +64,6 @@ def _signals_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _join(address: str) -> None:
-    import ray.exceptions
-
-    _refuse_silence(address)
-    try:
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ClusterError(
-            f"RAY_ADDRESS: {address}: cannot be joined ({type(error).__name__}: {reason}). Check "
-            "that the cluster runs and that RAY_AUTH_MODE and its token are the cluster's own."
-        ) from None
-    _warn_if_open()
-
-
-def _refuse_silence(address: str) -> None:
-    """Raise ClusterError if nobody listens there: Ray itself would go on asking for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if not colon or not port.isdigit():  # "auto" and "local" are Ray's to find
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=JOIN_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(
-            f"RAY_ADDRESS: {address}: nobody answers ({error.strerror or error}) but a running "
-            "cluster is expected. Start it, or unset RAY_ADDRESS for a local one."
-        ) from None
-
-
-def _start_local(resources: Resources) -> None:
-    import ray
-
-    cpus = os.cpu_count() or 1
-    wanted = (resources.workers or 1) * resources.cpus_per_worker
-    ray.init(
-        address="local",
-        num_cpus=max(cpus, int(wanted)),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-    )
-
-
-def _warn_if_open() -> None:
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        log.warning(
-            "The cluster at RAY_ADDRESS is used without token authentication: anyone who reaches "
-            "it can run code. Start it with RAY_AUTH_MODE=token."
-        )
 
 
 def check_fits(resources: Resources) -> None:

@@ -89,7 +89,7 @@ class Ledger:
     def _read(self) -> None:
         problems = []
         for path in sorted((self.folder / TRIALS).glob("*")):
-            if path.name.startswith(".") and path.suffix == ".tmp":
+            if path.name.startswith(".") and ".tmp" in path.name:
                 path.unlink()  # cut off in the middle of a write; the trial is as it was before
                 continue
             try:

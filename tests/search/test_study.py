@@ -10,6 +10,7 @@ from icm_ray.errors import InputError, RecipeError
 from icm_ray.search.ledger import Ledger
 from icm_ray.search.spaces import space_of
 from icm_ray.search.study import Study
+from icm_ray.swap import sibling
 
 SPACE = space_of(
     SearchRow(
@@ -189,5 +190,7 @@ def test_a_damaged_header_is_refused(tmp_path):
 
 def test_half_a_write_is_no_trial(tmp_path):
     advance(study_at(tmp_path), 1)
-    (tmp_path / "trials" / ".00001.json.12345678.tmp").write_text("{")
+    half = sibling(tmp_path / "trials" / "00001.json")
+    half.write_text("{")
     assert len(study_at(tmp_path).finished()) == 1
+    assert not half.exists()
