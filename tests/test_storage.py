@@ -9,7 +9,7 @@ import yaml
 from icm_ray import storage
 from icm_ray.command import run_recipe
 from icm_ray.config import PrepareRecipe
-from icm_ray.errors import InputError, RecipeError, ResourceError
+from icm_ray.errors import ClusterError, InputError, RecipeError, ResourceError
 from icm_ray.files import MANIFEST, read_manifest, whole_folder
 from icm_ray.locks import Holder
 from icm_ray.owners import Owner
@@ -52,6 +52,14 @@ def test_an_address_is_no_relative_output(monkeypatch: pytest.MonkeyPatch) -> No
         locate(PrepareRecipe(output="out"))
 
 
+def test_options_of_an_address_stay_at_its_end() -> None:
+    """As endpoint_override of a store that is not Amazon's."""
+    recipe = PrepareRecipe(storage="s3://bucket/runs?region=x&scheme=http", output="out")
+    place, address = locate(recipe)
+    assert address == "s3://bucket/runs/out?region=x&scheme=http"
+    assert place.name == "out"
+
+
 def test_what_was_published_is_fetched_back(tmp_path: Path) -> None:
     address = (tmp_path / "remote" / "out").as_uri()
     with whole_folder(tmp_path / "one", info={"key": "k"}) as folder:
@@ -69,7 +77,7 @@ def test_manifests_come_last(tmp_path: Path) -> None:
     # A file where a folder must go: the upload of z.txt fails, so no manifest may be there.
     remote = tmp_path / "remote"
     (remote / "z.txt").mkdir(parents=True)
-    with pytest.raises(ResourceError, match=r"z\.txt could not be copied"):
+    with pytest.raises(ClusterError, match=r"z\.txt could not be copied"):
         publish(tmp_path / "one", remote.as_uri())
     assert not (remote / MANIFEST).exists()
 
@@ -107,10 +115,19 @@ def test_a_run_holds_its_address_and_another_machine_s_is_refused(
     monkeypatch.setattr(storage, "BEAT_SECONDS", 1.0)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"storage": lock.parent.as_uri(), "output": "out"}))
-    beat = threading.Timer(0.07, lock.write_bytes, [theirs.written(1)])
-    beat.start()
+    ended = threading.Event()
+
+    def beat() -> None:  # until it was heard: the run may be slow to listen
+        number = 0
+        while not ended.wait(0.05):
+            number += 1
+            lock.write_bytes(theirs.written(number))
+
+    beats = threading.Thread(target=beat)
+    beats.start()
     assert run_recipe(PrepareRecipe, no_work, recipe, [], debug=False) == 3
-    beat.join()
+    ended.set()
+    beats.join()
     assert "out: held by another run (pid 77 on node-7" in capsys.readouterr().err
     assert [path.name for path in lock.parent.iterdir()] == ["out.lock"]
     monkeypatch.setattr(storage, "BEAT_SECONDS", 0.05)
