@@ -31,7 +31,6 @@ CONFIGS = {
     "loftq": ({"init_lora_weights": "loftq"}, "Convert it with PEFT"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "Convert it with PEFT"),
     "unknown init": ({"init_lora_weights": "magic"}, "one of gaussian, eva"),
-    "experts": ({"target_parameters": ["experts.down"]}, "mixture of experts"),
     "tokens": ({"trainable_token_indices": [1]}, "rows of an embedding"),
     "replication": ({"layer_replication": [[0, 2]]}, "another model than the base"),
     "qalora": ({"use_qalora": True}, "QA-LoRA"),
