@@ -116,7 +116,8 @@ class Adapter:
         config: The adapter's PEFT config as plain data.
         fingerprint: sha256 over paths, shapes and float32 factors; equal means equal deltas.
         dtype: Element type the file was stored in, written back on save.
-        layouts: Modules that are no plain linear layer: "embedding" or "conv:<k>x<k>".
+        layouts: Modules that are no plain linear layer: "embedding", "conv:<k>x<k>", or
+            "expert:<e>/<experts>" inside of one parameter.
         saved_modules: Full tensors that PEFT's `modules_to_save` trained, if kept.
     """
 

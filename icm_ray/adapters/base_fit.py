@@ -13,6 +13,7 @@ from icm_ray.adapters.base_folder import BaseFolder, named, open_base, require_w
 from icm_ray.adapters.base_skeleton import build, class_named, is_finite, model_classes
 from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
 from icm_ray.adapters.contents import EMBEDDING
+from icm_ray.adapters.fused import find_parameter, is_expert, matched_path, place_of
 from icm_ray.adapters.peft_format import AdapterFile
 from icm_ray.adapters.policy import short
 from icm_ray.errors import InputError, by_cause
@@ -118,7 +119,9 @@ def load_base(path: Path, adapter: Adapter) -> Any:
     require_weights(base)
     for kind in _classes(base, adapter):
         model: Any = build(base, kind)
-        if adapter.modules.keys() <= {name for name, _ in model.named_modules()}:
+        paths = {matched_path(m, adapter.layouts.get(m)) for m in adapter.modules}
+        known = {name for name, _ in model.named_modules()}
+        if paths <= known | {name for name, one in model.named_parameters() if one.ndim > 1}:
             return _loaded(path, type(model))
     raise InputError(
         f"{path}: lacks modules of the adapter but all are expected. Check that it is its base."
@@ -201,6 +204,10 @@ def _misfits_of(adapter: Adapter | AdapterFile, model: nn.Module) -> list[tuple[
     )
     wrong = []
     for module, shape in shapes.items():
+        layout = adapter.layouts.get(module)
+        if layout is not None and is_expert(layout):
+            wrong += _expert_misfit(layers, module, (*shape, layout))
+            continue
         weight = getattr(layers.get(module), "weight", None)
         if weight is None and (fused := _fused_experts(layers, module)):
             advice = "Leave base out: merging and checking the file need none."
@@ -209,15 +216,32 @@ def _misfits_of(adapter: Adapter | AdapterFile, model: nn.Module) -> list[tuple[
         elif weight is None:
             wrong.append((module, "not in the base model but expected. Check the base."))
         else:
-            is_turned = adapter.layouts.get(module) == EMBEDDING or "Conv1D" in str(
-                type(layers[module])
-            )
+            is_turned = layout == EMBEDDING or "Conv1D" in str(type(layers[module]))
             size = (weight.shape[0], math.prod(weight.shape[1:]))
             expected = size[::-1] if is_turned else size
             if shape != expected:
                 sizes = f"{shape[0]} x {shape[1]} but the base's {expected[0]} x {expected[1]}"
                 wrong.append((module, f"{sizes} is expected. Check the base."))
     return wrong
+
+
+def _expert_misfit(
+    layers: Mapping[str, nn.Module], module: str, wanted: tuple[int, int, str]
+) -> list[tuple[str, str]]:
+    """Return what is wrong with an expert's place in the base, or nothing."""
+    place = find_parameter(layers, module)
+    if place is None:
+        return [
+            (module, "no such parameter in the base model but one is expected. Check the base.")
+        ]
+    parameter, is_turned = place
+    *size, layout = wanted
+    _, experts = place_of(layout)
+    found = tuple(parameter.shape) if parameter.ndim == 3 else (1, *parameter.shape)
+    if found == (experts, *(size[::-1] if is_turned else size)):
+        return []
+    sizes = f"{experts} experts of {size[0]} x {size[1]} but the base's {short(parameter.shape)}"
+    return [(module, f"{sizes} is expected. Check the base.")]
 
 
 def _fused_experts(layers: dict[str, nn.Module], module: str) -> str | None:

@@ -14,10 +14,6 @@ ALONE = "Serve it by itself, or train a plain LoRA."
 NOT_PLAIN = {
     "use_dora": ("DoRA rescales the base weights, so its change is not B A", FOLD),
     "lora_bias": ("it trains a bias that B A cannot hold", FOLD),
-    "target_parameters": (
-        "LoRA on fused parameters (mixture of experts) packs many B A into one",
-        FOLD,
-    ),
     "trainable_token_indices": ("it replaces rows of an embedding", FOLD),
     "layer_replication": (
         "it builds another model than the base, whose layers it names",

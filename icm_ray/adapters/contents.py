@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from icm_ray.adapters.config_keys import FOLD
+from icm_ray.adapters.fused import is_expert, matched_path
 from icm_ray.adapters.gaps import covered, find_gaps, most_siblings, plain_names, unused
 from icm_ray.adapters.header import TensorInfo
 from icm_ray.adapters.policy import WHOLE, PlainConfig, short
@@ -57,13 +58,16 @@ def tensor_keys(module: str, layout: str | None) -> tuple[str, str]:
 
 def kernel_of(layout: str | None) -> tuple[int, ...]:
     """Return the kernel sizes of a convolution's layout; nothing for the other layouts."""
-    if layout is None or layout == EMBEDDING:
+    if layout is None or layout == EMBEDDING or is_expert(layout):
         return ()
     return tuple(int(size) for size in layout.removeprefix("conv:").split("x"))
 
 
 def read_contents(
-    header: Mapping[str, TensorInfo], config: PlainConfig | None, saved_modules: str
+    header: Mapping[str, TensorInfo],
+    config: PlainConfig | None,
+    saved_modules: str,
+    experts: Mapping[str, str] | None = None,
 ) -> Contents:
     """Sort a header's tensors into modules and check each against the config.
 
@@ -71,6 +75,7 @@ def read_contents(
         header: Tensors by name.
         config: The config, or None if there is none; ranks are checked if it is a plain LoRA's.
         saved_modules: Policy for full layers: refuse, drop, keep or mean.
+        experts: Layouts of the modules that are an expert inside of one parameter.
     """
     contents = Contents()
     pairs, others = _pair_up(header, contents)
@@ -80,7 +85,7 @@ def read_contents(
         contents.problems += problems
         if not problems:
             contents.shapes[module] = (b.shape[0], math.prod(a.shape[1:]), a.shape[0])
-            if layout := _layout(module, a, header):
+            if layout := (experts or {}).get(module) or _layout(module, a, header):
                 contents.layouts[module] = layout
     if not pairs and not contents.problems:
         problem = (
@@ -222,17 +227,19 @@ def _set_dtype(pairs: Mapping[str, Pair], contents: Contents) -> None:
 
 def _check_config(config: PlainConfig, contents: Contents) -> None:
     try:
-        ranks = config.ranks(contents.shapes)
-        contents.scaling, notes = config.scalings(ranks)
+        matched = {m: matched_path(m, contents.layouts.get(m)) for m in contents.shapes}
+        ranks = config.ranks(dict.fromkeys(matched.values()))
+        scalings, notes = config.scalings(ranks)
     except (ValueError, OverflowError) as error:
         problem = f"{error} but fewer are expected. Write the names out."
         contents.problems.append(("rank_pattern, alpha_pattern", problem))
         return
+    contents.scaling = {module: scalings[path] for module, path in matched.items()}
     contents.notes += notes
     contents.problems += [
-        (module, f"rank {rank} but r or rank_pattern say {ranks[module]}. {_OWN_CONFIG}")
+        (module, f"rank {rank} but r or rank_pattern say {ranks[matched[module]]}. {_OWN_CONFIG}")
         for module, (_, _, rank) in contents.shapes.items()
-        if rank != ranks[module]
+        if rank != ranks[matched[module]]
     ]
     plain = [m for m in contents.shapes if m.rpartition(".")[2] not in _TRANSPOSED_NAMES]
     if config.raw.get("fan_in_fan_out") and plain:
@@ -245,6 +252,7 @@ def _check_config(config: PlainConfig, contents: Contents) -> None:
 
 def _check_targets(config: PlainConfig, contents: Contents) -> None:
     targets = config.raw.get("target_modules")
+    modules = [m for m in contents.shapes if not is_expert(contents.layouts.get(m))]
     if isinstance(targets, list):
         selected = frozenset(targets)
         contents.problems += [
@@ -253,18 +261,18 @@ def _check_targets(config: PlainConfig, contents: Contents) -> None:
                 "not in target_modules, so PEFT would ignore it, but all tensors are expected to "
                 f"count. {_OWN_CONFIG}",
             )
-            for module in contents.shapes
+            for module in modules
             if not covered(module, selected)
         ]
     names = plain_names(config.raw)
     if names is None:
         return
-    wrong, uneven = find_gaps(contents.shapes)
+    wrong, uneven = find_gaps(modules)
     advice = "Save the adapter again, or list full module paths in target_modules."
     for where, _, what in (line.partition(": ") for line in wrong):
         contents.problems.append((where, f"{what}. {advice}"))
     contents.notes += [f"{line}." for line in uneven]
-    absent = unused(names, contents.shapes)
+    absent = unused(names, modules)
     if absent:
         others = f", nor have {len(absent) - 1} others" if absent[1:] else ""
         contents.notes.append(f"target_modules: {short(absent[0])} has no tensors{others}.")

@@ -15,6 +15,7 @@ from torch.nn import functional
 from icm_ray.adapters.base_fit import load_base
 from icm_ray.adapters.base_folder import named
 from icm_ray.adapters.contents import EMBEDDING
+from icm_ray.adapters.fused import expert_slice, find_parameter, is_expert, parameters_of
 from icm_ray.adapters.peft_format import open_adapter
 from icm_ray.adapters.verify import TOLERANCES, load_with_peft, relative_error
 from icm_ray.errors import InputError
@@ -140,8 +141,14 @@ def _added(model: nn.Module, expected: Adapter) -> Iterator[set[str]]:
     """
     handles = []
     reached: set[str] = set()
+    whole = _add_to_experts(model, expected)
+    for parameter in parameters_of(expected.layouts):
+        owner = model.get_submodule(parameter.rpartition(".")[0])
+        handles.append(owner.register_forward_hook(lambda *_, name=parameter: reached.add(name)))
     for name, factors in expected.modules.items():
         layout = expected.layouts.get(name)
+        if is_expert(layout):
+            continue
 
         def add(
             layer: Any,
@@ -160,6 +167,26 @@ def _added(model: nn.Module, expected: Adapter) -> Iterator[set[str]]:
     finally:
         for handle in handles:
             handle.remove()
+        for parameter, values in whole:
+            parameter.data.copy_(values)
+
+
+def _add_to_experts(model: nn.Module, expected: Adapter) -> list[tuple[nn.Parameter, Tensor]]:
+    """Add the changes of experts to their parameters; return these with their values before."""
+    layers = dict(model.named_modules())
+    before = []
+    for experts in parameters_of(expected.layouts).values():
+        place = find_parameter(layers, experts[0])
+        if place is None:
+            raise InputError(f"{experts[0]}: not in the base but expected. Check the base.")
+        parameter, is_turned = place
+        before.append((parameter, parameter.detach().clone()))
+        for module in experts:
+            delta = expected.modules[module].delta()
+            expert_slice(parameter.data, expected.layouts[module]).add_(
+                delta.T if is_turned else delta
+            )
+    return before
 
 
 def _change(layer: Any, x: Tensor, factors: LoRAFactors, layout: str | None) -> Tensor:

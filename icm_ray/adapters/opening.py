@@ -9,6 +9,7 @@ from icm_ray.adapters.alignment import compare_shapes, shapes_of
 from icm_ray.adapters.base_fit import misfits, refuse_misfits
 from icm_ray.adapters.base_folder import BaseFolder
 from icm_ray.adapters.base_names import chosen_name
+from icm_ray.adapters.fused import refuse_experts
 from icm_ray.adapters.peft_format import AdapterFile, open_adapter
 from icm_ray.adapters.renaming import FAMILIES, changed_names, renamings
 from icm_ray.errors import InputError, by_cause
@@ -21,6 +22,7 @@ def open_all(
     *,
     base: str | None = None,
     same_base: bool = False,
+    run_by: str = "",
 ) -> list[AdapterFile]:
     """Open adapters and look at all their values, reporting the problems of all of them at once.
 
@@ -31,6 +33,7 @@ def open_all(
         saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
         base: The base as the user names it; whatever the adapters call theirs is taken for it.
         same_base: The user knows that the bases are one under several names.
+        run_by: What will run the base with them, module by module, if anything will.
 
     Raises:
         InputError: with every problem of every adapter.
@@ -55,6 +58,8 @@ def open_all(
             problems += [_apart(line, file.path) for line in error.problems]
     if problems:
         raise InputError([*by_cause(problems, joined_by=""), *clashes])
+    if run_by:
+        refuse_experts(files, run_by)
     return files
 
 

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from icm_ray.adapters.contents import PREFIX, Contents, read_contents, tensor_keys
 from icm_ray.adapters.fingerprint import largest
-from icm_ray.adapters.formats import WEIGHTS_FILE, Stored, StoredTensors, open_stored, view_of
+from icm_ray.adapters.formats import (
+    WEIGHTS_FILE,
+    Stored,
+    StoredTensors,
+    attempt,
+    open_stored,
+    per_expert,
+    view_of,
+)
 from icm_ray.adapters.formats.repositories import REPOSITORY
 from icm_ray.adapters.policy import check_config
 from icm_ray.adapters.values import Scan, not_finite, scan
@@ -38,7 +46,8 @@ class AdapterFile:
         dtype: Element type of the factors; the widest one if they are mixed.
         shapes: `(d_out, d_in, rank)` of every module, sorted by module path.
         scaling: alpha / rank (rsLoRA: alpha / sqrt(rank)) of every module.
-        layouts: Modules that are no plain linear layer: "embedding" or "conv:<k>x<k>".
+        layouts: Modules that are no plain linear layer: "embedding", "conv:<k>x<k>", or
+            "expert:<e>/<experts>" inside of one parameter.
         saved: Names of full tensors that are carried along, unmerged.
         notes: Warnings that needed no look at the values; `warnings` has them all.
         names: Paths in the file of what goes by a newer name here, by that name; see `renaming`.
@@ -217,9 +226,11 @@ def open_adapter(
     if view.config is not None:
         config = check_config(view.config, config_file, saved_modules)
         problems += config.problems
+        if not config.problems:
+            view = attempt(lambda: per_expert(view, config), problems) or view
     contents = Contents()
     if view.header is not None:
-        contents = read_contents(view.header, config, saved_modules)
+        contents = read_contents(view.header, config, saved_modules, view.layouts)
         problems += [f"{view.file}: {line}" for line in by_cause(contents.problems)]
     if problems or config is None:
         raise InputError(problems)

@@ -79,6 +79,7 @@ FIELDS = {
     "target_modules": "a list of names or text",
     "exclude_modules": "a list of names or text",
     "modules_to_save": "a list of names",
+    "target_parameters": "a list of names",
     "layers_to_transform": "layer numbers",
     "layers_pattern": "a list of names or text",
     "auto_mapping": "a table of texts",

@@ -14,6 +14,14 @@ from torch import Tensor
 from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
 from icm_ray.adapters.contents import PREFIX, is_saved, kernel_of, tensor_keys
 from icm_ray.adapters.fingerprint import largest
+from icm_ray.adapters.fused import (
+    is_expert,
+    matched_path,
+    parameters_of,
+    place_of,
+    stacked,
+    wrapper_paths,
+)
 from icm_ray.adapters.gaps import covered, find_gaps, plain_names
 from icm_ray.adapters.peft_format import WEIGHTS_FILE
 from icm_ray.adapters.policy import CONFIG_FILE, known_revision
@@ -89,6 +97,7 @@ def _tensors(
     adapter: Adapter, modules: Mapping[str, LoRAFactors], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    experts: dict[str, tuple[Tensor, Tensor]] = {}
     problems = []
     for module, factors in modules.items():
         layout = adapter.layouts.get(module)
@@ -105,11 +114,27 @@ def _tensors(
                     f"{adapter.name}: {key}: values that {dtype} cannot hold but finite ones are "
                     "expected. Choose output dtype float32."
                 )
+        if is_expert(layout):
+            experts[module] = a, b
+            continue
         key_a, key_b = tensor_keys(module, layout)
         tensors[key_a] = _own(a.unflatten(1, (-1, *kernel)) if kernel else a)
         tensors[key_b] = _own(b.reshape(*b.shape, *(1 for _ in kernel)))
     if problems:
         raise InputError(problems)
+    return tensors | _fused(adapter, experts)
+
+
+def _fused(adapter: Adapter, experts: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return PEFT's tensors of parameters that hold experts, who share one rank there."""
+    layouts = {module: adapter.layouts[module] for module in experts}
+    parameters = parameters_of(layouts)
+    tensors: dict[str, Tensor] = {}
+    for parameter, wrapper in wrapper_paths(parameters).items():
+        places = {module: place_of(layouts[module]) for module in parameters[parameter]}
+        _, count = next(iter(places.values()))
+        both = stacked({expert: experts[m] for m, (expert, _) in places.items()}, count)
+        tensors |= dict(zip(tensor_keys(wrapper, None), map(_own, both), strict=True))
     return tensors
 
 
@@ -146,13 +171,15 @@ def lost(factors: LoRAFactors, a: Tensor, b: Tensor) -> float:
 def _config(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> dict[str, Any]:
     # The largest rank leads: servers size their buffers by r and ignore rank_pattern.
     r = max((factors.rank for factors in modules.values()), default=1)
-    ranks = {
-        # PEFT matches `(.*\\.)?(KEY)$` and takes the first key that fits. The anchor makes a key
-        # fit its own module only, so the order of the keys does not matter.
-        f"^{re.escape(module)}": factors.rank
-        for module, factors in modules.items()
-        if factors.rank != r
-    }
+    ranks: dict[str, int] = {}
+    for module, factors in modules.items():
+        path = matched_path(module, adapter.layouts.get(module))
+        ranks[path] = max(factors.rank, ranks.get(path, 0))
+    # PEFT matches `(.*\\.)?(KEY)$` and takes the first key that fits. The anchor makes a key fit
+    # its own module only, so the order of the keys does not matter.
+    ranks = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
+    plain = {m: f for m, f in modules.items() if not is_expert(adapter.layouts.get(m))}
+    parameters = parameters_of({m: adapter.layouts[m] for m in modules.keys() - plain.keys()})
     task, layers = adapter.config.get("task_type"), _declared(adapter)
     has_class = model_class(adapter.config)
     return {
@@ -166,7 +193,8 @@ def _config(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> dict[str, A
         "rank_pattern": ranks,
         "alpha_pattern": ranks,
         "use_rslora": False,
-        "target_modules": _targets(adapter, modules),
+        "target_modules": _targets(adapter, plain),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "fan_in_fan_out": bool(adapter.config.get("fan_in_fan_out")),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -185,7 +213,8 @@ def _declared(adapter: Adapter) -> list[str]:
 def _targets(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> list[str]:
     """Return the inputs' short names if they select exactly `modules`, else all full paths."""
     names = frozenset(plain_names(adapter.config) or ())
-    complete = len(modules) == len(adapter.modules) and not any(find_gaps(modules))
+    all_plain = [m for m in adapter.modules if not is_expert(adapter.layouts.get(m))]
+    complete = len(modules) == len(all_plain) and not any(find_gaps(modules))
     if names and complete and all(covered(module, names) for module in modules):
         return sorted(names)
     return sorted(modules)

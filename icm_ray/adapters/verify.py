@@ -10,6 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from icm_ray.adapters.contents import EMBEDDING, PREFIX, kernel_of
+from icm_ray.adapters.fused import (
+    ORDER,
+    is_expert,
+    matched_path,
+    parameters_of,
+    place_of,
+    weightless,
+    wrapper_paths,
+)
 from icm_ray.adapters.peft_format import open_adapter
 from icm_ray.adapters.policy import NEVER_RUN
 from icm_ray.errors import InputError
@@ -55,14 +64,17 @@ def verify_written(folder: str | Path, expected: Adapter) -> dict[str, float]:
     if problems:
         raise InputError(sorted(problems))
     layers = _lora_layers(load_with_peft(_skeleton(expected), file.path))
+    wrappers = wrapper_paths(parameters_of({m: file.layouts.get(m, "") for m in wanted}))
     tolerance, worst = TOLERANCES[file.dtype], 0.0
     for seed, module in enumerate(sorted(wanted)):
-        if module not in layers:
+        layout = expected.layouts.get(module)
+        path = matched_path(module, layout)
+        path = wrappers.get(path, path)
+        if path not in layers:
             problems.append(f"{file.path}: {module}: ignored by PEFT but expected. Save it again.")
             continue
         generator = torch.Generator().manual_seed(seed)
-        layout = expected.layouts.get(module)
-        error = _layer_error(layers[module], expected.modules[module], layout, generator)
+        error = _layer_error(layers[path], expected.modules[module], layout, generator)
         worst = max(worst, error)
         if not error <= tolerance:
             problems.append(
@@ -120,15 +132,33 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
 def _skeleton(expected: Adapter) -> nn.Module:
     """Return a model with exactly the adapter's modules and next to no memory."""
     root = nn.Module()
+    parameters = parameters_of(expected.layouts)
     for module, factors in expected.modules.items():
-        at = root
-        *parents, leaf = module.split(".")
-        for parent in parents:
-            if parent not in at._modules:
-                at.add_module(parent, nn.Module())
-            at = at.get_submodule(parent)
-        at.add_module(leaf, _weightless(factors.shape, expected.layouts.get(module)))
+        if not is_expert(layout := expected.layouts.get(module)):
+            owner, _, leaf = module.rpartition(".")
+            _inside(root, owner).add_module(leaf, _weightless(factors.shape, layout))
+    for parameter in sorted(parameters, key=_place_in_owner):
+        experts = parameters[parameter]
+        owner, _, leaf = parameter.rpartition(".")
+        _, count = place_of(expected.layouts[experts[0]])
+        weight = weightless(expected.modules[experts[0]].shape, count)
+        _inside(root, owner).register_parameter(leaf, weight)
     return root
+
+
+def _inside(root: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path, made if it is not there."""
+    at = root
+    for name in path.split(".") if path else ():
+        if name not in at._modules:
+            at.add_module(name, nn.Module())
+        at = at.get_submodule(name)
+    return at
+
+
+def _place_in_owner(parameter: str) -> int:
+    name = parameter.rpartition(".")[2]
+    return ORDER.index(name) if name in ORDER else 0
 
 
 def _weightless(shape: tuple[int, int], layout: str | None) -> nn.Module:
@@ -154,7 +184,13 @@ def _layer_error(
     name, d_in = "default", factors.shape[1]
     scaling = layer.scaling[name]
     with torch.no_grad():
-        if layout == EMBEDDING:
+        if layout is not None and is_expert(layout):
+            expert, _ = place_of(layout)
+            x = torch.randn(PROBES, d_in, generator=generator)
+            up, down, scaling = layer.get_delta_factors(name)
+            theirs = x @ down[expert].float().T @ up[expert].float().T * scaling
+            ours = x @ factors.a.T @ factors.b.T
+        elif layout == EMBEDDING:
             tokens = torch.randint(d_in, (PROBES,), generator=generator)
             a, b = (
                 layer.lora_embedding_A[name].float(),

@@ -13,6 +13,7 @@ from torch import Tensor
 from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.adapters.contents import EMBEDDING, tensor_keys
 from icm_ray.adapters.formats import diffusers, kohya, mlx
+from icm_ray.adapters.fused import is_expert
 from icm_ray.adapters.policy import CONFIG_FILE
 from icm_ray.errors import InputError
 from icm_ray.files import refuse_foreign, refuse_inputs, whole_folder, write_json
@@ -53,6 +54,12 @@ def export_adapter(adapter: AdapterFile, form: str, out: Path) -> None:
     """
     refuse_inputs(out, {f"adapter {adapter.name!r}": adapter.path})
     refuse_foreign(out)
+    _refuse(
+        adapter,
+        [m for m in adapter.shapes if is_expert(adapter.layouts.get(m))],
+        f"an expert inside of one parameter but {form} has factors of whole modules. Export the "
+        "whole model, with --base.",
+    )
     with adapter.open() as handle:
         keys = {m: tensor_keys(m, adapter.layouts.get(m)) for m in adapter.shapes}
         factors = {m: (handle.get_tensor(a), handle.get_tensor(b)) for m, (a, b) in keys.items()}

@@ -1,20 +1,25 @@
 """A base model's stored weights, and where in them each adapted module's weight is."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import AdapterFile
+from icm_ray.adapters import AdapterFile, fit_base
 from icm_ray.adapters.base_fit import architecture
 from icm_ray.adapters.base_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, open_base
 from icm_ray.adapters.contents import DTYPES, EMBEDDING
 from icm_ray.adapters.formats.shards import read_shards
+from icm_ray.adapters.fused import find_parameter, is_expert, matched_path, place_of
 from icm_ray.adapters.header import TensorInfo, read_header
 from icm_ray.adapters.policy import MAX_CONFIG_BYTES, short
 from icm_ray.adapters.raw_files import read_table
-from icm_ray.errors import InputError
+from icm_ray.errors import InputError, by_cause
+from icm_ray.exporting.stored_names import Source, sources_of
+
+_CHECK = "Check the base."
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class BaseWeights:
     Attributes:
         folder: Its folder.
         config: Contents of its `config.json`.
+        adapter: The adapter, its modules under this release's names.
         model: Its architecture without weights.
         header: Every stored tensor by name.
         files: Name of each tensor's file.
@@ -32,19 +38,21 @@ class BaseWeights:
 
     folder: Path
     config: Mapping[str, Any]
+    adapter: AdapterFile
     model: Any
     header: Mapping[str, TensorInfo]
     files: Mapping[str, str]
     is_sharded: bool
 
     def stored(self, name: str) -> str | None:
-        """Return what a weight of the architecture is called in the files, if it is there.
+        """Return what a weight of the architecture is called in the files, if it is there."""
+        source = self.sources.get(name)
+        return source.keys[0] if source and len(source.keys) == 1 else None
 
-        A model that was saved without its head, or with one, has one prefix less or more.
-        """
-        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        names = (name, prefix + name, name.removeprefix(prefix))
-        return next((known for known in names if known in self.header), None)
+    @cached_property
+    def sources(self) -> Mapping[str, Source]:
+        """What the files call each weight of the architecture, as transformers reads them."""
+        return sources_of(self.model, {key: info.shape for key, info in self.header.items()})
 
     @property
     def ties(self) -> Mapping[str, str]:
@@ -54,17 +62,31 @@ class BaseWeights:
 
 @dataclass(frozen=True)
 class Target:
-    """A weight to change.
+    """A stored matrix to change.
 
     Attributes:
         module: The adapter's module.
         key: The tensor's name in the written files.
         is_turned: Whether it is stored as (d_in, d_out).
+        piece: Which of how many pieces of the tensor's first axis it is; None for all of it.
+        rows: Which of the change's rows belong there; None for all.
     """
 
     module: str
     key: str
     is_turned: bool
+    piece: tuple[int, int] | None = None
+    rows: range | None = None
+
+    def matrix(self, info: TensorInfo) -> TensorInfo:
+        """Return where the matrix lies in the tensor that a header describes."""
+        if self.piece is None:
+            return info
+        index, count = self.piece
+        rows, rest = info.shape[0] // count, info.shape[1:]
+        shape = rest if (rows, len(rest)) == (1, 2) else (rows, *rest)
+        size = math.prod(shape) * DTYPES[info.dtype].itemsize
+        return replace(info, shape=shape, start=info.start + index * size)
 
 
 def read_base(folder: Path, adapter: AdapterFile) -> BaseWeights:
@@ -88,37 +110,75 @@ def read_base(folder: Path, adapter: AdapterFile) -> BaseWeights:
     else:
         header = read_header(folder / WEIGHTS_FILE)
         files = dict.fromkeys(header, WEIGHTS_FILE)
-    model = architecture(open_base(folder), adapter)
-    return BaseWeights(folder, config, model, header, files, is_sharded)
+    opened = open_base(folder)
+    (adapter,) = fit_base([adapter], opened)
+    model = architecture(opened, adapter)
+    return BaseWeights(folder, config, adapter, model, header, files, is_sharded)
 
 
-def find_targets(adapter: AdapterFile, base: BaseWeights) -> list[Target]:
-    """Return the weight that each module changes.
+def find_targets(base: BaseWeights) -> list[Target]:
+    """Return the stored matrices that each module changes; modules in the adapter's order.
 
     Raises:
-        InputError: naming every module whose weight is missing, quantised or of another shape.
+        InputError: naming every module whose weight is missing, quantised, of another shape, or
+            converted in a way that a change cannot follow.
     """
-    layers = dict(base.model.named_modules())
-    targets, problems = [], []
+    targets: list[Target] = []
+    problems: list[tuple[str, str]] = []
+    adapter, layers = base.adapter, dict(base.model.named_modules())
     for module, (d_out, d_in, _) in adapter.shapes.items():
-        name = f"{module}.weight"
-        key = base.stored(name)
-        info = base.header.get(key or _partner(base, name) or "")
-        if info is None:
-            problems.append(f"{module}: no weight in {base.folder} but one is expected")
+        layout = adapter.layouts.get(module)
+        name = matched_path(module, layout) if is_expert(layout) else f"{module}.weight"
+        source = base.sources.get(name)
+        if source and source.operation:
+            problem = f"stored in a form that transformers loads through {source.operation}"
+            advice = "Serve the adapter beside the base instead"
+            problems.append((module, f"{problem} but the weight itself is expected. {advice}."))
             continue
-        is_conv1d = type(layers.get(module)).__name__ == "Conv1D"
-        is_turned = is_conv1d or adapter.layouts.get(module) == EMBEDDING
-        shape = (info.shape[0], math.prod(info.shape[1:])) if info.shape else ()
-        wanted = (d_in, d_out) if is_turned else (d_out, d_in)
-        if info.dtype not in DTYPES:
-            problems.append(f"{module}: {info.dtype} but one of {', '.join(DTYPES)} is expected")
-        elif shape != wanted:
-            problems.append(f"{module}: {short(shape)} but {short(wanted)} is expected")
-        targets.append(Target(module, key or name, is_turned))
+        key = base.stored(name) or _partner(base, name)
+        if key is None and (source is None or not is_expert(layout)):
+            problems.append((module, f"no weight in {base.folder} but one is expected. {_CHECK}"))
+            continue
+        own = list(_matrices(module, layout, base, layers))
+        for target in own:
+            info = target.matrix(
+                base.header[target.key if target.key in base.header else key or ""]
+            )
+            rows = d_out if target.rows is None else len(target.rows)
+            wanted = (d_in, rows) if target.is_turned else (rows, d_in)
+            shape = (info.shape[0], math.prod(info.shape[1:])) if info.shape else ()
+            if info.dtype not in DTYPES:
+                known = ", ".join(DTYPES)
+                problems.append((module, f"{info.dtype} but one of {known} is expected. {_CHECK}"))
+            elif shape != wanted:
+                expected = f"{short(wanted)} is expected. {_CHECK}"
+                problems.append((module, f"{short(shape)} but {expected}"))
+        targets += own
     if problems:
-        raise InputError(f"{adapter.name}: {line}. Check the base." for line in problems)
+        lines = by_cause(problems)
+        raise InputError(f"{adapter.name}: {line}" for line in lines)
     return targets
+
+
+def _matrices(
+    module: str, layout: str | None, base: BaseWeights, layers: Mapping[str, Any]
+) -> Iterator[Target]:
+    """Yield the stored matrices of a module's weight; there are several if it was put together."""
+    if layout is None or not is_expert(layout):
+        name = f"{module}.weight"
+        is_turned = type(layers.get(module)).__name__ == "Conv1D" or layout == EMBEDDING
+        piece = base.sources[name].piece if name in base.sources else None
+        yield Target(module, base.stored(name) or name, is_turned, piece)
+        return
+    place, (expert, count) = find_parameter(layers, module), place_of(layout)
+    source = base.sources[matched_path(module, layout)]
+    is_turned = place is not None and place[1]
+    if len(source.keys) == 1:
+        yield Target(module, source.keys[0], is_turned != source.is_turned, (expert, count))
+        return
+    height = base.header[source.keys[0]].shape[0]
+    for part, key in enumerate(source.of_expert(expert)):
+        yield Target(module, key, False, rows=range(part * height, (part + 1) * height))
 
 
 def _partner(base: BaseWeights, name: str) -> str | None:

@@ -8,7 +8,7 @@ names keeps its bits.
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,7 +76,7 @@ def export_model(adapter: AdapterFile, base: Path, out: Path) -> None:
     refuse_inputs(out, {f"adapter {adapter.name!r}": adapter.path, "base": base})
     refuse_foreign(out)
     weights = read_base(base, adapter)
-    targets = find_targets(adapter, weights)
+    adapter, targets = weights.adapter, find_targets(weights)
     copies = copies_to_untie(targets, weights)
     with whole_folder(out, info={"adapter": adapter.fingerprint}) as folder:
         _copy_settings(base, folder)
@@ -137,13 +137,21 @@ def _index(base: BaseWeights, places: Mapping[str, Place]) -> dict[str, object]:
 
 def _change(adapter: AdapterFile, targets: list[Target], places: Mapping[str, Place]) -> None:
     problems = []
-    for target, (module, factors) in zip(targets, adapter.stream(), strict=True):
-        if not _add(places[target.key], factors, is_turned=target.is_turned):
-            problems.append(
-                f"{adapter.name}: {module}: values that the base's "
-                f"{places[target.key].info.dtype} cannot hold but finite ones are expected. "
-                "Export with a base in float32."
-            )
+    by_module: dict[str, list[Target]] = {}
+    for target in targets:
+        by_module.setdefault(target.module, []).append(target)
+    for module, factors in adapter.stream():
+        for target in by_module[module]:
+            place = places[target.key]
+            place = replace(place, info=target.matrix(place.info))
+            own = factors
+            if (rows := target.rows) is not None:
+                own = LoRAFactors(factors.a, factors.b[rows.start : rows.stop])
+            if not _add(place, own, is_turned=target.is_turned):
+                problems.append(
+                    f"{adapter.name}: {module}: values that the base's {place.info.dtype} cannot "
+                    "hold but finite ones are expected. Export with a base in float32."
+                )
     if problems:
         raise InputError(problems)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from icm_ray.adapters import AdapterFile, check_together, delta_cosines, open_all, tied_warnings
 from icm_ray.adapters.base_folder import BaseFolder, open_base
+from icm_ray.adapters.fused import is_expert
 from icm_ray.config import MergeRecipe, folder_names
 from icm_ray.errors import RecipeError, one_line
 from icm_ray.files import refuse_inputs
@@ -78,6 +79,7 @@ def _facts(file: AdapterFile) -> dict[str, Any]:
         "format": file.format,
         "base_model": file.base_model,
         "modules": len(file.shapes),
+        "fused_experts": sum(map(is_expert, file.layouts.values())),
         "ranks": sorted({rank for _, _, rank in shapes}),
         "scalings": sorted(set(file.scaling.values())),
         "dtype": dtype_name(file.dtype),

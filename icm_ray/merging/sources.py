@@ -20,7 +20,13 @@ def open_inputs(recipe: MergeRecipe) -> list[AdapterFile]:
     refs = [ref.pair for ref in recipe.adapters]
     if recipe.allow_pickle:
         refs = _unpickled(refs, Path(recipe.cache) if recipe.cache else default_cache())
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base, same_base=recipe.same_base)
+    files = open_all(
+        refs,
+        recipe.modules_to_save,
+        base=recipe.base,
+        same_base=recipe.same_base,
+        run_by="gathering evidence" if recipe.data else "",
+    )
     if recipe.modules_to_save == "mean":
         check_mean(files)
     return files

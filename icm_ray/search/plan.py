@@ -147,7 +147,8 @@ def plan_of(recipe: SearchRecipe) -> Plan:
     ]
     if not refs:
         raise RecipeError("adapters: none. Name some, or experts: a folder that holds them.")
-    files = open_all([ref.pair for ref in refs], recipe.modules_to_save, base=recipe.base)
+    pairs = [ref.pair for ref in refs]
+    files = open_all(pairs, recipe.modules_to_save, base=recipe.base, run_by="jobs.search")
     tasks = [file.name for file in files]
     given = recipe.rows or [recipe.row()]
     rows = [(row, space_of(row, tasks, recipe.layer_groups)) for row in given]

@@ -24,7 +24,7 @@ def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     if taken := sorted(n for n in names if n in ("base", "expert") or n.startswith("expert ")):
         raise RecipeError(f"adapters: {', '.join(taken)}: a reference. Choose another name.")
     # One by one: they need not fit together to be scored.
-    files = [open_all([ref.pair])[0] for ref in recipe.adapters]
+    files = [open_all([ref.pair], run_by="jobs.evaluate")[0] for ref in recipe.adapters]
     own = [open_all([(task, expert.adapter)])[0] for task, expert in experts.items()]
     items = [ScoreItem(file.name, AdapterSource(file), tuple(experts)) for file in files]
     data = task_data(suite, experts, recipe.split, recipe.examples)

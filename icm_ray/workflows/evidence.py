@@ -19,7 +19,7 @@ def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     """Gather what the recipe names, one actor an adapter."""
     refuse_foreign(target)
     refs = [ref.pair for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base)
+    files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.evidence")
     warn(warnings_of(files))
     inputs = load_inputs(recipe.data, [file.name for file in files])
     prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)

@@ -85,7 +85,7 @@ def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     """Learn a merge from unlabelled inputs, one actor a task; `merge` reads what it writes."""
     refuse_foreign(target)
     refs = [ref.pair for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base)
+    files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.learn")
     request = _request(recipe, files)
     warn(warnings_of(files))
     prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)

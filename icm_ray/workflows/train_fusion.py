@@ -83,7 +83,7 @@ def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
     refuse_foreign(target)
     _check(recipe, target)
     refs = [ref.pair for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base)
+    files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.train_fusion")
     if recipe.joins:  # before any spend
         check_joins(load_fusion(Path(recipe.joins)), [file.name for file in files])
     training = Training(recipe, files, _data(recipe, [file.name for file in files]))

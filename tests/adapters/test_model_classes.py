@@ -214,18 +214,6 @@ def test_clip_reads_images_alone() -> None:
     )
 
 
-def test_fused_experts_are_refused_by_name(tmp_path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    kind = KINDS["mixtral"]
-    base = save_base(kind, tmp_path / "base")
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
-    model = quiet(lambda: get_peft_model(load(kind, base), config))
-    quiet(lambda: model.save_pretrained(tmp_path / "fused"))
-    with pytest.raises(InputError, match=r"target_parameters.*mixture of experts"):
-        open_adapter(tmp_path / "fused")
-
-
 def test_adapters_of_single_experts_need_a_base_that_has_them(tmp_path, make_adapter) -> None:
     base = save_base(KINDS["mixtral"], tmp_path / "base")
     old = "model.layers.1.block_sparse_moe.experts.3.w1"

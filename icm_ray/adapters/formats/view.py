@@ -29,11 +29,23 @@ class Stored:
         file: The safetensors file.
         key: The tensor's name in it.
         is_turned: Whether it is the transpose of PEFT's.
+        rows: Which of its rows are meant; None for all.
+        columns: Which of its columns are meant; None for all.
     """
 
     file: Path
     key: str
     is_turned: bool = False
+    rows: range | None = None
+    columns: range | None = None
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """Return what is meant of the stored tensor."""
+        if self.rows is not None:
+            tensor = tensor[self.rows.start : self.rows.stop]
+        if self.columns is not None:
+            tensor = tensor[:, self.columns.start : self.columns.stop : self.columns.step]
+        return tensor.T.contiguous() if self.is_turned else tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class View:
         config_file: The file that messages about the config name.
         problems: Why one of them could not be read.
         notes: What is legal but odd.
+        layouts: Modules that are an expert inside of one parameter; see `adapters.fused`.
     """
 
     format: str
@@ -59,6 +72,7 @@ class View:
     config_file: Path | None = None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    layouts: Mapping[str, str] = field(default_factory=dict)
 
 
 class StoredTensors:
@@ -77,10 +91,10 @@ class StoredTensors:
             tensor = handle.get_tensor(place.key)
         except (SafetensorError, OSError) as error:
             raise damaged(place.file, error) from None
-        return tensor.T.contiguous() if place.is_turned else tensor
+        return place.part(tensor)
 
     def get_shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of the tensor that PEFT calls `key`; no value is read."""
+        """Return the shape of a whole tensor that PEFT calls `key`; no value is read."""
         place, handle = self._open(key)
         try:
             shape = tuple(handle.get_slice(place.key).get_shape())
