@@ -12,11 +12,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "icm_ray"
 
 # Each room and the rooms it may import. Leaves come first; a new arrow is a decision.
-BASICS = {"errors", "types", "files", "seeding", "checkpoint"}
+BASICS = {"errors", "types", "files", "seeding", "checkpoint", "inputs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
     "checkpoint": set(),
+    "inputs": set(),
     "linalg": set(),
     "types": {"errors"},
     "files": {"errors"},
@@ -26,8 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "base_model": BASICS | {"adapters"},
     "evidence": BASICS | {"base_model", "fusion_vae", "linalg"},
     "methods": BASICS | {"evidence", "fusion_vae", "linalg"},
-    "suites": BASICS,
-    "evaluation": BASICS | {"base_model", "linalg", "suites"},
+    "suites": BASICS | {"config"},
+    "evaluation": BASICS | {"adapters", "base_model", "linalg", "suites"},
     "finetuning": BASICS | {"adapters", "base_model", "config", "evaluation", "suites"},
     "report": BASICS,
     "merging": BASICS | {"adapters", "config", "evidence", "linalg", "methods", "report", "suites"},

@@ -60,6 +60,7 @@ from icm_ray.config.search import (
     SearchRecipe,
     SearchRow,
 )
+from icm_ray.config.suite import HubData, SuiteFile, TaskFile, TaskKind
 
 __all__ = [
     "INPUT_BATCH",
@@ -76,6 +77,7 @@ __all__ = [
     "FusionChanges",
     "FusionSpec",
     "Halving",
+    "HubData",
     "InContext",
     "InnerLoss",
     "InnerSpec",
@@ -108,6 +110,9 @@ __all__ = [
     "Spec",
     "StartSpec",
     "StepsBenchmark",
+    "SuiteFile",
+    "TaskFile",
+    "TaskKind",
     "TrainFusionRecipe",
     "Training",
     "VAESpec",

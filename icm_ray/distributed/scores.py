@@ -14,10 +14,10 @@ from icm_ray.adapters import AdapterFile
 from icm_ray.distributed.actors import AdapterSource, Source
 from icm_ray.distributed.session import Pool
 from icm_ray.evaluation.metrics import Score
-from icm_ray.evaluation.scoring import BATCH, Standing, TaskData, TaskScore, standing, values
+from icm_ray.evaluation.scoring import BATCH, Standing, TaskData, TaskScore, standing
 from icm_ray.files import is_done, read_json, sha256_of, whole_folder, write_json
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,15 @@ class ScoreItem:
 
 
 def _data_key(item: TaskData) -> list[Any]:
-    if item.head is None:
-        task = item.task
-        how = [task.kind, task.metric, task.max_tokens, task.max_new_tokens]
-        return [item.examples.fingerprint, how]
-    head = [item.head.weight, item.head.bias]
-    digest = sha256_of([t.numpy().tobytes().hex() for t in head] + [item.head.mean, item.head.std])
-    return [item.examples.fingerprint, digest]
+    task, head = item.task, item.head
+    how = [task.kind, task.head, task.metric, task.max_tokens, task.max_new_tokens]
+    judge = item.expert.fingerprint if item.expert else None
+    read = None
+    if head is not None:
+        numbers = [head.weight, head.bias, *(head.dense or ())]
+        plain = [t.numpy().tobytes().hex() for t in numbers]
+        read = sha256_of([*plain, head.mean, head.std, head.pooling])
+    return [item.examples.fingerprint, how, read, judge]
 
 
 def score_on_ray(
@@ -120,7 +122,7 @@ class Standings:
 
     def of(self, label: str) -> Standing:
         """Return where an item stands."""
-        return standing(values(self.items[label]), values(self.expert), values(self.base))
+        return standing(self.items[label], self.expert, self.base)
 
 
 def save_scores(folder: Path, key: str, scores: Mapping[str, TaskScore]) -> None:

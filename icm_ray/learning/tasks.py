@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from icm_ray.base_model import readers
-from icm_ray.base_model.readers import Reader, by_length
+from icm_ray.base_model.prompts import ends_of, is_chat
+from icm_ray.base_model.readers import Reader, TextReader, by_length
 from icm_ray.base_model.states import Batch, batches_of
 from icm_ray.config import DataSpec, ObjectiveSpec
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import with_answers
+from icm_ray.evaluation.choices import choice_batches
 from icm_ray.evaluation.experts import Expert, find_experts
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import sha256_of
@@ -57,16 +59,17 @@ class Readable:
     @property
     def key(self) -> str:
         """What identifies head and labels."""
-        head = self.head
-        weights = [head.weight.tolist(), head.bias.tolist(), head.mean, head.std] if head else None
+        weights = self.head.described if self.head else None
         targets = None if self.targets is None else list(self.targets)
         return sha256_of([self.task.kind, self.task.max_new_tokens, weights, targets])
 
     def standardised(self) -> Tensor | None:
         """Return the labels by the head's mean and deviation, if there are a head and labels."""
-        if self.head is None or self.targets is None:
+        if self.targets is None or self.task.kind == "generation":
             return None
         values = torch.tensor(self.targets, dtype=torch.float64)
+        if self.head is None:
+            return values.float()
         return ((values - self.head.mean) / self.head.std).float()
 
 
@@ -126,15 +129,28 @@ class LearnerData:
         inputs, known = self.inputs[adapter.name], self.readable.get(adapter.name)
         if known is None:
             return TaskInputs(adapter, batches_of(reader, *inputs, batch))
+        task, groups = known.task, by_length(reader.read(*inputs), batch)
         batches: Sequence[Batch]
         if known.answered:
-            read = reader.read(*inputs)
-            make = with_answers(reader, read, known.targets or (), known.task)
-            batches = [make(rows) for rows in by_length(read, batch)]
+            make = with_answers(reader, inputs[0], known.targets or (), task)
+            batches = [make(rows) for rows in groups]
+        elif task.chooses:
+            choose = choice_batches(reader, *inputs)
+            batches = [choose(rows) for rows in groups]
         else:
             batches = batches_of(reader, *inputs, batch)
-        kind, longest = known.task.kind, known.task.max_new_tokens
-        return TaskInputs(adapter, batches, known.head, kind, known.standardised(), longest)
+        end = None
+        if task.kind == "generation" and isinstance(reader, TextReader):
+            end = ends_of(reader.tokenizer, is_chat(inputs[0][0]))
+        return TaskInputs(
+            adapter,
+            batches,
+            known.head,
+            "multiple_choice" if task.chooses else task.kind,
+            known.standardised(),
+            task.max_new_tokens,
+            end,
+        )
 
 
 def learner_data(

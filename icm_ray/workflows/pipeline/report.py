@@ -10,7 +10,7 @@ from icm_ray.adapters import delta_cosines
 from icm_ray.config import MethodRow
 from icm_ray.distributed.probes import read_probe
 from icm_ray.evaluation.metrics import Score, difference_interval, score
-from icm_ray.evaluation.scoring import TaskScore, standing, values
+from icm_ray.evaluation.scoring import TaskScore, standing
 from icm_ray.evidence.store import load_evidence
 from icm_ray.files import cost_of, is_done, sha256_of, whole_folder
 from icm_ray.merging.folder import MergedFolder, Origin, write_merged
@@ -119,8 +119,8 @@ def _score_rows(
     split: str,
     scores: dict[str, TaskScore],
 ) -> list[ScoreRow]:
-    expert = values(one.scores[EXPERT, "default", split])
-    where = standing(values(scores), expert, values(one.scores[BASE, "default", split]))
+    references = (one.scores[who, "default", split] for who in (EXPERT, BASE))
+    where = standing(scores, *references)
     merged = one.merged.get((name.removesuffix(OF_TASKS), variant))
     ranks = [m["rank"] for m in merged.report["modules"].values()] if merged else [0]
     # The default setting can be the best one, and then stands in both rows.

@@ -16,7 +16,7 @@ from icm_ray.distributed.cluster import run_tasks
 from icm_ray.distributed.merge import merge_to_folder
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import Pool
-from icm_ray.evaluation.scoring import TaskScore, standing, task_data, values
+from icm_ray.evaluation.scoring import TaskScore, standing, task_data
 from icm_ray.files import is_done
 from icm_ray.merging.folder import PER_TASK, read_merged
 from icm_ray.report.data import BASE, EXPERT, OF_TASKS
@@ -98,10 +98,10 @@ def _scored(
 
 def _best(one: SetResults, row: MethodRow) -> str:
     """Return the row's variant with the best mean normalised score on validation data."""
-    expert = values(one.scores[EXPERT, DEFAULT, "validation"])
-    base = values(one.scores[BASE, DEFAULT, "validation"])
+    expert = one.scores[EXPERT, DEFAULT, "validation"]
+    base = one.scores[BASE, DEFAULT, "validation"]
     means = {
-        v.name: standing(values(one.scores[row.name, v.name, "validation"]), expert, base).mean
+        v.name: standing(one.scores[row.name, v.name, "validation"], expert, base).mean
         for v in variants(row)
     }
     # NaN: an expert scored nothing, so nothing can be compared with it.
