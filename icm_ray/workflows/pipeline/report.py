@@ -262,6 +262,6 @@ def _publish_adapter(
 def _command() -> str:
     """Return the command line that repeats this run, as a user would type it."""
     program = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = program.name if program else Path(sys.argv[0]).name
+    called = ["python -m", program.name] if program else [Path(sys.argv[0]).name]
     words = [json.dumps(w) if " " in w else w for w in sys.argv[1:]]
-    return " ".join(["python -m", name, *words])
+    return " ".join([*called, *words])
