@@ -1,10 +1,10 @@
 """Recipes of bases and experts: fetched, trained and scored."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from icm_ray.config.parts import Adapters, Part, Positive, Recipe
+from icm_ray.config.parts import Adapters, Part, Positive, ReadyAdapters, Recipe
 
 
 class PrepareRecipe(Recipe):
@@ -86,7 +86,9 @@ class EvaluateRecipe(Recipe):
     """Recipe of `jobs.evaluate`: score adapters on a suite's tasks against its experts."""
 
     suite: str = "text"
-    experts: str = Field(min_length=1, description="Folder of one expert set.")
+    experts: Annotated[str, Field(min_length=1)] | ReadyAdapters = Field(
+        description="Folder of jobs.finetune with one expert set, or the tasks' adapters by name."
+    )
     base: str | None = None
     revision: str | None = None
     adapters: Adapters

@@ -114,12 +114,17 @@ def _with_names(refs: Any) -> Any:
     return [{"name": name, "path": path} for name, path in zip(plain, refs, strict=True)]
 
 
-Adapters = Annotated[
+_Named = Annotated[
     list[AdapterRef],
     BeforeValidator(_with_names, json_schema_input_type=list[AdapterRef] | list[str]),
-    Field(min_length=1, max_length=10_000),
 ]
+Adapters = Annotated[_Named, Field(min_length=1, max_length=10_000)]
 """Adapters by name and path, or paths alone."""
+ReadyAdapters = Annotated[
+    _Named,
+    Field(max_length=10_000, description="Ready ones, each by its task's name; none: trained."),
+]
+"""Adapters that take the place of experts that would be trained."""
 
 
 class DataSpec(Part):

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from icm_ray.config.fusion import FusionChanges
 from icm_ray.config.learning import Overrides
-from icm_ray.config.parts import AdapterRef, DataSpec, Name, Part, Positive, Recipe
+from icm_ray.config.parts import DataSpec, Name, Part, Positive, ReadyAdapters, Recipe
 from icm_ray.types import SavedModulesPolicy
 
 Searched = Annotated[
@@ -74,9 +74,11 @@ class SearchRecipe(Recipe, SearchedMethod):
     revision: str | None = None
     suite: str | None = Field(default=None, description="Whose tasks merges are scored on.")
     experts: str | None = Field(
-        default=None, description="Folder of experts: heads, and the adapters if none are named."
+        default=None,
+        description="Folder of experts: heads, and the adapters if none are named. None: heads lie "
+        "with the adapters.",
     )
-    adapters: list[AdapterRef] = []
+    adapters: ReadyAdapters = []
     modules_to_save: SavedModulesPolicy = "refuse"
     data: DataSpec | None = Field(
         default=None, description="Unlabelled inputs of label-free objectives and learners."

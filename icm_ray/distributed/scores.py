@@ -89,10 +89,12 @@ def score_on_ray(
     return {item.label: load_scores(folder / keys[item.label]) for item in items}
 
 
-def references(experts: Sequence[AdapterFile]) -> list[ScoreItem]:
-    """Return what other items are measured by: the base, and each expert on its own task."""
-    tasks = tuple(file.name for file in experts)
-    base = ScoreItem("base", None, tasks)
+def references(experts: Sequence[AdapterFile], unseen: Sequence[str] = ()) -> list[ScoreItem]:
+    """Return what other items are measured by: the base, and each expert on its own task.
+
+    The base is scored on tasks without an expert, too.
+    """
+    base = ScoreItem("base", None, (*(file.name for file in experts), *unseen))
     return [base, *(ScoreItem(f"expert {f.name}", AdapterSource(f), (f.name,)) for f in experts)]
 
 
@@ -114,7 +116,7 @@ class Standings:
     def among(cls, scores: Mapping[str, dict[str, TaskScore]]) -> "Standings":
         """Take the scores of `references` out of those of everything."""
         base = scores["base"]
-        expert = {task: scores[f"expert {task}"][task] for task in base}
+        expert = {t: scores[f"expert {t}"][t] for t in base if f"expert {t}" in scores}
         others = {n: s for n, s in scores.items() if n != "base" and not n.startswith("expert ")}
         return cls(others, base, expert)
 

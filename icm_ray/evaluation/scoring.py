@@ -103,8 +103,11 @@ class Standing:
 def standing(
     merged: Mapping[str, float], expert: Mapping[str, float], base: Mapping[str, float]
 ) -> Standing:
-    """Compare a merged adapter's scores with its experts' and the base's, task by task."""
-    tasks: Sequence[str] = sorted(merged)
+    """Compare a merged adapter's scores with its experts' and the base's, task by task.
+
+    A task without an expert has nothing to be compared with.
+    """
+    tasks: Sequence[str] = sorted(merged.keys() & expert.keys())
     normalised = {t: merged[t] / expert[t] if expert[t] > 0 else float("nan") for t in tasks}
     gains = {t: expert[t] - base[t] for t in tasks}
     kept = {t: (merged[t] - base[t]) / gains[t] if gains[t] else float("nan") for t in tasks}
@@ -112,10 +115,15 @@ def standing(
 
 
 def task_data(
-    suite: Suite, experts: Mapping[str, Expert], split: str, limit: int
+    suite: Suite,
+    experts: Mapping[str, Expert],
+    split: str,
+    limit: int,
+    unseen: Sequence[str] = (),
 ) -> dict[str, TaskData]:
-    """Return each task's examples of a split with its expert's head."""
+    """Return each task's examples of a split with its expert's head; unseen ones have none."""
+    heads = {task: expert.head() for task, expert in experts.items()} | dict.fromkeys(unseen)
     return {
-        task: TaskData(suite.tasks[task], suite.load(task, split, limit), expert.head())
-        for task, expert in experts.items()
+        task: TaskData(suite.tasks[task], suite.load(task, split, limit), head)
+        for task, head in heads.items()
     }

@@ -4,7 +4,7 @@ Whatever learns takes them from here, so a search's trial and the job that repea
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from icm_ray.base_model.states import Batch, batches_of
 from icm_ray.config import DataSpec, ObjectiveSpec
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import with_answers
-from icm_ray.evaluation.experts import Expert, find_experts
+from icm_ray.evaluation.experts import HEAD, Expert, find_experts, ready_experts
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import sha256_of
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives import OBJECTIVES, reads_heads
-from icm_ray.suites import Task, find_suite, load_folder
+from icm_ray.suites import Suite, Task, find_suite, load_folder
 from icm_ray.types import Adapter
 
 MAX_TOKENS = 128
@@ -167,30 +167,47 @@ def learner_data(
 
 
 def experts_for(
-    objective: ObjectiveSpec, heads: str | None, data: DataSpec, tasks: Sequence[str]
+    objective: ObjectiveSpec,
+    heads: str | None,
+    data: DataSpec,
+    adapters: Iterable[tuple[str, Path]],
 ) -> dict[str, Expert]:
     """Return the experts whose heads an objective reads, none if it reads none.
 
     Args:
         objective: What is minimised.
-        heads: Folder of experts.
+        heads: Folder of experts; None: heads lie with the adapters.
         data: Which inputs.
-        tasks: Names of the tasks.
+        adapters: Name, which is the task's, and folder of each.
 
     Raises:
-        RecipeError: it reads heads and none are named, or the tasks' kinds are not known.
+        RecipeError: it reads heads and one is not there, or the tasks' kinds are not known.
     """
     if not reads_heads(objective):
         return {}
-    if heads is None or data.suite is None:
+    if data.suite is None:
         raise RecipeError(
-            f"heads: objective {objective.kind!r} reads the experts' heads. Run jobs.learn with "
-            "heads: (a folder of experts) and data.suite, or choose an objective that reads none."
+            f"data.suite: missing but objective {objective.kind!r} must know what tasks ask for. "
+            "Name a suite, or choose an objective that reads no heads."
         )
-    experts = find_experts(Path(heads))
-    if missing := sorted(set(tasks) - set(experts)):
+    ready = ready_experts(adapters)
+    experts = find_experts(Path(heads)) if heads else ready
+    if missing := sorted(set(ready) - set(experts)):
         raise RecipeError(f"heads: {heads}: none for {', '.join(missing)}. Name their experts.")
-    return {task: experts[task] for task in tasks}
+    known = {task: experts[task] for task in ready}
+    if problems := headless(find_suite(data.suite, "data.suite"), known):
+        raise RecipeError(problems)
+    return known
+
+
+def headless(suite: Suite, experts: Mapping[str, Expert]) -> list[str]:
+    """Return a line for each expert that lacks the head its task is read through."""
+    return [
+        f"adapters: {name}: no {HEAD} in its folder or beside it, but {name} "
+        f"({suite.tasks[name].kind}) is read through one. Put it there."
+        for name, expert in experts.items()
+        if name in suite.tasks and suite.tasks[name].headed and expert.head() is None
+    ]
 
 
 def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[readers.Inputs, int]]:

@@ -9,19 +9,26 @@ from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import opened
 from icm_ray.errors import RecipeError
-from icm_ray.evaluation.experts import find_experts
+from icm_ray.evaluation.experts import find_experts, ready_experts
 from icm_ray.evaluation.scoring import task_data, values
+from icm_ray.learning.tasks import headless
 from icm_ray.suites import find_suite, prepare_base
 
 
 def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     """Score adapters against the experts whose heads they share."""
-    suite, experts = find_suite(recipe.suite), find_experts(Path(recipe.experts))
+    suite = find_suite(recipe.suite)
+    if isinstance(recipe.experts, str):
+        experts = find_experts(Path(recipe.experts))
+    else:
+        experts = ready_experts(ref.pair for ref in recipe.experts)
     names = [ref.name for ref in recipe.adapters]
     if unknown := sorted(set(experts) - set(suite.tasks)):
         raise RecipeError(f"experts: {', '.join(unknown)}: no task of suite {suite.name!r}.")
     if taken := sorted(n for n in names if n in ("base", "expert") or n.startswith("expert ")):
         raise RecipeError(f"adapters: {', '.join(taken)}: a reference. Choose another name.")
+    if problems := headless(suite, experts):
+        raise RecipeError(problems)
     # One by one: they need not fit together to be scored.
     files = [open_all([ref.pair])[0] for ref in recipe.adapters]
     own = [open_all([(task, expert.adapter)])[0] for task, expert in experts.items()]

@@ -114,7 +114,8 @@ def _request(recipe: LearnRecipe, files: Sequence[AdapterFile]) -> LearnRequest:
     else:
         spec = spec_of(recipe.method, recipe.learn)
     tasks = [file.name for file in files]
-    experts = experts_for(spec.objective, recipe.heads, recipe.data, tasks)
+    refs = [ref.pair for ref in recipe.adapters]
+    experts = experts_for(spec.objective, recipe.heads, recipe.data, refs)
     data = learner_data(recipe.data, tasks, [spec.objective], experts)
     return LearnRequest(spec, files, data, context)
 

@@ -119,7 +119,8 @@ def _data(recipe: TrainFusionRecipe, tasks: Sequence[str]) -> LearnerData:
     objectives = [] if recipe.joins else objectives_of(recipe.fusion)
     experts = {}
     for objective in objectives:
-        experts = experts_for(objective, recipe.heads, recipe.data, tasks)
+        refs = [ref.pair for ref in recipe.adapters]
+        experts = experts_for(objective, recipe.heads, recipe.data, refs)
     return learner_data(recipe.data, tasks, objectives, experts)
 
 

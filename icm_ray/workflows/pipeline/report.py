@@ -144,10 +144,10 @@ def _score_rows(
             high=score.high,
             spearman=score.spearman,
             **score.details,
-            normalised=_number(where.normalised[task]),
-            gain_kept=_number(where.gain_kept[task]),
+            normalised=_number(where.normalised.get(task, math.nan)),
+            gain_kept=_number(where.gain_kept.get(task, math.nan)),
             seconds=_seconds(one, name, merged),
-            seen=merged_tasks is None or task in merged_tasks,
+            seen=task in (one.experts if merged_tasks is None else merged_tasks),
         )
 
     return [row(task, item.score, tuned) for tuned in shown for task, item in scores.items()]
@@ -196,7 +196,7 @@ def _tasks(table: Table) -> dict[str, dict[str, str | int]]:
             "test_reads": reads,
         }
         for name, task in table.suite.tasks.items()
-        if name in table.sets[0].experts
+        if name in table.sets[0].scored
     }
 
 

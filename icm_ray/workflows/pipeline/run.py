@@ -7,6 +7,7 @@ from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.distributed.session import opened
 from icm_ray.report import ReportData, summarise
 from icm_ray.suites import find_suite, prepare_base
+from icm_ray.workflows.pipeline.adapters import check_ready
 from icm_ray.workflows.pipeline.report import console, publish, report_data
 from icm_ray.workflows.pipeline.stages import check_rows, check_tasks, run_stages
 from icm_ray.workflows.pipeline.table import Table
@@ -15,6 +16,8 @@ from icm_ray.workflows.pipeline.table import Table
 def run(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
     """Run every missing stage and write the report; a finished run only writes the report."""
     check_rows(recipe)
+    if recipe.adapters:
+        check_ready(recipe)
     return run_table(recipe, target)
 
 

@@ -125,7 +125,7 @@ def _scored(
     recipe, tasks = plan.recipe, tuple(sorted(plan.experts))
     sizes = {"validation": recipe.validation, **({"test": recipe.test} if recipe.test else {})}
     places = {"validation": target / "scores", "test": target / "scores" / "test"}
-    items = references(plan.files)
+    items = references(plan.proven)
     for search in searches:
         source = AdapterSource(open_adapter(search.folder / MERGED))
         items.append(ScoreItem(search.output, source, tasks))

@@ -28,7 +28,7 @@ def gather_material(plan: Plan, pool: Pool, target: Path) -> Material:
         grams = load_file(grams_on_ray(pool, files, data.inputs, folder) / TENSORS)
     if plan.needs_scores:
         scored = task_data(plan.suite, plan.experts, "validation", recipe.validation)
-        scores = score_on_ray(pool, references(files), scored, target / "scores")
+        scores = score_on_ray(pool, references(plan.proven), scored, target / "scores")
         known = Standings.among(scores)
         predictions = {
             "base": {task: one.predictions for task, one in known.base.items()},
