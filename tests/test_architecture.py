@@ -56,8 +56,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "base_model", "config", "distributed", "fusion", "fusion_vae", "learning"}
     | {"linalg", "merging", "methods"},
     "cli": BASICS
-    | {"adapters", "command", "config", "exporting", "importing", "merging", "methods", "report"}
-    | {"suites"},
+    | {"adapters", "command", "config", "exporting", "importing", "jobs", "merging", "methods"}
+    | {"report", "suites"},
     "__init__": {"adapters", "errors", "interruption", "merging", "methods", "types"},
     "__main__": {"cli"},
     "jobs": {"command", "config", "interruption"},

@@ -21,6 +21,7 @@ def open_all(
     *,
     base: str | None = None,
     same_base: bool = False,
+    heads: bool = False,
 ) -> list[AdapterFile]:
     """Open adapters and look at all their values, reporting the problems of all of them at once.
 
@@ -31,6 +32,7 @@ def open_all(
         saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
         base: The base as the user names it; whatever the adapters call theirs is taken for it.
         same_base: The user knows that the bases are one under several names.
+        heads: Whether full layers may be heads, which are never merged.
 
     Raises:
         InputError: with every problem of every adapter.
@@ -39,7 +41,7 @@ def open_all(
     problems: list[tuple[str, str]] = []
     for name, path in refs:
         try:
-            files.append(open_adapter(path, name, saved_modules=saved_modules))
+            files.append(open_adapter(path, name, saved_modules=saved_modules, heads=heads))
         except InputError as error:
             problems += [_apart(line, os.path.expanduser(path)) for line in error.problems]
     files = _of_one_base(files, base) if base or same_base else files

@@ -19,9 +19,13 @@ from icm_ray.base_model.readers import (
     tokenize,
 )
 
-Pooling = Literal["mean", "first", "last", "pooler"]
+Pooling = Literal["mean", "first", "last", "own"]
 """Which state of an example a head reads: the mean over its tokens, the first or last token's, or
-what the model's own pooler makes of the first."""
+the one that a classifier of the model's own class reads."""
+
+POOLERS = ("bert", "albert")
+"""Kinds of models whose classifiers read what their pooler makes of the first token; those of
+others read the first token's state itself."""
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "examples tokens d_model"]:
@@ -37,7 +41,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "examples tok
 def outputs(
     model: nn.Module, batch: Batch
 ) -> tuple[Float[Tensor, "examples tokens d_model"], Float[Tensor, "examples d_model"] | None]:
-    """Return the last hidden states, and what the model's pooler makes of them if it has one."""
+    """Return the last hidden states, and what a classifier of the model's own class reads."""
     inputs: dict = to_device(batch.inputs, model)
     if hasattr(model, "text_model") and hasattr(model, "vision_model"):
         if "input_ids" in inputs and "pixel_values" in inputs:
@@ -50,7 +54,9 @@ def outputs(
     if "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _delayed(inputs["input_ids"], model.config)
     seen = model(**inputs)
-    return seen.last_hidden_state, getattr(seen, "pooler_output", None)
+    hidden = seen.last_hidden_state
+    kind: Any = model.config
+    return hidden, seen.pooler_output if kind.model_type in POOLERS else hidden[:, 0]
 
 
 def _delayed(ids: Int[Tensor, "examples tokens"], config: Any) -> Int[Tensor, "examples tokens"]:
@@ -75,8 +81,8 @@ def pool(
     how: Pooling = "mean",
 ) -> Float[Tensor, "examples d_model"]:
     """Return the state of each example that a head reads, of what a model's `outputs` are."""
-    if how == "pooler":
-        assert summary is not None, "only heads of models with a pooler read one"
+    if how == "own":
+        assert summary is not None, "no head of a model of two towers reads one"
         return summary
     if how == "first":
         return hidden[:, 0]

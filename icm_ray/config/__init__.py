@@ -6,6 +6,7 @@ runs in. One file for each reader: what merges, learns, trains, searches or meas
 
 from icm_ray.config.benchmark import BenchmarkRecipe, FusionBenchmark, Shape, StepsBenchmark
 from icm_ray.config.experts import (
+    USUAL_SIZES,
     EvaluateRecipe,
     ExpertSet,
     FinetuneRecipe,
@@ -38,6 +39,7 @@ from icm_ray.config.learning import (
 )
 from icm_ray.config.merging import EvidenceRecipe, MergeRecipe
 from icm_ray.config.parts import (
+    USUAL_INPUTS,
     AdapterRef,
     Adapters,
     DataSpec,
@@ -45,6 +47,7 @@ from icm_ray.config.parts import (
     Output,
     Part,
     Positive,
+    ReadyAdapters,
     Recipe,
     Resources,
     Spec,
@@ -64,6 +67,8 @@ from icm_ray.config.suite import HubData, SuiteFile, TaskFile, TaskKind
 
 __all__ = [
     "INPUT_BATCH",
+    "USUAL_INPUTS",
+    "USUAL_SIZES",
     "AdapterRef",
     "Adapters",
     "BenchmarkRecipe",
@@ -97,6 +102,7 @@ __all__ = [
     "PipelineRecipe",
     "Positive",
     "PrepareRecipe",
+    "ReadyAdapters",
     "Recipe",
     "RepresentationSpec",
     "Resources",

@@ -8,7 +8,7 @@ Unknown keys are errors with the nearest known key; `key=value` overrides use th
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,8 @@ from icm_ray.errors import RecipeError, did_you_mean
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 20
+COMMAND_LINE = "command line"
+"""Named in errors about a recipe that is in no file."""
 R = TypeVar("R", bound=Recipe)
 M = TypeVar("M", bound=BaseModel)
 
@@ -26,12 +28,14 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 """Numbers such as 1e-3, which YAML 1.1 takes for text and everybody else for numbers."""
 
 
-def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
+def load_recipe(
+    kind: type[R], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> R:
     """Read, override and check a recipe.
 
     Args:
         kind: The recipe class.
-        path: YAML file, at most 1 MB.
+        source: YAML file, at most 1 MB; or the values themselves, from a command line.
         overrides: `dotted.key=value`; values are YAML.
 
     Raises:
@@ -41,8 +45,11 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    source = Path(path).expanduser()
-    values = read_yaml(source)
+    if isinstance(source, Mapping):
+        values, source = dict(source), Path(COMMAND_LINE)
+    else:
+        source = Path(source).expanduser()
+        values = read_yaml(source)
     # An override may hold a pasted secret as well, so only its key is repeated.
     keys = [override.partition("=")[0] for override in overrides]
     for key, override in zip(keys, overrides, strict=True):

@@ -55,7 +55,7 @@ def _data_key(item: TaskData) -> list[Any]:
     if head is not None:
         numbers = [head.weight, head.bias, *(head.dense or ())]
         plain = [t.numpy().tobytes().hex() for t in numbers]
-        read = sha256_of([*plain, head.mean, head.std, head.pooling])
+        read = sha256_of([*plain, head.mean, head.std, head.pooling, head.bend])
     return [item.examples.fingerprint, how, read, judge]
 
 
@@ -91,10 +91,12 @@ def score_on_ray(
     return {item.label: load_scores(folder / keys[item.label]) for item in items}
 
 
-def references(experts: Sequence[AdapterFile]) -> list[ScoreItem]:
-    """Return what other items are measured by: the base, and each expert on its own task."""
-    tasks = tuple(file.name for file in experts)
-    base = ScoreItem("base", None, tasks)
+def references(experts: Sequence[AdapterFile], unseen: Sequence[str] = ()) -> list[ScoreItem]:
+    """Return what other items are measured by: the base, and each expert on its own task.
+
+    The base is scored on tasks without an expert, too.
+    """
+    base = ScoreItem("base", None, (*(file.name for file in experts), *unseen))
     return [base, *(ScoreItem(f"expert {f.name}", AdapterSource(f), (f.name,)) for f in experts)]
 
 
@@ -116,7 +118,7 @@ class Standings:
     def among(cls, scores: Mapping[str, dict[str, TaskScore]]) -> "Standings":
         """Take the scores of `references` out of those of everything."""
         base = scores["base"]
-        expert = {task: scores[f"expert {task}"][task] for task in base}
+        expert = {t: scores[f"expert {t}"][t] for t in base if f"expert {t}" in scores}
         others = {n: s for n, s in scores.items() if n != "base" and not n.startswith("expert ")}
         return cls(others, base, expert)
 

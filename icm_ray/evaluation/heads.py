@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from icm_ray.suites.tasks import Task
 
 @dataclass(frozen=True)
 class Head:
-    """A frozen head: a linear map, perhaps behind a dense layer and tanh.
+    """A frozen head: a linear map, perhaps behind a dense layer.
 
     Attributes:
         weight: `(outputs, d_model)`.
@@ -26,7 +26,8 @@ class Head:
         mean: Target mean of the training set; 0 for classification.
         std: Target standard deviation; a regression head predicts in units of it.
         pooling: Which state it reads.
-        dense: Weight and bias of a layer before it, `tanh` behind it; None without one.
+        dense: Weight and bias of a layer before it; None without one.
+        bend: What stands between the two.
     """
 
     weight: Float[Tensor, "outputs d_model"]
@@ -35,12 +36,13 @@ class Head:
     std: float = 1.0
     pooling: Pooling = "mean"
     dense: tuple[Tensor, Tensor] | None = None
+    bend: Literal["tanh", "relu"] = "tanh"
 
     def logits(self, read: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows outputs"]:
         """Return what the head makes of states."""
         if self.dense is not None:
             weight, bias = (tensor.to(read) for tensor in self.dense)
-            read = torch.tanh(read @ weight.T + bias)
+            read = getattr(torch, self.bend)(read @ weight.T + bias)
         return read @ self.weight.T.to(read) + self.bias.to(read)
 
     def predict(self, features: Float[Tensor, "*rows d_model"], task: Task) -> np.ndarray:
@@ -55,7 +57,7 @@ class Head:
         """Its numbers, and what else identifies it, as plain data."""
         plain = [self.weight.tolist(), self.bias.tolist(), self.mean, self.std]
         if self.dense is not None:
-            plain += [tensor.tolist() for tensor in self.dense]
+            plain += [self.bend, *(tensor.tolist() for tensor in self.dense)]
         return plain if self.pooling == "mean" else [*plain, self.pooling]
 
     def save(self, path: Path) -> None:

@@ -10,7 +10,7 @@ from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.base_model.loading import Base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.evaluation.answers import answer_of
-from icm_ray.evaluation.experts import Expert
+from icm_ray.evaluation.experts import Expert, heads_of
 from icm_ray.evaluation.fidelity import Asked, Said, fidelity, said_by
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import Score, score, share
@@ -140,7 +140,10 @@ class Standing:
 def standing(
     merged: Mapping[str, TaskScore], expert: Mapping[str, TaskScore], base: Mapping[str, TaskScore]
 ) -> Standing:
-    """Compare a merged adapter's scores with its experts' and the base's, task by task."""
+    """Compare a merged adapter's scores with its experts' and the base's, task by task.
+
+    A task without an expert has nothing to be compared with.
+    """
     return standing_of(
         values(merged),
         values(expert),
@@ -156,7 +159,7 @@ def standing_of(
     metrics: Mapping[str, str] | None = None,
 ) -> Standing:
     """Compare plain scores as `standing` does; `metrics` says which of them are errors."""
-    tasks: Sequence[str] = sorted(merged)
+    tasks: Sequence[str] = sorted(merged.keys() & expert.keys())
     known = metrics or {}
     normalised = {t: share(merged[t], expert[t], known.get(t, "")) for t in tasks}
     gains = {t: expert[t] - base[t] for t in tasks}
@@ -165,12 +168,22 @@ def standing_of(
 
 
 def task_data(
-    suite: Suite, experts: Mapping[str, Expert], split: str, limit: int | None
+    suite: Suite,
+    experts: Mapping[str, Expert],
+    split: str,
+    limit: int | None,
+    unseen: Sequence[str] = (),
 ) -> dict[str, TaskData]:
-    """Return each task's examples of a split with its expert's head, and the expert who judges."""
+    """Return each task's examples of a split with its expert's head, and the expert who judges.
+
+    Unseen tasks have neither.
+    """
+    suite, heads = heads_of(suite, experts)
     data = {}
-    for name, expert in experts.items():
-        task = suite.tasks[name]
-        judge = open_adapter(expert.adapter, name) if task.metric == FIDELITY else None
-        data[name] = TaskData(task, suite.load(name, split, limit), expert.head(), judge)
+    for name in [*experts, *unseen]:
+        task, expert = suite.tasks[name], experts.get(name)
+        judge = None
+        if expert is not None and task.metric == FIDELITY:
+            judge = open_adapter(expert.adapter, name, saved_modules="drop")
+        data[name] = TaskData(task, suite.load(name, split, limit), heads.get(name), judge)
     return data

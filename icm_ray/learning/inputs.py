@@ -62,7 +62,7 @@ class Seen:
     Attributes:
         inputs: `(examples, tokens, d_in)` by target module.
         hidden: Last hidden state `(examples, tokens, d_model)`, None if the pass stopped before.
-        summary: What the model's pooler makes of it, if it has one.
+        summary: What a classifier of the model's own class reads.
     """
 
     inputs: Mapping[str, Tensor]

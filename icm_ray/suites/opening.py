@@ -19,8 +19,6 @@ from icm_ray.suites.tasks import FIDELITY, METRICS, Task
 SUITE_FILE = "suite.yaml"
 LONGEST = 2048
 """Tokens of a row where a suite says nothing; a model's own length, if that is less."""
-PACKAGED_SIZES = {"calibration": 128, "validation": 256, "test": 256}
-"""Examples that a recipe uses of the suites that come with the package; of others all."""
 NO_LABELS = ("token_likelihood", FIDELITY)
 """Metrics that read no answers."""
 
@@ -49,8 +47,7 @@ def open_suite(folder: Path, *, is_packaged: bool = False) -> Suite:
     if missing:
         raise InputError(missing)
     tasks = {name: _task(name, task) for name, task in said.tasks.items()}
-    sizes = PACKAGED_SIZES if is_packaged else {}
-    return Suite(folder.resolve().name, base, tasks, folder, said.revision, tables, sizes)
+    return Suite(folder.resolve().name, base, tasks, folder, said.revision, tables, is_packaged)
 
 
 def checked_suite(folder: Path) -> Suite:

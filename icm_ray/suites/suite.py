@@ -20,7 +20,7 @@ class Suite:
         folder: Where `suite.yaml` is.
         revision: Of a base of the hub.
         tables: Where each task's examples come from.
-        sizes: Examples of a split that are used unless a recipe says otherwise; else all.
+        is_packaged: Whether it comes with the package.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Suite:
     folder: Path
     revision: str | None = None
     tables: Mapping[str, Table] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    is_packaged: bool = False
 
     def load(self, task: str, split: str, limit: int | None = None) -> Examples:
         """Return the first `limit` examples of a split, or all of them.
@@ -65,9 +65,9 @@ class Suite:
         """Return the hex sha256 of exactly the examples that `load` gives."""
         return self.load(task, split, limit).fingerprint
 
-    def size(self, split: str, asked: int | None) -> int | None:
-        """Return how many examples of a split are used, `asked` being what a recipe says."""
-        return asked if asked is not None else self.sizes.get(split)
+    def limit(self, asked: int | None, usual: int) -> int | None:
+        """Return how many examples of a split are used: as asked for, else all of a user's."""
+        return asked or (usual if self.is_packaged else None)
 
     def with_heads(self, heads: Mapping[str, str]) -> "Suite":
         """Return the suite with what was found of where its tasks' heads are."""

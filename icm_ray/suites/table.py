@@ -119,7 +119,7 @@ class Table:
         if problems:
             raise InputError([where + line for line in _told(problems)])
         try:
-            places = draw(seen.keys, dict(self.task.splits))
+            places = draw(seen.keys, {**self.task.splits})
         except InputError as error:
             raise InputError([f"{self._spec}: {line}" for line in error.problems]) from None
         return Found(columns, seen.labelled, seen.class_names(self.known), places)

@@ -18,7 +18,7 @@ def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     """Gather what the recipe names, one actor an adapter."""
     refuse_foreign(target)
     refs = [ref.pair for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base)
+    files = open_all(refs, recipe.modules_to_save, base=recipe.base, heads=True)
     warn(warnings_of(files))
     inputs = load_inputs(recipe.data, [file.name for file in files])
     base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)

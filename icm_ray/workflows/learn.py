@@ -84,7 +84,7 @@ def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     """Learn a merge from unlabelled inputs, one actor a task; `merge` reads what it writes."""
     refuse_foreign(target)
     refs = [ref.pair for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base)
+    files = open_all(refs, recipe.modules_to_save, base=recipe.base, heads=True)
     request = _request(recipe, files)
     warn(warnings_of(files))
     base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
@@ -114,7 +114,8 @@ def _request(recipe: LearnRecipe, files: Sequence[AdapterFile]) -> LearnRequest:
     else:
         spec = spec_of(recipe.method, recipe.learn)
     tasks = [file.name for file in files]
-    experts = experts_for(spec.objective, recipe.heads, recipe.data, tasks)
+    refs = [ref.pair for ref in recipe.adapters]
+    experts = experts_for(spec.objective, recipe.heads, recipe.data, refs)
     data = learner_data(recipe.data, tasks, [spec.objective], experts)
     return LearnRequest(spec, files, data, context)
 

@@ -49,8 +49,10 @@ def _gathered(
     tasks = [file.name for file in files]
     if find_method(recipe.method).needs == "learned_merge":
         spec = spec_of(recipe.method, recipe.learn)
-        experts_for(spec.objective, None, recipe.data, tasks)  # a merge recipe names no heads
-        request = LearnRequest(spec, files, learner_data(recipe.data, tasks))
+        refs = [ref.pair for ref in recipe.adapters]
+        experts = experts_for(spec.objective, None, recipe.data, refs)
+        data = learner_data(recipe.data, tasks, [spec.objective], experts)
+        request = LearnRequest(spec, files, data)
         session = stack.enter_context(opened(recipe.resources, base, recipe.seed))
         return learn_with_grams(session, request, folder, recipe.method)
     data = learner_data(recipe.data, tasks)

@@ -83,7 +83,7 @@ def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
     refuse_foreign(target)
     _check(recipe, target)
     refs = [ref.pair for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base)
+    files = open_all(refs, recipe.modules_to_save, base=recipe.base, heads=True)
     if recipe.joins:  # before any spend
         check_joins(load_fusion(Path(recipe.joins)), [file.name for file in files])
     training = Training(recipe, files, _data(recipe, [file.name for file in files]))
@@ -119,7 +119,8 @@ def _data(recipe: TrainFusionRecipe, tasks: Sequence[str]) -> LearnerData:
     objectives = [] if recipe.joins else objectives_of(recipe.fusion)
     experts = {}
     for objective in objectives:
-        experts = experts_for(objective, recipe.heads, recipe.data, tasks)
+        refs = [ref.pair for ref in recipe.adapters]
+        experts = experts_for(objective, recipe.heads, recipe.data, refs)
     return learner_data(recipe.data, tasks, objectives, experts)
 
 

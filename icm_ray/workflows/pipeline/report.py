@@ -144,10 +144,10 @@ def _score_rows(
             high=score.high,
             spearman=score.spearman,
             **score.details,
-            normalised=_number(where.normalised[task]),
-            gain_kept=_number(where.gain_kept[task]),
+            normalised=_number(where.normalised.get(task, math.nan)),
+            gain_kept=_number(where.gain_kept.get(task, math.nan)),
             seconds=_seconds(one, name, merged),
-            seen=merged_tasks is None or task in merged_tasks,
+            seen=task in (one.experts if merged_tasks is None else merged_tasks),
         )
 
     return [row(task, item.score, tuned) for tuned in shown for task, item in scores.items()]
@@ -191,17 +191,17 @@ def _tasks(table: Table) -> dict[str, dict[str, str | int]]:
             "classes": len(task.classes),
             "source": task.source,
             "licence": task.licence,
-            "test_examples": size,
+            "test_examples": size or table.suite.count(name, "test"),
             "test_hash": table.suite.split_hash(name, "test", size),
             "test_reads": reads,
         }
         for name, task in table.suite.tasks.items()
-        if name in table.sets[0].experts
+        if name in table.sets[0].scored
     }
 
 
 def _base(table: Table) -> dict[str, str]:
-    spec = table.recipe.base or table.suite.base
+    spec = str(table.recipe.base)
     known = BASES.get(spec)
     return {
         "name": known.hub_id if known else spec,
@@ -252,7 +252,7 @@ def _publish_adapter(
     write_merged(
         merge_as_asked(files, request),
         target,
-        Origin(files, key, seconds, one.evidence_for(row)),
+        Origin.keeping(files, key, seconds, one.evidence_for(row)),
         base=table.session.base,
         scores=scores,
     )
@@ -262,6 +262,6 @@ def _publish_adapter(
 def _command() -> str:
     """Return the command line that repeats this run, as a user would type it."""
     program = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = program.name if program else Path(sys.argv[0]).name
+    called = ["python -m", program.name] if program else [Path(sys.argv[0]).name]
     words = [json.dumps(w) if " " in w else w for w in sys.argv[1:]]
-    return " ".join(["python -m", name, *words])
+    return " ".join([*called, *words])

@@ -56,7 +56,7 @@ def choose(table: Table, one: SetResults, pool: Pool) -> None:
         for variant in variants(row):
             source = MergeSource.of(files, table.request(one, variant))
             labels[row.name, variant.name] = f"{row.name}/{variant.name}"
-            items.append(ScoreItem(labels[row.name, variant.name], source, tuple(one.experts)))
+            items.append(ScoreItem(labels[row.name, variant.name], source, one.scored))
     scores = _scored(table, one, pool, "validation", items)
     for (row_name, variant_name), label in labels.items():
         one.scores[row_name, variant_name, "validation"] = scores[label]
@@ -66,11 +66,10 @@ def choose(table: Table, one: SetResults, pool: Pool) -> None:
 
 def score_test(table: Table, one: SetResults, pool: Pool) -> None:
     """Score defaults and what was chosen on test data, per-task adapters under their own name."""
-    tasks = tuple(one.experts)
     items = []
     for (row, variant), merged in one.merged.items():
         source = AdapterSource(open_adapter(merged.folder))
-        items.append(ScoreItem(f"{row}/{variant}", source, tasks))
+        items.append(ScoreItem(f"{row}/{variant}", source, one.scored))
         for task in merged.report.get("per_task", {}):
             own = AdapterSource(open_adapter(merged.folder / PER_TASK / task))
             items.append(ScoreItem(f"{row}/{variant}/{task}", own, (task,)))
@@ -87,9 +86,9 @@ def _scored(
 ) -> dict[str, dict[str, TaskScore]]:
     """Score items and the references beside them on one split."""
     limit = table.recipe.sizes.scored(split)
-    data = task_data(table.suite, one.experts, split, limit)
+    data = task_data(table.suite, one.experts, split, limit, one.unseen)
     folder = table.root / "scores" / f"{one.label}-{split}"
-    scores = score_on_ray(pool, [*references(one.files()), *items], data, folder)
+    scores = score_on_ray(pool, [*references(one.proven(), one.unseen), *items], data, folder)
     standings = Standings.among(scores)
     one.scores[BASE, DEFAULT, split] = standings.base
     one.scores[EXPERT, DEFAULT, split] = standings.expert

@@ -21,7 +21,7 @@ from icm_ray.distributed.trials import share_material
 from icm_ray.distributed.tune import Bench, Looks, TrialsOrder, run_trials, wait_for_actors
 from icm_ray.errors import InputError
 from icm_ray.learning.recipes import spec_of
-from icm_ray.merging.estimate import warn, warnings_of
+from icm_ray.merging.estimate import unproven_lines, warn, warnings_of
 from icm_ray.search.ledger import Ledger
 from icm_ray.search.objectives import SCORED, rungs
 from icm_ray.search.plan import Plan, Search, key_of, plan_of, searches_of, study_of, trials_of
@@ -41,6 +41,8 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
     check_base(plan.files, base)
     warn(warnings_of(plan.files))
+    if plan.is_scored:
+        warn(unproven_lines({file.name for file in plan.files} - plan.experts.keys()))
     searches = searches_of(plan, target)
     ledgers = [Ledger(one.folder, key_of(plan, one)) for one in searches]
     studies = [study_of(plan, s, ledger) for s, ledger in zip(searches, ledgers, strict=True)]
@@ -97,9 +99,9 @@ def looks_of(recipe: SearchRecipe, search: Search) -> Looks:
     halving = recipe.halving
     if halving is None or search.seed is None:
         return Looks("all", (1,))
-    last = recipe.validation
+    last = recipe.most
     if halving.by == "steps":
         last = max(spec_of(m, search.row.learn).optimisation.steps for m in search.space.methods)
     elif not set(recipe.objectives) & set(SCORED) and recipe.data is not None:
-        last = recipe.data.inputs_per_task
+        last = recipe.data.most
     return Looks(halving.by, tuple(rungs(halving.first, halving.factor, last)), halving.factor)
