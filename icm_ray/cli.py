@@ -1,15 +1,15 @@
 """`icm-ray`: look at adapters, plan a merge, merge in this process, verify and reproduce.
 
-No Ray here; the same recipes run on a cluster with `python -m jobs.merge -c RECIPE`.
+No Ray here but in `run`, which is `python -m jobs.JOB` wherever the package is installed.
 """
 
 import json
+import re
 import sys
-import time
 from collections.abc import Callable
 from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,8 +20,8 @@ from icm_ray.command import guarded, quiet_libraries, run_recipe
 from icm_ray.config import MergeRecipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import RecipeError, did_you_mean, one_line
+from icm_ray.jobs import JOBS
 from icm_ray.methods import METHODS
-from icm_ray.types import MergeResult
 
 app = typer.Typer(
     help="Merge many LoRA adapters of one base model into one.",
@@ -29,10 +29,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Config = Annotated[Path, typer.Option("-c", "--config", help="Merge recipe (YAML).")]
+Config = Annotated[Path, typer.Option("-c", "--config", help="Recipe (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value")]
 Folder = Annotated[Path, typer.Argument(help="A merged adapter's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+_CHANGE = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
+"""How a change of a recipe starts; what does not is an adapter."""
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
@@ -115,19 +117,14 @@ def inspect(
 ) -> None:
     """Show adapters: rank, scaling, size, norm, warnings, and whether they fit together."""
     from icm_ray.merging.estimate import inspect_adapters, warn
+    from icm_ray.report.adapter_table import adapter_table
 
     def work() -> None:
         found = inspect_adapters(folders)
         if as_json:
             print(json.dumps(found, indent=2))
             return
-        table = Table(title="adapters")
-        rows = [_cells(row) for row in found["adapters"]]
-        for heading in rows[0]:
-            table.add_column(heading, overflow="fold")
-        for cells in rows:
-            table.add_row(*(escape(one_line(str(cell))) for cell in cells.values()))
-        _console().print(table)
+        _console().print(adapter_table(found["adapters"]))
         warn(found["warnings"])
         for a, others in found["cosines"].items():
             shown = "  ".join(f"{b} {value:+.3f}" for b, value in others.items())
@@ -159,27 +156,61 @@ def plan(
 
 
 @app.command()
-def merge(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Merge in this process, without Ray: data-free and ready-evidence methods."""
-    from icm_ray.adapters import AdapterFile
-    from icm_ray.devices import find_device
-    from icm_ray.merging.merge import merge_as_asked
-    from icm_ray.merging.order import MergeRequest
-    from icm_ray.merging.recipe import merge_recipe
+def merge(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ADAPTER]... [KEY=VALUE]...", help="Adapters, or changes."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="Recipe (YAML).")] = None,
+    method: Annotated[str | None, typer.Option(help="Method, where no recipe names one.")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Merge in this process, without Ray: data-free and ready-evidence methods.
 
-    def work(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
-        find_device(recipe.resources.device)
+    A recipe says what, or the command line alone does: ADAPTER... --method NAME -o FOLDER.
+    """
+    from icm_ray.merging.recipe import merge_here
 
-        def serial(files: list[AdapterFile], request: MergeRequest) -> tuple[MergeResult, float]:
-            started = time.monotonic()
-            result = merge_as_asked([file.load() for file in files], request)
-            return result, time.monotonic() - started
-
-        return merge_recipe(recipe, target, serial)
-
-    code = run_recipe(MergeRecipe, work, config, overrides or [], debug=debug)
+    changes = [word for word in words or [] if _CHANGE.match(word)]
+    said = {
+        "adapters": [word for word in words or [] if not _CHANGE.match(word)],
+        "method": method,
+        "output": output and {"path": output},
+    }
+    if any(said.values()) if config else not all(said.values()):
+        _finish(_refuse_half, debug)
+    code = run_recipe(MergeRecipe, merge_here, config or said, changes, debug=debug)
     if code:
         raise typer.Exit(code)
+
+
+def _refuse_half() -> NoReturn:
+    raise RecipeError(
+        "command line: expected is either a recipe, -c FILE, or all that it would say: "
+        "ADAPTER... --method NAME -o FOLDER. Changes (key=value) go with both."
+    )
+
+
+@app.command()
+def run(
+    job: Annotated[str, typer.Argument(metavar="JOB", help=f"One of {', '.join(JOBS)}.")],
+    config: Config,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Run a job on Ray, as `python -m jobs.JOB` does in a checkout."""
+    if job not in JOBS:
+        _finish(lambda: _refuse_job(job), debug)
+    code = run_recipe(JOBS[job].kind, JOBS[job], config, overrides or [], debug=debug)
+    if code:
+        raise typer.Exit(code)
+
+
+def _refuse_job(job: str) -> NoReturn:
+    raise RecipeError(
+        f"command line: {job!r} but one of {', '.join(JOBS)} is expected.{did_you_mean(job, JOBS)}"
+    )
 
 
 @app.command()

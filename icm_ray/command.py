@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -93,12 +93,14 @@ def run_job(
 def run_recipe(
     kind: type[R],
     work: Callable[[R, Path], dict[str, Any]],
-    config: str | Path,
+    config: str | Path | Mapping[str, Any],
     overrides: Sequence[str],
     *,
     debug: bool,
 ) -> int:
     """Load a recipe, run `work` on it in its output folder, report; return the exit code.
+
+    `config` is a YAML file, or the values themselves where a command line says all of them.
 
     `results.json` says how it went: in the output folder after success, beside it (as
     `<output>.results.json`) after a failure, since a failed job leaves no output folder behind. A

@@ -3,10 +3,9 @@
 python -m jobs.benchmark -c configs/benchmark/peft.yaml [key=value ...]
 """
 
-from icm_ray.command import Job
-from icm_ray.config import BenchmarkRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(BenchmarkRecipe, "icm_ray.benchmarks.run")
+work = JOBS["benchmark"]
 
 if __name__ == "__main__":
     work.main(__doc__)

@@ -3,10 +3,9 @@
 python -m jobs.evaluate -c configs/evaluate/text.yaml [key=value ...]
 """
 
-from icm_ray.command import Job
-from icm_ray.config import EvaluateRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(EvaluateRecipe, "icm_ray.workflows.evaluate")
+work = JOBS["evaluate"]
 
 if __name__ == "__main__":
     work.main(__doc__)

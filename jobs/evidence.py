@@ -3,10 +3,9 @@
 python -m jobs.evidence -c configs/evidence/text.yaml [key=value ...]
 """
 
-from icm_ray.command import Job
-from icm_ray.config import EvidenceRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(EvidenceRecipe, "icm_ray.workflows.evidence")
+work = JOBS["evidence"]
 
 if __name__ == "__main__":
     work.main(__doc__)

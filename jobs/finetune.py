@@ -3,10 +3,9 @@
 python -m jobs.finetune -c configs/finetune/text.yaml [key=value ...]
 """
 
-from icm_ray.command import Job
-from icm_ray.config import FinetuneRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(FinetuneRecipe, "icm_ray.workflows.finetune")
+work = JOBS["finetune"]
 
 if __name__ == "__main__":
     work.main(__doc__)

@@ -3,10 +3,9 @@
 python -m jobs.learn -c configs/learn/nsc.yaml [key=value ...]
 """
 
-from icm_ray.command import Job
-from icm_ray.config import LearnRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(LearnRecipe, "icm_ray.workflows.learn")
+work = JOBS["learn"]
 
 if __name__ == "__main__":
     work.main(__doc__)

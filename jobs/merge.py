@@ -3,10 +3,9 @@
 python -m jobs.merge -c configs/merge/soup.yaml [key=value ...]
 """
 
-from icm_ray.command import Job
-from icm_ray.config import MergeRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(MergeRecipe, "icm_ray.workflows.merge")
+work = JOBS["merge"]
 
 if __name__ == "__main__":
     work.main(__doc__)

@@ -3,10 +3,9 @@
 python -m jobs.pipeline -c configs/pipeline/quickstart.yaml [key=value ...]
 """
 
-from icm_ray.command import Job
-from icm_ray.config import PipelineRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(PipelineRecipe, "icm_ray.workflows.pipeline.run")
+work = JOBS["pipeline"]
 
 if __name__ == "__main__":
     work.main(__doc__)

@@ -3,10 +3,9 @@
 python -m jobs.prepare -c configs/prepare/text.yaml [key=value ...]
 """
 
-from icm_ray.command import Job
-from icm_ray.config import PrepareRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(PrepareRecipe, "icm_ray.workflows.prepare")
+work = JOBS["prepare"]
 
 if __name__ == "__main__":
     work.main(__doc__)

@@ -6,10 +6,9 @@ Kill it whenever you like: the same command goes on. best.yaml in the output fol
 best merge so far, as a recipe of jobs.merge.
 """
 
-from icm_ray.command import Job
-from icm_ray.config import SearchRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(SearchRecipe, "icm_ray.workflows.search.run")
+work = JOBS["search"]
 
 if __name__ == "__main__":
     work.main(__doc__)

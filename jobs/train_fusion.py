@@ -3,10 +3,9 @@
 python -m jobs.train_fusion -c configs/train_fusion/text.yaml [key=value ...]
 """
 
-from icm_ray.command import Job
-from icm_ray.config import TrainFusionRecipe
+from icm_ray.jobs import JOBS
 
-work = Job(TrainFusionRecipe, "icm_ray.workflows.train_fusion")
+work = JOBS["train_fusion"]
 
 if __name__ == "__main__":
     work.main(__doc__)

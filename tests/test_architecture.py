@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "icm_ray"
 
 # Each room and the rooms it may import. Leaves come first; a new arrow is a decision.
-BASICS = {"errors", "types", "files", "seeding", "checkpoint", "devices"}
+BASICS = {"errors", "types", "files", "seeding", "checkpoint", "devices", "inputs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
     "devices": {"errors"},
     "checkpoint": set(),
+    "inputs": set(),
     "linalg": set(),
     "types": {"errors"},
     "owners": set(),
@@ -30,8 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "base_model": BASICS | {"adapters"},
     "evidence": BASICS | {"base_model", "fusion_vae", "linalg"},
     "methods": BASICS | {"evidence", "fusion_vae", "linalg"},
-    "suites": BASICS,
-    "evaluation": BASICS | {"base_model", "linalg", "suites"},
+    "suites": BASICS | {"config"},
+    "evaluation": BASICS | {"adapters", "base_model", "linalg", "suites"},
     "finetuning": BASICS | {"adapters", "base_model", "config", "evaluation", "suites"},
     "report": BASICS,
     "merging": BASICS | {"adapters", "config", "evidence", "linalg", "methods", "report", "suites"},
@@ -59,7 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "base_model", "config", "distributed", "fusion", "fusion_vae", "learning"}
     | {"linalg", "merging", "methods"},
     "cli": BASICS
-    | {"adapters", "command", "config", "exporting", "importing", "locks", "merging", "methods"}
+    | {"adapters", "command", "config", "exporting", "importing", "jobs", "locks", "merging"}
+    | {"methods"}
     | {"report", "suites"},
     "__init__": {"adapters", "errors", "interruption", "merging", "methods", "types"},
     "__main__": {"cli"},

@@ -200,7 +200,7 @@ def kernels() -> list[int]:
 MOVES = ("optimizer", "weight_decay", "schedule", "reduction", "worst", "task_weights")
 CONSTANTS: Mapping[str, Callable[[], Any]] = {
     "split that learners read": split_of_inputs,
-    "inputs of a task": lambda: DataSpec().inputs_per_task,
+    "inputs of a task": lambda: DataSpec().most,
     "targets of the null-space ratio": lambda: list(astuple(NullSpaceRatio().targets)),
     "targets of the row-space match": lambda: list(astuple(RowSpaceMatch().targets)),
     "targets": lambda: list(astuple(Targets())),

@@ -33,7 +33,8 @@ def open_all(
         saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
         base: The base as the user names it; whatever the adapters call theirs is taken for it.
         same_base: The user knows that the bases are one under several names.
-        run_by: What will run the base with them, module by module, if anything will.
+        run_by: What will run the base with them, module by module, if anything will. It merges
+            no heads, so full layers may be heads.
 
     Raises:
         InputError: with every problem of every adapter.
@@ -42,7 +43,7 @@ def open_all(
     problems: list[tuple[str, str]] = []
     for name, path in refs:
         try:
-            files.append(open_adapter(path, name, saved_modules=saved_modules))
+            files.append(open_adapter(path, name, saved_modules=saved_modules, heads=bool(run_by)))
         except InputError as error:
             problems += [_apart(line, os.path.expanduser(path)) for line in error.problems]
     files = _of_one_base(files, base) if base or same_base else files

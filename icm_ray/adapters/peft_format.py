@@ -25,7 +25,7 @@ from icm_ray.adapters.formats import (
     view_of,
 )
 from icm_ray.adapters.formats.repositories import REPOSITORY
-from icm_ray.adapters.policy import check_config
+from icm_ray.adapters.policy import check_config, has_heads_alone
 from icm_ray.adapters.values import Scan, not_finite, scan
 from icm_ray.errors import InputError, by_cause
 from icm_ray.types import Adapter, LoRAFactors, SavedModulesPolicy
@@ -206,6 +206,7 @@ def open_adapter(
     name: str | None = None,
     *,
     saved_modules: SavedModulesPolicy = "refuse",
+    heads: bool = False,
 ) -> AdapterFile:
     """Check an adapter folder by its config and its weights' header. No tensor is read.
 
@@ -214,12 +215,15 @@ def open_adapter(
             Hugging Face cache, `org/name@REVISION` also from the hub.
         name: The task's name; the folder's name by default.
         saved_modules: What to do with full layers that PEFT's `modules_to_save` trained.
+        heads: Whether a task's own head may be among them; it is kept, and never merged.
 
     Raises:
         InputError: with every problem of the folder, one line each.
     """
     place = Path(os.path.expanduser(path))
     view = view_of(place)
+    if heads and saved_modules == "refuse" and view.config and has_heads_alone(view.config):
+        saved_modules = "keep"
     problems = list(view.problems)
     config_file = view.config_file or view.file
     config = None

@@ -29,6 +29,8 @@ MAX_CONFIG_BYTES = 7_000_000
 """Room for the full paths of 50,000 modules, with a rank and an alpha of each."""
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 
+HEADS = ("score", "classifier")
+"""Layers that PEFT saves of every sequence classification: the task's head."""
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -150,6 +152,12 @@ def check_config(
     if problems:
         return PlainConfig(raw, problems=tuple(f"{file}: {line}" for line in problems))
     return PlainConfig(raw, tuple(_warnings(raw, ignored)))
+
+
+def has_heads_alone(raw: Mapping[str, Any]) -> bool:
+    """Say whether the full layers that a config names are heads and nothing else."""
+    names = raw.get("modules_to_save")
+    return isinstance(names, list) and bool(names) and all(name in HEADS for name in names)
 
 
 def short(value: object) -> str:

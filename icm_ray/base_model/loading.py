@@ -22,6 +22,7 @@ from icm_ray.adapters.base_skeleton import (
     own_class,
 )
 from icm_ray.adapters.contents import DTYPES
+from icm_ray.base_model.prompts import UNBOUNDED
 from icm_ray.base_model.readers import ImageReader, Reader, TextReader
 from icm_ray.errors import InputError
 
@@ -185,9 +186,17 @@ def load_reader(path: Path) -> Reader:
     config = _config(path)
     if hasattr(config, "patch_size"):
         return ImageReader(config.patch_size, 1 + getattr(config, "num_register_tokens", 0))
-    return TextReader(
-        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return TextReader(tokenizer, _longest(config, tokenizer))
+
+
+def _longest(config: Any, tokenizer: Any) -> int:
+    """Return the most tokens a model reads: its positions', or what its tokenizer says."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(own, int) and "roberta" in config.model_type:
+        own -= config.pad_token_id + 1  # its positions count from behind the padding's
+    said = [n for n in (own, tokenizer.model_max_length) if isinstance(n, int) and n > 0]
+    return min([UNBOUNDED, *said])
 
 
 def load_base(path: Path, *, device: str = "cpu", dtype: str | None = None) -> Base:

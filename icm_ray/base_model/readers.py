@@ -1,7 +1,7 @@
 """Texts or images to batches a model takes, the same ones whoever makes them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from icm_ray.base_model.prompts import UNBOUNDED, Pieces, pieces_of
 from icm_ray.errors import InputError
+from icm_ray.inputs import Question, Text
 
-Inputs = Sequence[str] | np.ndarray
-"""Texts, or uint8 images `(examples, height, width, 3)`."""
+Inputs = Sequence[Text] | np.ndarray
+"""Texts, pairs or prompts, or uint8 images `(examples, height, width, 3)`."""
 
 Read = Sequence[Any] | np.ndarray
 """What a reader makes of inputs, one item an example; an item's length is what it costs."""
@@ -34,6 +36,7 @@ class Batch:
         prefix: Tokens before those of an image's patches.
         pixels: `(examples, channels, height, width)` float, images read together with token ids;
             the ids hold the model's image token wherever it puts an image feature.
+        segments: `(examples, tokens)` int64, which of two texts a token is of.
     """
 
     data: Shaped[Tensor, "examples ..."]
@@ -43,6 +46,7 @@ class Batch:
     pixels: Float[Tensor, "examples channels height width"] | None = field(
         default=None, kw_only=True
     )
+    segments: Int[Tensor, "examples tokens"] | None = field(default=None, kw_only=True)
 
     @property
     def ids(self) -> Int[Tensor, "examples tokens"]:
@@ -55,6 +59,8 @@ class Batch:
         if self.data.is_floating_point():
             return {"pixel_values": self.data}
         inputs = {"input_ids": self.data, "attention_mask": self.mask.long()}
+        if self.segments is not None:
+            inputs["token_type_ids"] = self.segments
         return inputs if self.pixels is None else {**inputs, "pixel_values": self.pixels}
 
 
@@ -84,23 +90,66 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class TextReader:
-    """Reads texts with the base's tokenizer."""
+    """Reads texts with the base's tokenizer.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        longest: Most tokens that the model reads.
+    """
 
     tokenizer: Any
+    longest: int = UNBOUNDED
 
     def read(self, inputs: Inputs, max_tokens: int) -> list[list[int]]:
-        """Return each text's token ids.
+        """Return each text's token ids; `prompts` says what a long one loses.
 
         Raises:
             InputError: they are no texts.
         """
         if isinstance(inputs, np.ndarray) and inputs.ndim > 1:
             raise InputError("data: images but the base reads texts. Choose a suite of texts.")
-        return tokenize(self.tokenizer, [str(text) for text in inputs], max_tokens)
+        if all(isinstance(text, str) and not isinstance(text, Question) for text in inputs):
+            texts = [str(text) for text in inputs]
+            return tokenize(self.tokenizer, texts, min(max_tokens, self.longest))
+        read: list[list[int]] = []
+        for row, asked in enumerate(inputs):
+            read.append(pieces_of(self.tokenizer, asked, max_tokens, self.longest))
+            _check_tokens(row, read[-1])
+        return read
+
+    def overlong(self, inputs: Inputs, max_tokens: int) -> list[int]:
+        """Return which examples lose tokens."""
+        whole = TextReader(self.tokenizer).read(inputs, UNBOUNDED)
+        cut = self.read(inputs, max_tokens)
+        return [row for row, ids in enumerate(whole) if len(ids) > len(cut[row])]
 
     def batch(self, read: Read, rows: Sequence[int]) -> Batch:
-        """Return one padded batch."""
-        return pad_batch([read[row] for row in rows], rows, self.tokenizer.pad_token_id)
+        """Return one padded batch; where a part counts alone, it is marked."""
+        own = [read[row] for row in rows]
+        batch = pad_batch(own, rows, self.tokenizer.pad_token_id)
+        if any(isinstance(ids, Pieces) and ids.segments for ids in own):
+            width = batch.ids.shape[1]
+            parts = [getattr(ids, "segments", None) or [0] * len(ids) for ids in own]
+            padded = [[*part, *[0] * (width - len(part))] for part in parts]
+            return replace(batch, segments=torch.tensor(padded))
+        starts = [getattr(ids, "start", None) for ids in own]
+        return batch if all(start is None for start in starts) else _marked(batch, starts)
+
+
+def _marked(batch: Batch, starts: Sequence[int | None]) -> "Answered":
+    """Return a batch in which the tokens from `starts` on count; all where there is none."""
+    place = torch.arange(batch.ids.shape[1])[None]
+    first = torch.tensor([1 if start is None else start for start in starts])[:, None] - 1
+    last = batch.mask.sum(1, keepdim=True) - 1
+    return Answered(batch.ids, batch.mask, batch.rows, (place >= first) & (place < last))
+
+
+def with_answers(batch: Batch, answers: Sequence[Sequence[int]]) -> "Answered":
+    """Return a batch of prompts, each followed by its answer, whose tokens count."""
+    lengths = batch.mask.sum(1).tolist()
+    prompts = [ids[:n].tolist() for ids, n in zip(batch.ids, lengths, strict=True)]
+    whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    return _marked(pad_batch(whole, batch.rows.tolist(), 0), lengths)
 
 
 @dataclass(frozen=True)
@@ -161,10 +210,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[list
         InputError: a text has no token, so there is no state to average over.
     """
     ids = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
-    empty = [row for row, tokens in enumerate(ids) if not tokens]
-    if empty:
-        raise InputError(f"texts: number {empty[0]} gives no token. Leave empty texts out.")
+    for row, tokens in enumerate(ids):
+        _check_tokens(row, tokens)
     return ids
+
+
+def _check_tokens(row: int, tokens: Sequence[int]) -> None:
+    if not tokens:
+        raise InputError(f"texts: number {row} gives no token. Leave empty texts out.")
 
 
 def make_batches(ids: Sequence[Sequence[int]], size: int, pad: int | None) -> list[Batch]:
@@ -191,11 +244,14 @@ def join(batches: Sequence[Batch]) -> Batch:
     pixels = [batch.pixels for batch in batches if batch.pixels is not None]
     if pixels and len(pixels) < len(batches):
         raise InputError("batches: some have images beside their texts but all or none must.")
+    parts = [torch.zeros_like(b.data) if b.segments is None else b.segments for b in batches]
+    told = any(batch.segments is not None for batch in batches)
     return Batch(
         torch.cat(data),
         mask,
         torch.cat([batch.rows for batch in batches]),
         pixels=torch.cat(pixels) if pixels else None,
+        segments=torch.cat([_widened(part, width) for part in parts]) if told else None,
     )
 
 

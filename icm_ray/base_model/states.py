@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from icm_ray.base_model.readers import (
@@ -19,6 +19,14 @@ from icm_ray.base_model.readers import (
     tokenize,
 )
 
+Pooling = Literal["mean", "first", "last", "own"]
+"""Which state of an example a head reads: the mean over its tokens, the first or last token's, or
+the one that a classifier of the model's own class reads."""
+
+POOLERS = ("bert", "albert")
+"""Kinds of models whose classifiers read what their pooler makes of the first token; those of
+others read the first token's state itself."""
+
 
 def hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "examples tokens d_model"]:
     """Return the last hidden states; keys of earlier tokens, which serve nobody, are not kept.
@@ -27,18 +35,28 @@ def hidden_states(model: nn.Module, batch: Batch) -> Float[Tensor, "examples tok
     texts and images have a tower each (CLIP), the states are those of the batch's kind, or of
     the texts if it has both.
     """
+    return outputs(model, batch)[0]
+
+
+def outputs(
+    model: nn.Module, batch: Batch
+) -> tuple[Float[Tensor, "examples tokens d_model"], Float[Tensor, "examples d_model"] | None]:
+    """Return the last hidden states, and what a classifier of the model's own class reads."""
     inputs: dict = to_device(batch.inputs, model)
     if hasattr(model, "text_model") and hasattr(model, "vision_model"):
         if "input_ids" in inputs and "pixel_values" in inputs:
-            return model(**inputs).text_model_output.last_hidden_state
+            return model(**inputs).text_model_output.last_hidden_state, None
         tower: Any = model.text_model if "input_ids" in inputs else model.vision_model
-        return tower(**inputs).last_hidden_state
+        return tower(**inputs).last_hidden_state, None
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _delayed(inputs["input_ids"], model.config)
-    return model(**inputs).last_hidden_state
+    seen = model(**inputs)
+    hidden = seen.last_hidden_state
+    kind: Any = model.config
+    return hidden, seen.pooler_output if kind.model_type in POOLERS else hidden[:, 0]
 
 
 def _delayed(ids: Int[Tensor, "examples tokens"], config: Any) -> Int[Tensor, "examples tokens"]:
@@ -49,11 +67,30 @@ def _delayed(ids: Int[Tensor, "examples tokens"], config: Any) -> Int[Tensor, "e
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
-def pooled(model: nn.Module, batch: Batch) -> Float[Tensor, "examples d_model"]:
-    """Return the last hidden state averaged over each example's real tokens."""
-    hidden = hidden_states(model, batch)
-    mask = batch.mask.to(hidden.device)[..., None].to(hidden.dtype)
-    return (hidden * mask).sum(1) / mask.sum(1)
+def pooled(
+    model: nn.Module, batch: Batch, how: Pooling = "mean"
+) -> Float[Tensor, "examples d_model"]:
+    """Return the state of each example that a head reads."""
+    return pool(*outputs(model, batch), batch.mask, how)
+
+
+def pool(
+    hidden: Float[Tensor, "examples tokens d_model"],
+    summary: Float[Tensor, "examples d_model"] | None,
+    mask: Bool[Tensor, "examples tokens"],
+    how: Pooling = "mean",
+) -> Float[Tensor, "examples d_model"]:
+    """Return the state of each example that a head reads, of what a model's `outputs` are."""
+    if how == "own":
+        assert summary is not None, "no head of a model of two towers reads one"
+        return summary
+    if how == "first":
+        return hidden[:, 0]
+    mask = mask.to(hidden.device)
+    if how == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    weights = mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 @torch.no_grad()
@@ -72,6 +109,7 @@ def in_order(batches: Sequence[Batch], parts: Sequence[Tensor]) -> Tensor:
 
 __all__ = [
     "Batch",
+    "Pooling",
     "Reader",
     "TextReader",
     "batches_of",
@@ -79,7 +117,9 @@ __all__ = [
     "hidden_states",
     "in_order",
     "make_batches",
+    "outputs",
     "pad_batch",
+    "pool",
     "pooled",
     "tokenize",
 ]

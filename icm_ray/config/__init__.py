@@ -6,6 +6,7 @@ runs in. One file for each reader: what merges, learns, trains, searches or meas
 
 from icm_ray.config.benchmark import BenchmarkRecipe, FusionBenchmark, Shape, StepsBenchmark
 from icm_ray.config.experts import (
+    USUAL_SIZES,
     EvaluateRecipe,
     ExpertSet,
     FinetuneRecipe,
@@ -39,6 +40,7 @@ from icm_ray.config.learning import (
 from icm_ray.config.merging import EvidenceRecipe, MergeRecipe
 from icm_ray.config.parts import (
     INSECURE_VARIABLE,
+    USUAL_INPUTS,
     AdapterRef,
     Adapters,
     DataSpec,
@@ -46,6 +48,7 @@ from icm_ray.config.parts import (
     Output,
     Part,
     Positive,
+    ReadyAdapters,
     Recipe,
     Resources,
     Spec,
@@ -61,10 +64,13 @@ from icm_ray.config.search import (
     SearchRecipe,
     SearchRow,
 )
+from icm_ray.config.suite import HubData, SuiteFile, TaskFile, TaskKind
 
 __all__ = [
     "INPUT_BATCH",
     "INSECURE_VARIABLE",
+    "USUAL_INPUTS",
+    "USUAL_SIZES",
     "AdapterRef",
     "Adapters",
     "BenchmarkRecipe",
@@ -78,6 +84,7 @@ __all__ = [
     "FusionChanges",
     "FusionSpec",
     "Halving",
+    "HubData",
     "InContext",
     "InnerLoss",
     "InnerSpec",
@@ -97,6 +104,7 @@ __all__ = [
     "PipelineRecipe",
     "Positive",
     "PrepareRecipe",
+    "ReadyAdapters",
     "Recipe",
     "RepresentationSpec",
     "Resources",
@@ -110,6 +118,9 @@ __all__ = [
     "Spec",
     "StartSpec",
     "StepsBenchmark",
+    "SuiteFile",
+    "TaskFile",
+    "TaskKind",
     "TrainFusionRecipe",
     "Training",
     "VAESpec",

@@ -1,10 +1,10 @@
 """Recipes of bases and experts: fetched, trained and scored."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from icm_ray.config.parts import Adapters, Part, Positive, Recipe
+from icm_ray.config.parts import SUITE, Adapters, Part, Positive, ReadyAdapters, Recipe
 
 
 class PrepareRecipe(Recipe):
@@ -52,17 +52,25 @@ class ExpertSet(Part):
         return f"{self.init}-seed{self.seed}"
 
 
+USUAL_SIZES = {"calibration": 128, "validation": 256, "test": 256}
+"""Examples of a split of the suites that come with the package."""
+
+
+def _usual(size: int) -> str:
+    return f"None: {size} of a built-in suite, and all of a user's."
+
+
 class Sizes(Part):
     """How many examples each split uses; the same first n for everybody."""
 
-    calibration: Positive = 128
-    validation: Positive = 256
-    test: Positive = 256
+    calibration: Positive | None = Field(default=None, description=_usual(128))
+    validation: Positive | None = Field(default=None, description=_usual(256))
+    test: Positive | None = Field(default=None, description=_usual(256))
     tuning: Positive | None = Field(
         default=None, description="Validation examples that choose a setting; None: all of them."
     )
 
-    def scored(self, split: str) -> int:
+    def scored(self, split: str) -> int | None:
         """Return how many examples of a split merges are scored on."""
         return self.test if split == "test" else self.tuning or self.validation
 
@@ -70,7 +78,7 @@ class Sizes(Part):
 class FinetuneRecipe(Recipe):
     """Recipe of `jobs.finetune`: K experts on one base."""
 
-    suite: str = "text"
+    suite: str = Field(default="text", description=SUITE)
     tasks: list[str] | None = Field(default=None, description="None: every task of the suite.")
     base: str | None = Field(default=None, description="None: the suite's own.")
     revision: str | None = None
@@ -86,11 +94,13 @@ class EvaluateRecipe(Recipe):
     """Recipe of `jobs.evaluate`: score adapters on a suite's tasks against its experts."""
 
     suite: str = "text"
-    experts: str = Field(min_length=1, description="Folder of one expert set.")
+    experts: Annotated[str, Field(min_length=1)] | ReadyAdapters = Field(
+        description="Folder of jobs.finetune with one expert set, or the tasks' adapters by name."
+    )
     base: str | None = None
     revision: str | None = None
     adapters: Adapters
     split: Literal["validation", "test"] = "test"
-    examples: Positive = 256
+    examples: Positive | None = Field(default=None, description=_usual(256))
     batch: Positive = 64
     output: str = Field(min_length=1)

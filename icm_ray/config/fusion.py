@@ -161,7 +161,9 @@ class TrainFusionRecipe(Recipe):
     )
     data: DataSpec
     heads: str | None = Field(
-        default=None, description="Folder of experts, for inner losses that read heads."
+        default=None,
+        description="Folder of experts, for inner losses that read heads; None: they lie with the "
+        "adapters.",
     )
     fusion: FusionSpec = FusionSpec()
     input_batch: Positive = Field(default=INPUT_BATCH, description="Inputs of one inner step.")

@@ -146,7 +146,9 @@ class LearnRecipe(Recipe):
     )
     data: DataSpec
     heads: str | None = Field(
-        default=None, description="Folder of experts whose heads objectives may read."
+        default=None,
+        description="Folder of experts whose heads objectives read; None: they lie with the "
+        "adapters.",
     )
     modules_to_save: SavedModulesPolicy = "refuse"
     output: str = Field(min_length=1)

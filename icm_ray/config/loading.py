@@ -7,7 +7,8 @@ Unknown keys are errors with the nearest known key; `key=value` overrides use th
 
 import os
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,18 +19,23 @@ from icm_ray.errors import RecipeError, did_you_mean
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 20
+COMMAND_LINE = "command line"
+"""Named in errors about a recipe that is in no file."""
 R = TypeVar("R", bound=Recipe)
+M = TypeVar("M", bound=BaseModel)
 
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 """Numbers such as 1e-3, which YAML 1.1 takes for text and everybody else for numbers."""
 
 
-def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
+def load_recipe(
+    kind: type[R], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> R:
     """Read, override and check a recipe.
 
     Args:
         kind: The recipe class.
-        path: YAML file, at most 1 MB.
+        source: YAML file, at most 1 MB; or the values themselves, from a command line.
         overrides: `dotted.key=value`; values are YAML.
 
     Raises:
@@ -39,8 +45,11 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    source = Path(path).expanduser()
-    values = read_yaml(source)
+    if isinstance(source, Mapping):
+        values, source = dict(source), Path(COMMAND_LINE)
+    else:
+        source = Path(source).expanduser()
+        values = read_yaml(source)
     # An override may hold a pasted secret as well, so only its key is repeated.
     keys = [override.partition("=")[0] for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
@@ -51,14 +60,25 @@ def load_recipe(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) 
         config.merge_with_dotlist(list(overrides))
         # No interpolation: a recipe says what it says.
         plain = _at_home(OmegaConf.to_container(config))
-        _refuse_no_text(source, plain)
-        return kind.model_validate(plain)
-    except ValidationError as error:
-        raise RecipeError([_problem(kind, source, item) for item in error.errors()]) from None
+        return checked(kind, source, plain)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, IndexError) as error:
         where = f"with {', '.join(keys)} set: " if keys else ""
         what = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise RecipeError(f"{source}: {where}{what}. Write plain YAML values.") from None
+
+
+def checked(kind: type[M], source: Path, values: Any) -> M:
+    """Return a file's plain values as what they should be.
+
+    Raises:
+        RecipeError: every problem, one line each.
+    """
+    _refuse_no_text(source, values)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_problem(kind, source, item) for item in error.errors()]
+        raise RecipeError(dict.fromkeys(lines)) from None
 
 
 def _at_home(value: Any) -> Any:
@@ -172,17 +192,21 @@ def _problem(kind: type[BaseModel], source: Path, item: Any) -> str:
 
 
 def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """Return the known keys of the part at `location`, following nested models and lists."""
-    import typing
-
+    """Return the known keys of the part at `location`, following nested models and containers."""
     current: Any = kind
     for part in location:
-        if isinstance(part, int):
+        if part not in current.model_fields:  # a place in a list or table, or one of several types
             continue
-        annotation = current.model_fields[part].annotation
-        options = [annotation, *typing.get_args(annotation)]
-        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        models = list(_models_in(current.model_fields[part].annotation))
         if not models:
             return []
         current = models[0]
     return list(current.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the parts that a field may hold, directly or in a list or table."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inside in typing.get_args(annotation):
+        yield from _models_in(inside)

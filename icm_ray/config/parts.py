@@ -122,23 +122,40 @@ def _with_names(refs: Any) -> Any:
     return [{"name": name, "path": path} for name, path in zip(plain, refs, strict=True)]
 
 
-Adapters = Annotated[
+_Named = Annotated[
     list[AdapterRef],
     BeforeValidator(_with_names, json_schema_input_type=list[AdapterRef] | list[str]),
-    Field(min_length=1, max_length=10_000),
 ]
+Adapters = Annotated[_Named, Field(min_length=1, max_length=10_000)]
 """Adapters by name and path, or paths alone."""
+ReadyAdapters = Annotated[
+    _Named,
+    Field(max_length=10_000, description="Ready ones, each by its task's name; none: trained."),
+]
+"""Adapters that take the place of experts that would be trained."""
+
+
+SUITE = "A built-in suite's name, or a folder with suite.yaml."
+USUAL_INPUTS = 64
+"""Unlabelled inputs a task."""
 
 
 class DataSpec(Part):
     """Which inputs methods that gather evidence may see."""
 
-    suite: str | None = Field(default=None, description="A name in SUITES.")
+    suite: str | None = Field(default=None, description=SUITE)
     path: str | None = Field(
         default=None, description="Folder with <task>.jsonl or <task>.parquet."
     )
     split: str = "calibration"
-    inputs_per_task: Positive = 64
+    inputs_per_task: Positive | None = Field(
+        default=None, description="None: 64, or the whole split of a user's suite."
+    )
+
+    @property
+    def most(self) -> int:
+        """Inputs a task of anything but a user's suite."""
+        return self.inputs_per_task or USUAL_INPUTS
 
 
 class Output(Part):

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 from icm_ray.config.experts import FinetuneRecipe
 from icm_ray.config.fusion import FusionChanges, InContext
 from icm_ray.config.learning import Overrides
-from icm_ray.config.parts import Name, Part, Positive
+from icm_ray.config.parts import Name, Part, Positive, ReadyAdapters
 
 
 def _setting(value: float | str) -> float | str:
@@ -53,6 +53,10 @@ class PipelineRecipe(FinetuneRecipe):
     """Recipe of `jobs.pipeline`: prepare, finetune, evidence, merge, evaluate, report."""
 
     name: Name
+    adapters: ReadyAdapters = []
+    modules_to_save: Literal["refuse", "drop", "keep"] = Field(
+        default="refuse", description="Of whole layers that are no task's head."
+    )
     experts: str | None = Field(
         default=None, description="Ready experts of this very recipe, if any."
     )

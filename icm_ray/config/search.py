@@ -6,7 +6,7 @@ from pydantic import Field
 
 from icm_ray.config.fusion import FusionChanges
 from icm_ray.config.learning import Overrides
-from icm_ray.config.parts import AdapterRef, DataSpec, Name, Part, Positive, Recipe
+from icm_ray.config.parts import DataSpec, Name, Part, Positive, ReadyAdapters, Recipe
 from icm_ray.types import SavedModulesPolicy
 
 Searched = Annotated[
@@ -74,9 +74,11 @@ class SearchRecipe(Recipe, SearchedMethod):
     revision: str | None = None
     suite: str | None = Field(default=None, description="Whose tasks merges are scored on.")
     experts: str | None = Field(
-        default=None, description="Folder of experts: heads, and the adapters if none are named."
+        default=None,
+        description="Folder of experts: heads, and the adapters if none are named. None: heads lie "
+        "with the adapters.",
     )
-    adapters: list[AdapterRef] = []
+    adapters: ReadyAdapters = []
     modules_to_save: SavedModulesPolicy = "refuse"
     data: DataSpec | None = Field(
         default=None, description="Unlabelled inputs of label-free objectives and learners."
@@ -86,7 +88,10 @@ class SearchRecipe(Recipe, SearchedMethod):
     )
     layer_groups: Positive = Field(default=3, description="Runs of blocks that share a number.")
     objectives: list[SearchObjective] = Field(default=["validation_mean"], min_length=1)
-    validation: Positive = Field(default=128, description="Validation examples a task.")
+    validation: Positive | None = Field(
+        default=None,
+        description="Validation examples a task; None: 128, or all of a user's suite.",
+    )
     test: Positive | None = Field(
         default=None, description="Test examples a task that the best is scored on, once."
     )
@@ -105,6 +110,11 @@ class SearchRecipe(Recipe, SearchedMethod):
     )
     seeds: list[int] = Field(default=[], description="Seeds of the searches; empty: `seed` alone.")
     output: str = Field(min_length=1)
+
+    @property
+    def most(self) -> int:
+        """Validation examples a task of a suite that comes with the package."""
+        return self.validation or 128
 
     def row(self) -> SearchRow:
         """Return the recipe's own search as a row."""

@@ -17,7 +17,7 @@ from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES
 from icm_ray.distributed.trials import measure, measurer_of
 from icm_ray.errors import InputError
-from icm_ray.evaluation.scoring import TaskData, TaskScore, evaluate
+from icm_ray.evaluation.scoring import Memory, TaskData, TaskScore, evaluate
 from icm_ray.evidence.gather import AdapterEvidence, example_ratios, gather
 from icm_ray.evidence.grams import Grams, gather_grams
 from icm_ray.files import sha256_of
@@ -131,6 +131,7 @@ class AdapterActor:
         self.threads = resources.threads
         self.held: tuple[Source, Adapter] | None = None
         self.measurer: tuple[Any, Measurer] | None = None
+        self.said: Memory = {}
 
     def hold(self, source: Source) -> Adapter:
         """Load the adapter unless it is the one already held."""
@@ -182,7 +183,9 @@ class AdapterActor:
         """Score base plus adapter (None: the base alone) on some of the tasks in `data`."""
         adapter = self.hold(source) if source else None
         wanted = {name: data[name] for name in only}
-        return evaluate(self.base, adapter, wanted, batch=batch, threads=self.threads)
+        return evaluate(
+            self.base, adapter, wanted, batch=batch, threads=self.threads, memory=self.said
+        )
 
     def measure(self, material: Sequence[Any], order: Mapping[str, Any]) -> dict[str, Any]:
         """Measure a trial of a search; see `trials.measure`.

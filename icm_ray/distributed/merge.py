@@ -145,4 +145,4 @@ def merge_to_folder(
     result = merge_as_asked(files, request)
     seconds = time.monotonic() - started
     evidence: Any = request.evidence  # a folder, as a row of a table has it
-    write_merged(result, folder, Origin(files, key, seconds, evidence))
+    write_merged(result, folder, Origin.keeping(files, key, seconds, evidence))

@@ -14,10 +14,10 @@ from icm_ray.adapters import AdapterFile
 from icm_ray.distributed.actors import AdapterSource, Source
 from icm_ray.distributed.session import Pool
 from icm_ray.evaluation.metrics import Score
-from icm_ray.evaluation.scoring import BATCH, Standing, TaskData, TaskScore, standing, values
+from icm_ray.evaluation.scoring import BATCH, Standing, TaskData, TaskScore, standing
 from icm_ray.files import is_done, read_json, sha256_of, whole_folder, write_json
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,15 @@ class ScoreItem:
 
 
 def _data_key(item: TaskData) -> list[Any]:
-    if item.head is None:
-        task = item.task
-        how = [task.kind, task.metric, task.max_tokens, task.max_new_tokens]
-        return [item.examples.fingerprint, how]
-    head = [item.head.weight, item.head.bias]
-    digest = sha256_of([t.numpy().tobytes().hex() for t in head] + [item.head.mean, item.head.std])
-    return [item.examples.fingerprint, digest]
+    task, head = item.task, item.head
+    how = [task.kind, task.head, task.metric, task.max_tokens, task.max_new_tokens]
+    judge = item.expert.fingerprint if item.expert else None
+    read = None
+    if head is not None:
+        numbers = [head.weight, head.bias, *(head.dense or ())]
+        plain = [t.numpy().tobytes().hex() for t in numbers]
+        read = sha256_of([*plain, head.mean, head.std, head.pooling, head.bend])
+    return [item.examples.fingerprint, how, read, judge]
 
 
 def score_on_ray(
@@ -89,10 +91,12 @@ def score_on_ray(
     return {item.label: load_scores(folder / keys[item.label]) for item in items}
 
 
-def references(experts: Sequence[AdapterFile]) -> list[ScoreItem]:
-    """Return what other items are measured by: the base, and each expert on its own task."""
-    tasks = tuple(file.name for file in experts)
-    base = ScoreItem("base", None, tasks)
+def references(experts: Sequence[AdapterFile], unseen: Sequence[str] = ()) -> list[ScoreItem]:
+    """Return what other items are measured by: the base, and each expert on its own task.
+
+    The base is scored on tasks without an expert, too.
+    """
+    base = ScoreItem("base", None, (*(file.name for file in experts), *unseen))
     return [base, *(ScoreItem(f"expert {f.name}", AdapterSource(f), (f.name,)) for f in experts)]
 
 
@@ -114,13 +118,13 @@ class Standings:
     def among(cls, scores: Mapping[str, dict[str, TaskScore]]) -> "Standings":
         """Take the scores of `references` out of those of everything."""
         base = scores["base"]
-        expert = {task: scores[f"expert {task}"][task] for task in base}
+        expert = {t: scores[f"expert {t}"][t] for t in base if f"expert {t}" in scores}
         others = {n: s for n, s in scores.items() if n != "base" and not n.startswith("expert ")}
         return cls(others, base, expert)
 
     def of(self, label: str) -> Standing:
         """Return where an item stands."""
-        return standing(values(self.items[label]), values(self.expert), values(self.base))
+        return standing(self.items[label], self.expert, self.base)
 
 
 def save_scores(folder: Path, key: str, scores: Mapping[str, TaskScore]) -> None:

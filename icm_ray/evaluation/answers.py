@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,17 +12,11 @@ from torch import Tensor, nn
 
 from icm_ray.base_model.decoding import counted, greedy, next_token_nats, readout_of
 from icm_ray.base_model.loading import Base
-from icm_ray.base_model.readers import (
-    Answered,
-    Batch,
-    Read,
-    Reader,
-    TextReader,
-    by_length,
-    pad_batch,
-)
-from icm_ray.base_model.states import hidden_states, in_order, pooled
-from icm_ray.errors import RecipeError
+from icm_ray.base_model.prompts import answer_ids, end_of, is_chat
+from icm_ray.base_model.readers import Answered, Batch, Inputs, Reader, TextReader, by_length
+from icm_ray.base_model.readers import with_answers as followed
+from icm_ray.base_model.states import Pooling, hidden_states, in_order, pooled
+from icm_ray.evaluation.choices import Chosen, choice_batches, choice_scores
 from icm_ray.evaluation.generated import SCORERS
 from icm_ray.evaluation.heads import Head, loss
 from icm_ray.suites.tasks import Examples, Kind, Task
@@ -75,12 +69,14 @@ class _Headed:
         return loss(logits.flatten(0, -2), targets.flatten(), task)
 
     @torch.no_grad()
-    def features(self, base: Base, examples: Examples, task: Task, size: int) -> Tensor:
+    def features(
+        self, base: Base, examples: Examples, task: Task, size: int, how: Pooling = "mean"
+    ) -> Tensor:
         """Return what the head reads, `(examples, d_model)` or `(examples, patches, d_model)`."""
         make = self.batches(base, examples, task)
         read = base.reader.read(examples.inputs, task.max_tokens)
         batches = [make(rows) for rows in by_length(read, size)]
-        parts = [self._states(base.model, batch).float().cpu() for batch in batches]
+        parts = [self._states(base.model, batch, how).float().cpu() for batch in batches]
         return in_order(batches, parts)
 
     def predict(
@@ -88,16 +84,16 @@ class _Headed:
     ) -> np.ndarray:
         """Return the predictions `metrics` scores, one row an example."""
         assert head is not None
-        return head.predict(self.features(base, examples, task, size), task)
+        return head.predict(self.features(base, examples, task, size, head.pooling), task)
 
-    def _states(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _states(self, model: nn.Module, batch: Batch, how: Pooling = "mean") -> Tensor:
         if not self.dense:
-            return pooled(model, batch)
+            return pooled(model, batch, how)
         return hidden_states(model, batch)[:, batch.prefix :]
 
 
 class _NextToken:
-    """The base's own head on every next token of a text."""
+    """The base's own head on every next token of a text, or of what follows a prompt."""
 
     def batches(self, base: Base, examples: Examples, task: Task) -> MakeBatch:
         """Return what makes the batches an expert is trained on."""
@@ -119,8 +115,10 @@ class _NextToken:
         batches = [base.reader.batch(read, rows) for rows in by_length(read, size)]
         parts = [_nats(base, batch).double().sum(1) for batch in batches]
         nats = in_order(batches, [part.cpu() for part in parts]).numpy()
-        characters = [len(base.tokenizer.decode(ids[1:])) for ids in read]
-        return np.stack([nats, [len(ids) - 1.0 for ids in read], characters], 1)
+        first = [getattr(ids, "start", None) or 1 for ids in read]
+        shown = [ids[start:] for ids, start in zip(read, first, strict=True)]
+        characters = [len(base.tokenizer.decode(ids)) for ids in shown]
+        return np.stack([nats, [float(len(ids)) for ids in shown], characters], 1)
 
 
 class _Decoded:
@@ -128,8 +126,7 @@ class _Decoded:
 
     def batches(self, base: Base, examples: Examples, task: Task) -> MakeBatch:
         """Return what makes the batches an expert is trained on."""
-        prompts = base.reader.read(examples.inputs, task.max_tokens)
-        return with_answers(base.reader, prompts, examples.answers, task)
+        return with_answers(base.reader, examples.inputs, examples.answers, task)
 
     def loss(
         self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
@@ -144,9 +141,10 @@ class _Decoded:
     ) -> np.ndarray:
         """Return each answer's score by the task's metric."""
         prompts = base.reader.read(examples.inputs, task.max_tokens)
-        end, readout, scores = _end(base.tokenizer), readout_of(base), np.zeros(len(prompts))
+        end = end_of(base.tokenizer, is_chat(examples.texts[0]))
+        readout, scores = readout_of(base), np.zeros(len(prompts))
         for rows in by_length(prompts, size):
-            asked = [prompts[row] for row in rows]
+            asked = [list(prompts[row]) for row in rows]
             said = greedy(base.model, readout, asked, task.max_new_tokens, end)
             texts = base.tokenizer.batch_decode(said, skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
@@ -154,29 +152,44 @@ class _Decoded:
         return scores
 
 
-def with_answers(reader: Reader, prompts: Read, answers: Sequence[str], task: Task) -> MakeBatch:
-    """Return what makes batches of prompts that were read, each followed by its answer."""
+class _Chooses:
+    """Whichever of some texts the base finds likeliest after the prompt."""
+
+    def batches(self, base: Base, examples: Examples, task: Task) -> MakeBatch:
+        """Return what makes the batches an expert is trained on: what is right follows."""
+        make = choice_batches(base.reader, examples.inputs, task.max_tokens)
+        right = examples.targets.astype(int)
+        return lambda rows: make(rows, [int(right[row]) for row in rows])
+
+    def loss(
+        self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
+    ) -> Tensor:
+        """Return the mean loss of a batch on the model as it stands."""
+        return _mean_nats(base, batch)
+
+    @torch.no_grad()
+    def predict(
+        self, base: Base, head: Head | None, examples: Examples, task: Task, size: int
+    ) -> np.ndarray:
+        """Return the index of each example's likeliest choice."""
+        prompts = base.reader.read(examples.inputs, task.max_tokens)
+        make = choice_batches(base.reader, examples.inputs, task.max_tokens)
+        chosen = np.zeros(len(prompts))
+        for rows in by_length(prompts, size):
+            batch = make(rows)
+            assert isinstance(batch, Chosen)
+            scores = choice_scores(hidden_states(base.model, batch), batch, readout_of(base))
+            chosen[rows] = scores.argmax(-1).cpu().numpy()
+        return chosen
+
+
+def with_answers(reader: Reader, inputs: Inputs, answers: Sequence[str], task: Task) -> MakeBatch:
+    """Return what makes batches of prompts, each followed by its answer."""
     assert isinstance(reader, TextReader)
-    end = _end(reader.tokenizer)
-    spoken = reader.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-    spoken = [[*ids[: task.max_new_tokens - 1], end] for ids in spoken]
-
-    def make(rows: Sequence[int]) -> Answered:
-        whole = pad_batch([prompts[row] + spoken[row] for row in rows], rows, 0)
-        place = torch.arange(whole.ids.shape[1])[None]
-        first = torch.tensor([len(prompts[row]) for row in rows])[:, None] - 1
-        last = whole.mask.sum(1, keepdim=True) - 1
-        said = (place >= first) & (place < last)
-        return Answered(whole.ids, whole.mask, whole.rows, said)
-
-    return make
-
-
-def _end(tokenizer: Any) -> int:
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise RecipeError("base: its tokenizer has no token that ends a text, but answers need it.")
-    return int(end)
+    prompts = reader.read(inputs, task.max_tokens)
+    pairs = zip(inputs, answers, strict=True)
+    spoken = [answer_ids(reader.tokenizer, *pair, task.max_new_tokens) for pair in pairs]
+    return lambda rows: followed(reader.batch(prompts, rows), [spoken[row] for row in rows])
 
 
 def _nats(base: Base, batch: Batch) -> Tensor:
@@ -187,7 +200,7 @@ def _mean_nats(base: Base, batch: Batch) -> Tensor:
     return _nats(base, batch).sum() / counted(batch).sum()
 
 
-POOLED, PATCHES = _Headed(dense=False), _Headed(dense=True)
+POOLED, PATCHES, CHOOSES = _Headed(dense=False), _Headed(dense=True), _Chooses()
 
 ANSWERS: Mapping[Kind, Answer] = {
     "classification": POOLED,
@@ -196,13 +209,14 @@ ANSWERS: Mapping[Kind, Answer] = {
     "dense_regression": PATCHES,
     "language_modelling": _NextToken(),
     "generation": _Decoded(),
+    "multiple_choice": CHOOSES,
 }
 """Each kind's way of answering."""
 
 
 def answer_of(task: Task) -> Answer:
     """Return how a task is answered."""
-    return ANSWERS[task.kind]
+    return CHOOSES if task.chooses else ANSWERS[task.kind]
 
 
 def head_features(base: Base, examples: Examples, task: Task, size: int) -> Tensor:

@@ -9,8 +9,12 @@ dense_*                     the same for each patch, `(examples, patches)`
 language_modelling          summed negative log-likelihood in nats, tokens it is over, characters
                             they stand for, `(examples, 3)`
 generation                  score of each answer in [0, 1], `(examples,)`
+multiple_choice             index of the choice, `(examples,)`
+
+and what `fidelity` leaves of them, where that is the metric.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,10 +22,11 @@ import numpy as np
 from scipy.stats import rankdata
 
 from icm_ray.seeding import seed_for
-from icm_ray.suites.tasks import Metric, Task
+from icm_ray.suites.tasks import ERRORS, FIDELITY, Task
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Score:
     """A task's score with its confidence interval over test examples.
 
     Attributes:
-        metric: The task's metric, see `icm_ray.suites.tasks.Metric`.
-        value: The score; 1 is perfect.
+        metric: The task's metric, one of `icm_ray.suites.tasks.METRICS`.
+        value: The score; 1 is perfect, and of an error 0.
         low: Lower end of the 95 % bootstrap interval.
         high: Upper end.
         spearman: Rank correlation in [-1, 1] for regressions, else None. It forgives a shifted or
@@ -60,8 +65,11 @@ def score(task: Task, predictions: np.ndarray, targets: np.ndarray) -> Score:
     resampled = weighted(task, predictions, targets, _resamples(len(targets)))
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
-    spearman = rank_correlation(predictions, targets) if task.kind == "regression" else None
-    details = DETAILS[task.kind](predictions, targets) if task.kind in DETAILS else {}
+    plain = task.metric != FIDELITY
+    ranked = plain and task.kind == "regression"
+    spearman = rank_correlation(predictions, targets) if ranked else None
+    more = DETAILS.get(task.kind) if plain else None
+    details = more(predictions, targets) if more else {}
     return Score(task.metric, value, float(low), float(high), spearman, details)
 
 
@@ -69,7 +77,15 @@ def weighted(
     task: Task, predictions: np.ndarray, targets: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
     """Return the task's metric once for each row of `weights`, shape `(rows,)`."""
+    if task.metric == FIDELITY and task.kind == "regression":
+        return _r2(predictions[:, 0], predictions[:, 1], weights, 0)
     return MEASURES[task.metric](predictions, targets, weights, len(task.classes))
+
+
+def share(value: float, unit: float, metric: str) -> float:
+    """Return a score over another one, the expert's; of an error, the other over it."""
+    over, under = (unit, value) if metric in ERRORS else (value, unit)
+    return over / under if under > 0 else math.nan
 
 
 def difference_interval(
@@ -113,7 +129,10 @@ def mean_difference(answers: Sequence[Answers]) -> tuple[float, float, float]:
         count = len(one.targets)
         rows = np.concatenate([np.ones((1, count)), _resamples(count, one.task.name)])
         ours, theirs = (weighted(one.task, p, one.targets, rows) for p in (one.ours, one.theirs))
-        change = (ours - theirs) / one.unit
+        if one.task.metric in ERRORS:  # as `share` has it
+            change = one.unit / np.maximum(ours, TINY) - one.unit / np.maximum(theirs, TINY)
+        else:
+            change = (ours - theirs) / one.unit
         points.append(change[0])
         gaps.append(change[1:])
     tail = 100 * (1 - CONFIDENCE) / 2
@@ -145,7 +164,8 @@ def _macro_f1(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -
 
 
 def _accuracy(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
-    return weights @ (p == t) / weights.sum(1)
+    right = (p == t).reshape(len(p), -1).mean(1)
+    return weights @ right / weights.sum(1)
 
 
 def _r2(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
@@ -154,7 +174,19 @@ def _r2(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.n
     p, t = p - t.mean(), t - t.mean()  # a difference of squares far from zero would lose digits
     squared_error = weights @ np.square(t - p).sum(1)
     spread = weights @ np.square(t).sum(1) - np.square(weights @ t.sum(1)) / count
-    return 1 - squared_error / np.maximum(spread, 1e-12)
+    return 1 - squared_error / np.maximum(spread, TINY)
+
+
+def _rmse(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    squares = np.square(p - t).reshape(len(p), -1).mean(1)
+    return np.sqrt(weights @ squares / weights.sum(1))
+
+
+def _fidelity(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    if p.ndim == 1:
+        return weights @ p / weights.sum(1)
+    sums, places = (weights @ p).T
+    return sums / np.maximum(places, 1)
 
 
 def _miou(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
@@ -190,7 +222,7 @@ def _of_map(p: np.ndarray, t: np.ndarray) -> dict[str, float]:
     return {"rmse": float(np.sqrt(np.square(p - t).mean()))}
 
 
-MEASURES: Mapping[Metric, Callable[..., np.ndarray]] = {
+MEASURES: Mapping[str, Callable[..., np.ndarray]] = {
     "accuracy": _accuracy,
     "macro_f1": _macro_f1,
     "r2": _r2,
@@ -199,6 +231,8 @@ MEASURES: Mapping[Metric, Callable[..., np.ndarray]] = {
     "exact_match": _mean,
     "edit_match": _mean,
     "rouge_l": _mean,
+    "rmse": _rmse,
+    FIDELITY: _fidelity,
 }
 """Each metric: predictions, targets, `(resamples, examples)` weights, classes -> `(resamples,)`."""
 

@@ -1,19 +1,22 @@
 """Score one adapter on every task of a suite."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.base_model.loading import Base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.evaluation.answers import answer_of
-from icm_ray.evaluation.experts import Expert
+from icm_ray.evaluation.experts import Expert, heads_of
+from icm_ray.evaluation.fidelity import Asked, Said, fidelity, said_by
 from icm_ray.evaluation.heads import Head
-from icm_ray.evaluation.metrics import Score, score
+from icm_ray.evaluation.metrics import Score, score, share
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.suites import Suite
-from icm_ray.suites.tasks import Examples, Task
+from icm_ray.suites.tasks import FIDELITY, Examples, Task
 from icm_ray.types import Adapter
 
 BATCH = 64
@@ -28,11 +31,17 @@ class TaskData:
         task: The task.
         examples: Inputs and targets or answers.
         head: The frozen head that reads the features; None if the base answers by itself.
+        expert: The task's adapter, where a model is scored by what that one says.
     """
 
     task: Task
     examples: Examples
     head: Head | None
+    expert: AdapterFile | None = None
+
+    def asked(self, batch: int) -> Asked:
+        """Return what a model is asked, `batch` examples at a time."""
+        return Asked(self.task, self.examples, self.head, batch)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,10 @@ class TaskScore:
     predictions: np.ndarray
 
 
+Memory = dict[tuple[str, str, int], Said]
+"""What experts said, by expert, examples and batch size; they are asked once."""
+
+
 def evaluate(
     base: Base,
     adapter: Adapter | None,
@@ -55,16 +68,40 @@ def evaluate(
     *,
     batch: int = 64,
     threads: int = 1,
+    memory: Memory | None = None,
 ) -> dict[str, TaskScore]:
-    """Return the score of base plus `adapter` on every task; None scores the base alone."""
-    result = {}
-    with kernel_threads(threads), applied(base.model, adapter):
-        for name, item in data.items():
-            predictions = predict(base, item, batch)
-            result[name] = TaskScore(
-                score(item.task, predictions, item.examples.targets), predictions
-            )
+    """Return the score of base plus `adapter` on every task; None scores the base alone.
+
+    Args:
+        base: The base.
+        adapter: The adapter.
+        data: Examples and heads by task.
+        batch: Examples a forward.
+        threads: Kernel threads.
+        memory: What experts said, kept from call to call.
+    """
+    result, memory = {}, {} if memory is None else memory
+    with kernel_threads(threads):
+        said = {n: _said(base, one, batch, memory) for n, one in data.items() if one.expert}
+        with applied(base.model, adapter):
+            for name, item in data.items():
+                if name in said:
+                    predictions = fidelity(base, item.asked(batch), said[name])
+                else:
+                    predictions = predict(base, item, batch)
+                result[name] = TaskScore(
+                    score(item.task, predictions, item.examples.targets), predictions
+                )
     return result
+
+
+def _said(base: Base, item: TaskData, batch: int, memory: Memory) -> Said:
+    assert item.expert is not None
+    key = (item.expert.fingerprint, item.examples.fingerprint, batch)
+    if key not in memory:
+        with applied(base.model, item.expert.load()):
+            memory[key] = said_by(base, item.asked(batch))
+    return memory[key]
 
 
 def predict(base: Base, item: TaskData, batch: int) -> np.ndarray:
@@ -101,21 +138,52 @@ class Standing:
 
 
 def standing(
-    merged: Mapping[str, float], expert: Mapping[str, float], base: Mapping[str, float]
+    merged: Mapping[str, TaskScore], expert: Mapping[str, TaskScore], base: Mapping[str, TaskScore]
 ) -> Standing:
-    """Compare a merged adapter's scores with its experts' and the base's, task by task."""
-    tasks: Sequence[str] = sorted(merged)
-    normalised = {t: merged[t] / expert[t] if expert[t] > 0 else float("nan") for t in tasks}
+    """Compare a merged adapter's scores with its experts' and the base's, task by task.
+
+    A task without an expert has nothing to be compared with.
+    """
+    return standing_of(
+        values(merged),
+        values(expert),
+        values(base),
+        {task: one.score.metric for task, one in merged.items()},
+    )
+
+
+def standing_of(
+    merged: Mapping[str, float],
+    expert: Mapping[str, float],
+    base: Mapping[str, float],
+    metrics: Mapping[str, str] | None = None,
+) -> Standing:
+    """Compare plain scores as `standing` does; `metrics` says which of them are errors."""
+    tasks: Sequence[str] = sorted(merged.keys() & expert.keys())
+    known = metrics or {}
+    normalised = {t: share(merged[t], expert[t], known.get(t, "")) for t in tasks}
     gains = {t: expert[t] - base[t] for t in tasks}
-    kept = {t: (merged[t] - base[t]) / gains[t] if gains[t] else float("nan") for t in tasks}
+    kept = {t: (merged[t] - base[t]) / gains[t] if gains[t] else math.nan for t in tasks}
     return Standing(normalised, kept)
 
 
 def task_data(
-    suite: Suite, experts: Mapping[str, Expert], split: str, limit: int
+    suite: Suite,
+    experts: Mapping[str, Expert],
+    split: str,
+    limit: int | None,
+    unseen: Sequence[str] = (),
 ) -> dict[str, TaskData]:
-    """Return each task's examples of a split with its expert's head."""
-    return {
-        task: TaskData(suite.tasks[task], suite.load(task, split, limit), expert.head())
-        for task, expert in experts.items()
-    }
+    """Return each task's examples of a split with its expert's head, and the expert who judges.
+
+    Unseen tasks have neither.
+    """
+    suite, heads = heads_of(suite, experts)
+    data = {}
+    for name in [*experts, *unseen]:
+        task, expert = suite.tasks[name], experts.get(name)
+        judge = None
+        if expert is not None and task.metric == FIDELITY:
+            judge = open_adapter(expert.adapter, name, saved_modules="drop")
+        data[name] = TaskData(task, suite.load(name, split, limit), heads.get(name), judge)
+    return data

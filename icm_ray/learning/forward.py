@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from icm_ray.base_model.loading import find_module
-from icm_ray.base_model.states import Batch, hidden_states
+from icm_ray.base_model.states import Batch, outputs
 from icm_ray.errors import InputError
 from icm_ray.learning.inputs import Seen
 from icm_ray.learning.parameters import Frame
@@ -112,13 +112,13 @@ def observe(
         try:
             for path in modules:
                 handles.append(find_module(model, path).register_forward_pre_hook(keeper(path)))
-            state = hidden_states(model, batch)
+            state, summary = outputs(model, batch)
         except _Seen:
-            state = None
+            state = summary = None
         finally:
             for handle in handles:
                 handle.remove()
-    return Seen(seen, state if hidden else None)
+    return Seen(seen, state, summary) if hidden else Seen(seen)
 
 
 class _Seen(Exception):

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from icm_ray.base_model.readers import Batch
+from icm_ray.base_model.states import Pooling, pool
 from icm_ray.evaluation.heads import Head
 from icm_ray.seeding import generator
 from icm_ray.types import Adapter
@@ -26,6 +27,7 @@ class TaskInputs:
             numbers standardised by the head's mean and deviation. Only `Supervised` may look at
             them.
         max_new_tokens: Longest answer to a prompt; 0 where inputs are no prompts.
+        end: Token that ends an answer; None: the base's own.
     """
 
     adapter: Adapter
@@ -34,6 +36,7 @@ class TaskInputs:
     kind: str | None = None
     targets: Float[Tensor, "examples *patches"] | None = None
     max_new_tokens: int = 0
+    end: int | None = None
 
     @property
     def name(self) -> str:
@@ -59,21 +62,26 @@ class Seen:
     Attributes:
         inputs: `(examples, tokens, d_in)` by target module.
         hidden: Last hidden state `(examples, tokens, d_model)`, None if the pass stopped before.
+        summary: What a classifier of the model's own class reads.
     """
 
     inputs: Mapping[str, Tensor]
     hidden: Float[Tensor, "examples tokens d_model"] | None = None
+    summary: Float[Tensor, "examples d_model"] | None = None
 
-    def pooled(self, mask: Bool[Tensor, "examples tokens"]) -> Float[Tensor, "examples d_model"]:
-        """Return the last hidden state averaged over each example's real tokens."""
+    def pooled(
+        self, mask: Bool[Tensor, "examples tokens"], how: Pooling = "mean"
+    ) -> Float[Tensor, "examples d_model"]:
+        """Return the state of each example that a head reads; the mean unless it says otherwise."""
         assert self.hidden is not None, "the objective did not ask for the hidden state"
-        weights = mask.to(self.hidden.device, self.hidden.dtype)[..., None]
-        return (self.hidden * weights).sum(1) / weights.sum(1)
+        return pool(self.hidden, self.summary, mask, how)
 
-    def read(self, batch: Batch, dense: bool) -> Float[Tensor, "rows d_model"]:
+    def read(
+        self, batch: Batch, dense: bool, how: Pooling = "mean"
+    ) -> Float[Tensor, "rows d_model"]:
         """Return what a head reads: pooled states, or those of all patches, image by image."""
         if not dense:
-            return self.pooled(batch.mask)
+            return self.pooled(batch.mask, how)
         assert self.hidden is not None, "the objective did not ask for the hidden state"
         return self.hidden[:, batch.prefix :].flatten(0, 1)
 
@@ -83,10 +91,12 @@ class Seen:
             return [self]
         inputs = {path: _shares(x, batches) for path, x in self.inputs.items()}
         hidden = None if self.hidden is None else _shares(self.hidden, batches)
+        summary = None if self.summary is None else _shares(self.summary, batches)
         return [
             Seen(
                 {path: parts[i] for path, parts in inputs.items()},
                 None if hidden is None else hidden[i],
+                None if summary is None else summary[i],
             )
             for i in range(len(batches))
         ]

@@ -4,7 +4,7 @@ Whatever learns takes them from here, so a search's trial and the job that repea
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from icm_ray.base_model import readers
-from icm_ray.base_model.readers import Reader, by_length
+from icm_ray.base_model.prompts import ends_of, is_chat
+from icm_ray.base_model.readers import Reader, TextReader, by_length
 from icm_ray.base_model.states import Batch, batches_of
-from icm_ray.config import DataSpec, ObjectiveSpec
+from icm_ray.config import USUAL_INPUTS, DataSpec, ObjectiveSpec
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import with_answers
-from icm_ray.evaluation.experts import Expert, find_experts
+from icm_ray.evaluation.choices import choice_batches
+from icm_ray.evaluation.experts import HEAD, Expert, find_experts, heads_of, ready_experts
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import sha256_of
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives import OBJECTIVES, reads_heads
-from icm_ray.suites import Task, find_suite, load_folder
+from icm_ray.suites import Suite, Task, find_suite, load_folder
 from icm_ray.types import Adapter
 
 MAX_TOKENS = 128
@@ -57,16 +59,17 @@ class Readable:
     @property
     def key(self) -> str:
         """What identifies head and labels."""
-        head = self.head
-        weights = [head.weight.tolist(), head.bias.tolist(), head.mean, head.std] if head else None
+        weights = self.head.described if self.head else None
         targets = None if self.targets is None else list(self.targets)
         return sha256_of([self.task.kind, self.task.max_new_tokens, weights, targets])
 
     def standardised(self) -> Tensor | None:
         """Return the labels by the head's mean and deviation, if there are a head and labels."""
-        if self.head is None or self.targets is None:
+        if self.targets is None or self.task.kind == "generation":
             return None
         values = torch.tensor(self.targets, dtype=torch.float64)
+        if self.head is None:
+            return values.float()
         return ((values - self.head.mean) / self.head.std).float()
 
 
@@ -126,15 +129,28 @@ class LearnerData:
         inputs, known = self.inputs[adapter.name], self.readable.get(adapter.name)
         if known is None:
             return TaskInputs(adapter, batches_of(reader, *inputs, batch))
+        task, groups = known.task, by_length(reader.read(*inputs), batch)
         batches: Sequence[Batch]
         if known.answered:
-            read = reader.read(*inputs)
-            make = with_answers(reader, read, known.targets or (), known.task)
-            batches = [make(rows) for rows in by_length(read, batch)]
+            make = with_answers(reader, inputs[0], known.targets or (), task)
+            batches = [make(rows) for rows in groups]
+        elif task.chooses:
+            choose = choice_batches(reader, *inputs)
+            batches = [choose(rows) for rows in groups]
         else:
             batches = batches_of(reader, *inputs, batch)
-        kind, longest = known.task.kind, known.task.max_new_tokens
-        return TaskInputs(adapter, batches, known.head, kind, known.standardised(), longest)
+        end = None
+        if task.kind == "generation" and isinstance(reader, TextReader):
+            end = ends_of(reader.tokenizer, is_chat(inputs[0][0]))
+        return TaskInputs(
+            adapter,
+            batches,
+            known.head,
+            "multiple_choice" if task.chooses else task.kind,
+            known.standardised(),
+            task.max_new_tokens,
+            end,
+        )
 
 
 def learner_data(
@@ -151,46 +167,66 @@ def learner_data(
         objectives: All that will look at them.
         experts: By task, whose heads are read; see `experts_for`.
     """
-    inputs = load_inputs(data, tasks)
     if not any(map(reads_heads, objectives)):
-        return LearnerData(inputs)
-    suite, known = find_suite(str(data.suite)), experts or {}
+        return LearnerData(load_inputs(data, tasks))
+    suite, heads = heads_of(find_suite(str(data.suite), "data.suite"), experts or {})
     labelled = any(OBJECTIVES[objective.kind].reads_labels for objective in objectives)
-    limit = data.inputs_per_task
-    readable = {}
-    for task in tasks:
+    limit = suite.limit(data.inputs_per_task, USUAL_INPUTS)
+    inputs, readable = {}, {}
+    for name in tasks:
+        task, examples = suite.tasks[name], suite.load(name, data.split, limit)
+        inputs[name] = examples.inputs, task.max_tokens
         # A language model's texts are their own labels.
-        has_labels = labelled and suite.tasks[task].kind != "language_modelling"
-        labels = suite.load(task, data.split, limit).labels if has_labels else None
-        readable[task] = Readable(suite.tasks[task], known[task].head(), labels)
+        has_labels = labelled and task.labelled and task.kind != "language_modelling"
+        labels = examples.labels if has_labels else None
+        readable[name] = Readable(task, heads.get(name), labels)
     return LearnerData(inputs, readable)
 
 
 def experts_for(
-    objective: ObjectiveSpec, heads: str | None, data: DataSpec, tasks: Sequence[str]
+    objective: ObjectiveSpec,
+    heads: str | None,
+    data: DataSpec,
+    adapters: Iterable[tuple[str, Path]],
 ) -> dict[str, Expert]:
     """Return the experts whose heads an objective reads, none if it reads none.
 
     Args:
         objective: What is minimised.
-        heads: Folder of experts.
+        heads: Folder of experts; None: heads lie with the adapters.
         data: Which inputs.
-        tasks: Names of the tasks.
+        adapters: Name, which is the task's, and folder of each.
 
     Raises:
-        RecipeError: it reads heads and none are named, or the tasks' kinds are not known.
+        RecipeError: it reads heads and one is not there, or the tasks' kinds are not known.
     """
     if not reads_heads(objective):
         return {}
-    if heads is None or data.suite is None:
+    if data.suite is None:
         raise RecipeError(
-            f"heads: objective {objective.kind!r} reads the experts' heads. Run jobs.learn with "
-            "heads: (a folder of experts) and data.suite, or choose an objective that reads none."
+            f"data.suite: missing but objective {objective.kind!r} must know what tasks ask for. "
+            "Name a suite, or choose an objective that reads no heads."
         )
-    experts = find_experts(Path(heads))
-    if missing := sorted(set(tasks) - set(experts)):
+    ready = ready_experts(adapters)
+    experts = find_experts(Path(heads)) if heads else ready
+    if missing := sorted(set(ready) - set(experts)):
         raise RecipeError(f"heads: {heads}: none for {', '.join(missing)}. Name their experts.")
-    return {task: experts[task] for task in tasks}
+    known = {task: experts[task] for task in ready}
+    if problems := headless(find_suite(data.suite, "data.suite"), known):
+        raise RecipeError(problems)
+    return known
+
+
+def headless(suite: Suite, experts: Mapping[str, Expert]) -> list[str]:
+    """Return a line for each expert that lacks the head its task is read through."""
+    known = {name: expert for name, expert in experts.items() if name in suite.tasks}
+    suite, heads = heads_of(suite, known)
+    return [
+        f"adapters: {name}: no {HEAD} in its folder or beside it, and no score or classifier in "
+        f"the adapter, but {name} ({suite.tasks[name].kind}) is read through one. Put it there."
+        for name in known
+        if suite.tasks[name].headed and heads[name] is None
+    ]
 
 
 def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[readers.Inputs, int]]:
@@ -202,14 +238,14 @@ def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[readers
     """
     if (data.suite is None) == (data.path is None):
         raise RecipeError("data: name either a suite or a path.")
-    limit = data.inputs_per_task
     if data.suite is not None:
         suite = find_suite(data.suite, "data.suite")
+        limit = suite.limit(data.inputs_per_task, USUAL_INPUTS)
         return {
             t: (suite.load(t, data.split, limit).inputs, suite.tasks[t].max_tokens) for t in tasks
         }
     texts = {t: load_folder(Path(str(data.path)), t).texts for t in tasks}
-    return {t: (own[:limit], MAX_TOKENS) for t, own in texts.items()}
+    return {t: (own[: data.most], MAX_TOKENS) for t, own in texts.items()}
 
 
 def inputs_key(inputs: readers.Inputs, max_tokens: int) -> str:

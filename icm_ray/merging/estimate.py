@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,13 @@ def warnings_of(files: Sequence[AdapterFile], base: BaseFolder | None = None) ->
         alike = f" ({len(those)} adapters alike)" if len(those) > 1 else ""
         lines.append(f"{those[0].path}{text}{alike}")
     return [*lines, *tied_warnings(files, base)]
+
+
+def unproven_lines(names: Iterable[str]) -> list[str]:
+    """Return what is said of adapters that no task asks for."""
+    return [
+        f"{name}: no task of that name, so it is merged and unproven." for name in sorted(names)
+    ]
 
 
 def warn(lines: Sequence[str]) -> None:
@@ -189,7 +196,7 @@ def _data_needed(recipe: MergeRecipe) -> str:
         return "none"
     if recipe.evidence:
         return f"{needs}, ready in {recipe.evidence}"
-    inputs = recipe.data.inputs_per_task if recipe.data else 0
+    inputs = recipe.data.most if recipe.data else 0
     return f"{needs}, gathered from {inputs} unlabelled inputs a task on Ray"
 
 

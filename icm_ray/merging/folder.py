@@ -75,6 +75,14 @@ class Origin:
     evidence: Path | None = None
     modules_to_save: SavedModulesPolicy = "refuse"
 
+    @classmethod
+    def keeping(
+        cls, files: Sequence[AdapterFile], key: str, seconds: float, evidence: Path | None
+    ) -> "Origin":
+        """Return the origin of a merge that keeps each task's head, and what else was kept."""
+        policy = "keep" if any(file.saved for file in files) else "refuse"
+        return cls(files, key, seconds, evidence, policy)
+
 
 def write_merged(
     result: MergeResult,

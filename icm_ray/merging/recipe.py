@@ -1,5 +1,6 @@
 """One merge recipe, from the first check to the verified folder; the caller says who computes."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ import torch
 from icm_ray.adapters import AdapterFile, fit_base
 from icm_ray.adapters.base_folder import open_base, require_weights
 from icm_ray.config import MergeRecipe
+from icm_ray.devices import find_device
+from icm_ray.errors import RecipeError
 from icm_ray.evidence.tensors import as_evidence
 from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
 from icm_ray.merging.estimate import check_sources, warn, warnings_of
 from icm_ray.merging.folder import Origin, write_merged
+from icm_ray.merging.merge import merge_as_asked
 from icm_ray.merging.order import MergeRequest, idle_lines, plan_merge
 from icm_ray.merging.sources import open_inputs, sources_of
 from icm_ray.suites import prepare_base
@@ -83,3 +87,15 @@ def merge_recipe(
         "kept, verified"
     )
     return {"outputs": {"adapter": str(target)}, "checks": checks}
+
+
+def merge_here(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
+    """Merge in this process, with what needs no base to be run; see `merge_recipe`."""
+    find_device(recipe.resources.device)
+    return merge_recipe(recipe, target, _serial)
+
+
+def _serial(files: list[AdapterFile], request: MergeRequest) -> tuple[MergeResult, float]:
+    started = time.monotonic()
+    result = merge_as_asked([file.load() for file in files], request)
+    return result, time.monotonic() - started

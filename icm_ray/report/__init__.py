@@ -11,6 +11,7 @@ search_data.py       the plain values the page of a search is made from
 search_page.py       that page, from search.html
 search_pictures.py   its pictures
 fusion_page.py       the page of a Fusion-VAE, from fusion.html
+adapter_table.py     what inspect shows of adapters
 method_table.py      the list of methods, and one method in full
 model_card.py        README.md of a merged adapter
 usage.py             its Python: how the adapter is loaded

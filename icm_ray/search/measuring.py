@@ -15,7 +15,15 @@ from icm_ray.adapters.saving import as_stored
 from icm_ray.base_model.loading import Base
 from icm_ray.config import INPUT_BATCH, ObjectiveSpec
 from icm_ray.evaluation.metrics import score
-from icm_ray.evaluation.scoring import BATCH, TaskData, evaluate, standing, values
+from icm_ray.evaluation.scoring import (
+    BATCH,
+    Memory,
+    TaskData,
+    TaskScore,
+    evaluate,
+    standing,
+    values,
+)
 from icm_ray.files import sha256_of
 from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, objectives_of, train_fusion
 from icm_ray.fusion.store import save_fusion
@@ -31,7 +39,6 @@ from icm_ray.methods import find_method
 from icm_ray.search.coefficients import coefficients_of
 from icm_ray.search.objectives import LABEL_FREE, SCORED
 from icm_ray.search.spaces import Setting
-from icm_ray.suites.tasks import Examples
 from icm_ray.types import Adapter
 
 LEARN_BATCH = 32
@@ -103,6 +110,7 @@ class Measurer:
         self.known: dict[tuple[str, int | None], FixedLosses] = {}
         self.last: tuple[str, Adapter] | None = None
         self.fused: tuple[str, FusionModel] | None = None
+        self.said: Memory = {}
 
     def measure(self, wanted: Wanted) -> Measured:
         """Merge and measure; the same order gives the same numbers on any worker.
@@ -216,9 +224,8 @@ class Measurer:
         self, adapter: Adapter, examples: int | None
     ) -> tuple[dict[str, float], dict[str, float]]:
         data = {task: _first(item, examples) for task, item in self.material.scored.items()}
-        scores = values(
-            evaluate(self.base, adapter, data, batch=BATCH, threads=self.material.threads)
-        )
+        threads = self.material.threads
+        scores = evaluate(self.base, adapter, data, batch=BATCH, threads=threads, memory=self.said)
         # On everything, at each rung: an expert's score on a few examples may be zero, and nothing
         # can be compared with that.
         references = {
@@ -229,7 +236,7 @@ class Measurer:
             for who, by_task in self.material.references.items()
         }
         where = standing(scores, references["expert"], references["base"])
-        return scores, {"validation_mean": where.mean, "validation_worst": where.worst}
+        return values(scores), {"validation_mean": where.mean, "validation_worst": where.worst}
 
     def _losses(self, name: str, examples: int | None) -> FixedLosses:
         if (name, examples) not in self.known:
@@ -237,7 +244,7 @@ class Measurer:
             spec = ObjectiveSpec(kind=kind)
             tasks = self._tasks(spec, LEARN_BATCH, examples)
             self.known[name, examples] = FixedLosses(
-                self.base.model, objective_of(spec, None), tasks
+                self.base.model, objective_of(spec, self.base), tasks
             )
         return self.known[name, examples]
 
@@ -250,21 +257,12 @@ class Measurer:
 
 
 def _first(item: TaskData, examples: int | None) -> TaskData:
-    whole = item.examples
-    if examples is None or examples >= len(whole):
-        return item
-    part = Examples(
-        texts=whole.texts[:examples],
-        targets=whole.targets[:examples],
-        documents=whole.documents[:examples],
-        answers=whole.answers[:examples],
-        images=None if whole.images is None else whole.images[:examples],
-    )
-    return TaskData(item.task, part, item.head)
+    return replace(item, examples=item.examples.first(examples))
 
 
-def _score(item: TaskData, predictions: Any) -> float:
-    return score(item.task, predictions[: len(item.examples)], item.examples.targets).value
+def _score(item: TaskData, predictions: Any) -> TaskScore:
+    own = predictions[: len(item.examples)]
+    return TaskScore(score(item.task, own, item.examples.targets), own)
 
 
 def _bytes(adapter: Adapter) -> int:

@@ -10,12 +10,13 @@ from typing import Any
 from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import AdapterRef, LearnSpec, ObjectiveSpec, SearchRecipe, SearchRow
 from icm_ray.errors import RecipeError
-from icm_ray.evaluation.experts import Expert, find_experts
+from icm_ray.evaluation.experts import Expert, find_experts, heads_of, ready_experts
 from icm_ray.files import sha256_of
 from icm_ray.fusion.material import hashes_of, trajectories_in
 from icm_ray.fusion.serial import fusion_spec_of, objectives_of
 from icm_ray.learning.objectives import reads_heads
 from icm_ray.learning.recipes import LEARNERS, needs_grams, spec_of
+from icm_ray.learning.tasks import headless
 from icm_ray.methods import find_method
 from icm_ray.search.ledger import Ledger
 from icm_ray.search.objectives import AIMS, LABEL_FREE, SCORED
@@ -54,6 +55,11 @@ class Plan:
     def trajectories(self) -> dict[str, Path]:
         """Folders of the adapters' checkpoints by task, if the recipe names some."""
         return trajectories_in(self.recipe.trajectories, self.files)
+
+    @property
+    def proven(self) -> list[AdapterFile]:
+        """The adapters whose tasks the suite has."""
+        return [file for file in self.files if file.name in self.experts]
 
     @property
     def is_scored(self) -> bool:
@@ -139,9 +145,13 @@ def plan_of(recipe: SearchRecipe) -> Plan:
         RecipeError: all that does not go together.
         InputError: adapters or experts are missing or broken.
     """
-    if recipe.suite is not None:
-        find_suite(recipe.suite)
-    experts = find_experts(Path(recipe.experts)) if recipe.experts else {}
+    suite = find_suite(recipe.suite) if recipe.suite is not None else None
+    experts: Mapping[str, Expert] = {}
+    if recipe.experts:
+        experts = find_experts(Path(recipe.experts))
+    elif suite is not None:
+        given = ready_experts(ref.pair for ref in recipe.adapters)
+        experts = {name: expert for name, expert in given.items() if name in suite.tasks}
     refs = recipe.adapters or [
         AdapterRef(name=task, path=str(expert.adapter)) for task, expert in experts.items()
     ]
@@ -167,14 +177,18 @@ def _problems(plan: Plan, tasks: Sequence[str]) -> list[str]:
     if len(set(recipe.objectives)) < len(recipe.objectives):
         problems.append("objectives: one is named twice.")
     heads = any(map(reads_heads, plan.objectives))
-    if (heads or plan.needs_scores or recipe.test is not None) and (
-        recipe.suite is None or set(plan.experts) != set(tasks)
-    ):
-        missing = ", ".join(sorted(set(tasks) - set(plan.experts))) or "suite"
+    unproven = sorted(set(tasks) - set(plan.experts))
+    if recipe.experts is None and recipe.suite is not None and plan.experts and not heads:
+        missing = ""  # what has no task is merged all the same
+    else:
+        missing = ", ".join(unproven) if recipe.suite else "suite"
+    if (heads or plan.needs_scores or recipe.test is not None) and missing:
         problems.append(
             f"suite, experts: scores and heads are asked for, but {missing} has none. Name a suite "
-            "and a folder of experts with every adapter's task."
+            "with every adapter's task, and their experts or adapters that lie with their heads."
         )
+    if recipe.suite is not None and plan.is_scored:
+        problems += headless(plan.suite, plan.experts)
     if plan.needs_inputs and recipe.data is None:
         problems.append("data: missing but an objective or method looks at unlabelled inputs.")
     only = {find_method(method).needs for method in plan.methods} == {"fusion_model"}
@@ -228,8 +242,8 @@ def key_of(plan: Plan, search: Search) -> str:
         "startup",
         "seed",
     )
-    read = {task: expert.head() for task, expert in plan.experts.items()}
-    heads = {task: sha256_of(h.weight.tolist()) if h else None for task, h in read.items()}
+    read = heads_of(plan.suite, plan.experts)[1] if plan.experts and recipe.suite else {}
+    heads = {task: sha256_of(h.described) if h else None for task, h in read.items()}
     return sha256_of(
         {
             "version": VERSION,

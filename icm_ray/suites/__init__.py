@@ -4,13 +4,16 @@
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.suites.bases import BASES, PackagedBase, default_cache, prepare_base
 from icm_ray.suites.folder import load_folder
 from icm_ray.suites.generation import GENERATION
 from icm_ray.suites.lm import LM
-from icm_ray.suites.tasks import SPLITS, Examples, Suite, Task
+from icm_ray.suites.opening import SUITE_FILE, checked_suite, open_suite
+from icm_ray.suites.suite import Suite
+from icm_ray.suites.tasks import SPLITS, Examples, Task
 from icm_ray.suites.text import TEXT
 from icm_ray.suites.vision import VISION
 
@@ -22,27 +25,47 @@ SUITES: Mapping[str, Suite] = {
 }
 """Every suite that comes with the package, by name."""
 
+_opened: dict[tuple[object, ...], Suite] = {}
+
 
 def find_suite(name: str, key: str = "suite") -> Suite:
-    """Return the suite called `name`; RecipeError at the recipe's `key` otherwise."""
-    if name not in SUITES:
+    """Return a suite by its name in `SUITES`, or a user's by its folder, checked row by row.
+
+    Raises:
+        RecipeError: at the recipe's `key`, there is no such suite; or all that is wrong with its
+            `suite.yaml`.
+        InputError: all that is wrong with its data.
+    """
+    if name in SUITES:
+        return SUITES[name]
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
         raise RecipeError(
-            f"{key}: {name!r} but one of {', '.join(SUITES)} is expected."
-            f"{did_you_mean(name, SUITES)}"
+            f"{key}: {name!r} but a folder with {SUITE_FILE}, or one of {', '.join(SUITES)} is "
+            f"expected.{did_you_mean(name, SUITES)}"
         )
-    return SUITES[name]
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    stamps = tuple((p.name, (s := p.stat()).st_mtime_ns, s.st_size) for p in files)
+    stamp = (folder.resolve(), stamps)
+    if stamp not in _opened:  # jobs ask for it in each of their stages
+        _opened.clear()
+        _opened[stamp] = checked_suite(folder)
+    return _opened[stamp]
 
 
 __all__ = [
     "BASES",
     "SPLITS",
     "SUITES",
+    "SUITE_FILE",
     "Examples",
     "PackagedBase",
     "Suite",
     "Task",
+    "checked_suite",
     "default_cache",
     "find_suite",
     "load_folder",
+    "open_suite",
     "prepare_base",
 ]

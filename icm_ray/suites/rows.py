@@ -7,6 +7,7 @@ limit and so has what is kept of them. What is no text is told with its line, wh
 import codecs
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,15 +50,17 @@ def json_rows(file: Path) -> Iterator[Row]:
                 yield where, _json_object(f"{file}: {where}", line)
 
 
-def table_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
+def table_rows(file: Path, columns: Sequence[str], *, nested: bool = False) -> Iterator[Row]:
     """Yield the rows of a Parquet file, a few decoded at a time.
 
     Args:
         file: The file.
         columns: The columns to read, of those the file has; no other is decoded.
+        nested: Whether a value may be a list or a table.
 
     Raises:
-        InputError: no Parquet file, a nested column, or a row that is too long; it is named.
+        InputError: no Parquet file, an unwanted nested column, or a row that is too long; it is
+            named.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -65,15 +68,16 @@ def table_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
     schema = table_schema(file)
     names = [name for name in schema.names if name in columns]
     for name in names:
-        if pa.types.is_nested(schema.field(name).type):
+        if pa.types.is_nested(schema.field(name).type) and not nested:
             raise InputError(
                 f"{file}: column {name}: {schema.field(name).type} but texts or numbers are "
                 "expected. Write plain values."
             )
     try:
         # As dictionaries: a value that is repeated a million times is held once.
-        with pq.ParquetFile(file, read_dictionary=names) as reader:
-            _check_footer(file, reader.metadata, names)
+        leaves = _leaves(pq.read_metadata(file), names)
+        with pq.ParquetFile(file, read_dictionary=leaves) as reader:
+            _check_footer(file, reader.metadata, leaves)
             batches = reader.iter_batches(BATCH_ROWS, columns=names)
             yield from _decoded(file, batches)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -131,6 +135,12 @@ def _json_object(where: str, line: bytes) -> dict[str, Any]:
     return row
 
 
+def _leaves(metadata: Any, names: Sequence[str]) -> list[str]:
+    """Return the paths of what is stored of some columns; a nested one has several, or another."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    return [path for path in paths if path in names or path.partition(".")[0] in names]
+
+
 def _check_footer(file: Path, metadata: Any, names: list[str]) -> None:
     """Refuse by its footer a table that is too large; what the footer hides is found on the way."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
@@ -163,6 +173,13 @@ def _sizes(column: "pa.Array") -> list[int]:
         lengths = _sizes(column.dictionary)
         return [0 if i is None else lengths[i] for i in column.indices.to_pylist()]
     kind = column.type
+    if pa.types.is_struct(kind):
+        parts = [_sizes(column.field(place)) for place in range(kind.num_fields)]
+        return [sum(sizes) for sizes in zip(*parts, strict=True)] if parts else [0] * len(column)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inside = iter(_sizes(column.flatten()))
+        lengths = pc.call_function("list_value_length", [column]).to_pylist()
+        return [8 + sum(islice(inside, length or 0)) for length in lengths]
     if not (pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_string(kind)):
         return [8] * len(column)
     return [length or 0 for length in pc.call_function("binary_length", [column]).to_pylist()]

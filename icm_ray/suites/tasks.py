@@ -1,40 +1,42 @@
-"""What a task is, what its examples are, and how a suite reads them from its data files."""
+"""What a task is, and what its examples are."""
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from icm_ray.errors import InputError, did_you_mean
-from icm_ray.files import sha256_of_file
+from icm_ray.config import TaskKind
+from icm_ray.inputs import Text
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
 
-Kind = Literal[
-    "classification",
-    "regression",
-    "dense_classification",
-    "dense_regression",
-    "language_modelling",
-    "generation",
-]
-"""What an example asks for: a class or a number, one of them for each patch of an image, the next
-tokens of a text, or an answer in words."""
+Kind = TaskKind
+"""What an example asks for: a class or a number, one of them for each patch of an image, one of
+several choices, the next tokens of a text, or an answer in words."""
 
-Metric = Literal[
-    "accuracy", "macro_f1", "r2", "miou", "token_likelihood", "exact_match", "edit_match", "rouge_l"
-]
-"""Larger is better and 1 is perfect, so that a score over the expert's score has a meaning.
+FIDELITY = "fidelity"
+METRICS: Mapping[Kind, tuple[str, ...]] = {
+    "classification": ("accuracy", "macro_f1", FIDELITY),
+    "multiple_choice": ("accuracy", FIDELITY),
+    "regression": ("r2", "rmse", FIDELITY),
+    "dense_classification": ("miou", "accuracy"),
+    "dense_regression": ("r2", "rmse"),
+    "language_modelling": ("token_likelihood", FIDELITY),
+    "generation": ("rouge_l", "exact_match", "edit_match", "bleu", "chrf", FIDELITY),
+}
+"""What each kind can be scored by, the usual first. Of all but `ERRORS` larger is better and 1 is
+perfect, so that a score over the expert's score has a meaning.
 
 `miou`: mean intersection over union of classes. `token_likelihood`: 1 / perplexity, the geometric
 mean of the tokens' probabilities. `edit_match`: 1 - edit distance in words / longer length.
-`rouge_l`: F1 of the longest common subsequence of words."""
+`rouge_l`: F1 of the longest common subsequence of words. `bleu`, `chrf`: of the corpus, over 100.
+`fidelity`: how far the model says what the task's expert says; it needs no labels."""
+
+ERRORS = frozenset({"rmse"})
+"""Smaller is better: they count as the expert's over the model's."""
 
 SPLITS: tuple[str, ...] = ("train", "calibration", "validation", "test")
 """train fits experts; calibration feeds merge methods, which never see its targets; validation
@@ -46,24 +48,30 @@ class Task:
     """One task: what is predicted, how it is scored, where it comes from.
 
     Args:
-        name: Name in the suite and of the data file.
+        name: Name in the suite.
         kind: What an example asks for.
-        metric: The score of the task; higher is better, 1 is perfect.
+        metric: The score of the task, one of `METRICS`.
         classes: Class names in the order of the class index; empty for regression.
         max_tokens: Tokens a text is cut to, which bounds the cost of a batch; images ignore it.
-        source: Package and version the examples were taken from.
-        licence: Licence that permits committing the extract.
+        source: Where the examples were taken from.
+        licence: Their licence.
         max_new_tokens: Longest answer of a generation, its end included.
+        head: Where the expert's head is: "adapter", "names" or a file; None: where one is found.
+        labelled: Whether the examples say what is right.
+        expert: Name of the task's adapter; empty: the task's.
     """
 
     name: str
     kind: Kind
-    metric: Metric
+    metric: str
     classes: tuple[str, ...]
     max_tokens: int
-    source: str
-    licence: str
+    source: str = ""
+    licence: str = ""
     max_new_tokens: int = 0
+    head: str | None = None
+    labelled: bool = True
+    expert: str = ""
 
     @property
     def outputs(self) -> int:
@@ -71,14 +79,24 @@ class Task:
         return len(self.classes) or 1
 
     @property
+    def chooses(self) -> bool:
+        """Say whether the base's likelihood of some texts decides between them."""
+        return self.kind == "multiple_choice" or self.head == "names"
+
+    @property
+    def classes_to_choose(self) -> tuple[str, ...]:
+        """Return the class names whose likelihood decides, if it does."""
+        return self.classes if self.head == "names" else ()
+
+    @property
     def headed(self) -> bool:
         """Say whether experts have a head of their own, besides what the base holds."""
-        return self.kind not in ("language_modelling", "generation")
+        return self.kind not in ("language_modelling", "generation") and not self.chooses
 
     @property
     def is_class(self) -> bool:
         """Say whether targets are class indices."""
-        return self.kind in ("classification", "dense_classification")
+        return self.kind in ("classification", "dense_classification", "multiple_choice")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,25 +104,27 @@ class Examples:
     """Texts or images with their targets, in a fixed shuffled order: the first n are a sample.
 
     Args:
-        texts: One string an example; empty where images are read.
+        texts: What is asked, one an example; empty where images are read.
         targets: float64: the class index or the number, shape (examples,), or one for each patch,
             (examples, patches), row by row; NaN if there is none.
         documents: What an example was cut from; no document is in two splits.
         answers: What a generation should say, one string an example; else empty.
         images: uint8, shape (examples, height, width, 3); None where texts are read.
+        places: Where each example stands in its file, in words, for messages.
     """
 
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     targets: "np.ndarray"
     documents: tuple[str, ...]
     answers: tuple[str, ...] = ()
     images: "np.ndarray | None" = None
+    places: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.documents)
 
     @property
-    def inputs(self) -> "tuple[str, ...] | np.ndarray":
+    def inputs(self) -> "tuple[Text, ...] | np.ndarray":
         """Return what a model reads, without anything it should answer."""
         return self.texts if self.images is None else self.images
 
@@ -129,98 +149,10 @@ class Examples:
             digest.update(json.dumps(self.answers).encode())
         return digest.hexdigest()
 
-
-@dataclass(frozen=True)
-class Suite:
-    """Tasks on one base model, read from `<folder>/<task>.parquet`.
-
-    Args:
-        name: Name in `SUITES`.
-        base: Base model, as `prepare_base` takes it.
-        tasks: The tasks by name.
-        folder: Where the data files are.
-    """
-
-    name: str
-    base: str
-    tasks: Mapping[str, Task]
-    folder: Path
-
-    def load(self, task: str, split: str, limit: int | None = None) -> Examples:
-        """Return the first `limit` examples of a split, or all of them.
-
-        Raises:
-            InputError: There is no such task or split, or fewer examples than `limit`.
-        """
-        path = self._file(task)
-        if split not in SPLITS:
-            raise InputError(
-                f"suite {self.name!r}: split: {split!r} but expected one of "
-                f"{', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}"
-            )
-        table = read_split(path, split)
-        if limit is not None and not 0 < limit <= table.num_rows:
-            raise InputError(
-                f"suite {self.name!r}: {task}/{split}: {limit} examples were asked for but it "
-                f"holds {table.num_rows}. Ask for 1 to {table.num_rows}."
-            )
-        return to_examples(table.slice(0, limit))
-
-    def fingerprint(self, task: str) -> str:
-        """Return the hex sha256 of the task's data file."""
-        return sha256_of_file(self._file(task))
-
-    def split_hash(self, task: str, split: str, limit: int | None = None) -> str:
-        """Return the hex sha256 of exactly the examples that `load` gives."""
-        return self.load(task, split, limit).fingerprint
-
-    def _file(self, task: str) -> Path:
-        if task not in self.tasks:
-            raise InputError(
-                f"suite {self.name!r}: task: {task!r} but expected one of "
-                f"{', '.join(self.tasks)}.{did_you_mean(task, self.tasks)}"
-            )
-        path = self.folder / f"{task}.parquet"
-        if not path.is_file():
-            raise InputError(f"{path}: no such file. Reinstall the package with its data files.")
-        return path
-
-
-def read_split(path: Path, split: str) -> "pa.Table":
-    """Return the rows of one split of a data file, in file order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path, filters=[("split", "=", split)])
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({error}). Restore it.") from None
-
-
-def to_examples(table: "pa.Table") -> Examples:
-    """Return the rows of a table as Examples.
-
-    Columns: `document`; `text`, or `image` (PNG bytes); `target`, a number or a list of one for
-    each patch, unless the task needs none; `answer` for a generation.
-    """
-    import numpy as np
-
-    names, rows = table.column_names, table.num_rows
-    targets = table["target"].to_pylist() if "target" in names else [float("nan")] * rows
-    return Examples(
-        texts=tuple(table["text"].to_pylist()) if "text" in names else (),
-        targets=np.asarray(targets, dtype=np.float64),
-        documents=tuple(table["document"].to_pylist()),
-        answers=tuple(table["answer"].to_pylist()) if "answer" in names else (),
-        images=np.stack([_pixels(i) for i in table["image"].to_pylist()])
-        if "image" in names
-        else None,
-    )
-
-
-def _pixels(png: bytes) -> "np.ndarray":
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB"))
+    def first(self, count: int | None) -> "Examples":
+        """Return the first `count` examples; None: all."""
+        if count is None or count >= len(self):
+            return self
+        parts = ("texts", "targets", "documents", "answers", "places")
+        cut = {name: getattr(self, name)[:count] for name in parts}
+        return replace(self, **cut, images=None if self.images is None else self.images[:count])

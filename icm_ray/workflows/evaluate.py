@@ -1,37 +1,49 @@
 """`jobs.evaluate`: adapters scored on a suite's tasks, beside the tasks' own experts."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import open_all
-from icm_ray.config import EvaluateRecipe
+from icm_ray.config import USUAL_SIZES, EvaluateRecipe
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import opened
 from icm_ray.errors import RecipeError
-from icm_ray.evaluation.experts import find_experts
+from icm_ray.evaluation.experts import find_experts, ready_experts
 from icm_ray.evaluation.scoring import task_data, values
-from icm_ray.suites import find_suite, prepare_base
+from icm_ray.learning.tasks import headless
+from icm_ray.suites import find_suite
+from icm_ray.workflows.prepared import check_counts, prepared_base, preparing, with_base
 
 
 def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     """Score adapters against the experts whose heads they share."""
-    suite, experts = find_suite(recipe.suite), find_experts(Path(recipe.experts))
+    suite = find_suite(recipe.suite)
+    if isinstance(recipe.experts, str):
+        experts = find_experts(Path(recipe.experts))
+    else:
+        experts = ready_experts(ref.pair for ref in recipe.experts)
     names = [ref.name for ref in recipe.adapters]
     if unknown := sorted(set(experts) - set(suite.tasks)):
         raise RecipeError(f"experts: {', '.join(unknown)}: no task of suite {suite.name!r}.")
     if taken := sorted(n for n in names if n in ("base", "expert") or n.startswith("expert ")):
         raise RecipeError(f"adapters: {', '.join(taken)}: a reference. Choose another name.")
+    if problems := headless(suite, experts):
+        raise RecipeError(problems)
     # One by one: they need not fit together to be scored.
     files = [open_all([ref.pair], run_by="jobs.evaluate")[0] for ref in recipe.adapters]
-    own = [open_all([(task, expert.adapter)])[0] for task, expert in experts.items()]
+    own = [
+        open_all([(task, expert.adapter)], run_by="jobs.evaluate")[0]
+        for task, expert in experts.items()
+    ]
     items = [ScoreItem(file.name, AdapterSource(file), tuple(experts)) for file in files]
-    data = task_data(suite, experts, recipe.split, recipe.examples)
-    prepare = partial(prepare_base, recipe.base or suite.base, recipe.cache, recipe.revision)
-    base = prepare(progress=print)
+    limit = suite.limit(recipe.examples, USUAL_SIZES[recipe.split])
+    check_counts(suite, experts, {recipe.split: limit})
+    recipe = with_base(recipe, suite, own)
+    base = prepared_base(recipe, suite, experts)
+    data = task_data(suite, experts, recipe.split, limit)
     with (
-        opened(recipe.resources, base, recipe.seed, prepare) as session,
+        opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session,
         session.pool(len(items) + len(own) + 1) as pool,
     ):
         everything = [*references(own), *items]

@@ -1,6 +1,5 @@
 """`jobs.evidence`: what methods and reports must know of adapters and inputs."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from icm_ray.evidence.store import save_evidence
 from icm_ray.files import refuse_foreign
 from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.estimate import warn, warnings_of
-from icm_ray.suites import prepare_base
+from icm_ray.workflows.prepared import preparing
 
 
 def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
@@ -22,11 +21,10 @@ def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.evidence")
     warn(warnings_of(files))
     inputs = load_inputs(recipe.data, [file.name for file in files])
-    prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)
-    base = prepare(progress=print)
+    base = preparing(recipe)(progress=print)
     outputs = {"outputs": {"evidence": str(target)}}
     with (
-        opened(recipe.resources, base, recipe.seed, prepare) as session,
+        opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session,
         session.pool(len(files)) as pool,
     ):
         if recipe.kind == "gram_statistics":

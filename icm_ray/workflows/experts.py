@@ -77,10 +77,10 @@ def find_or_train(
             {
                 folders[place]: ExpertOrder(
                     jobs[place],
-                    suite.load(place[1], "train", recipe.training.train_examples),
+                    suite.load(place[1], "train").first(recipe.training.train_examples),
                     heads.get(place[1]),
                     suite.fingerprint(place[1]),
-                    base_name(recipe.base or suite.base),
+                    base_name(str(recipe.base or suite.base)),
                     recipe.dtype,
                     keys[place],
                 )
@@ -99,16 +99,14 @@ def probes_of(session: Session, recipe: FinetuneRecipe, root: Path) -> Mapping[s
     A probe sees the same training examples as its task's experts, and they start from its head.
     """
     suite = find_suite(recipe.suite)
-    limits = {
-        "train": recipe.training.train_examples,
-        "validation": recipe.sizes.validation,
-        "test": recipe.sizes.test,
-    }
+    limits = {"validation": recipe.sizes.validation, "test": recipe.sizes.test}
     orders, folders = {}, {}
     for task in recipe.tasks or suite.tasks:
         if suite.tasks[task].headed:
             folders[task] = root / "probes" / task
-            splits = {name: suite.load(task, name, limit) for name, limit in limits.items()}
+            train = suite.load(task, "train").first(recipe.training.train_examples)
+            splits = {"train": train}
+            splits |= {name: suite.load(task, name, limit) for name, limit in limits.items()}
             orders[folders[task]] = ProbeOrder(suite.tasks[task], splits)
     fit_probes(session, orders)
     return folders

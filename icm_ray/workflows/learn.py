@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -37,7 +36,7 @@ from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.methods import find_method
 from icm_ray.report import LearnedRow, learned_page
-from icm_ray.suites import prepare_base
+from icm_ray.workflows.prepared import preparing
 
 VERSION = 2
 
@@ -88,9 +87,8 @@ def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.learn")
     request = _request(recipe, files)
     warn(warnings_of(files))
-    prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)
-    base = prepare(progress=print)
-    with opened(recipe.resources, base, recipe.seed, prepare) as session:
+    base = preparing(recipe)(progress=print)
+    with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         learn_with_grams(session, request, target, recipe.method)
     report = load_learned(target).report
     losses = _summary(report)
@@ -116,7 +114,8 @@ def _request(recipe: LearnRecipe, files: Sequence[AdapterFile]) -> LearnRequest:
     else:
         spec = spec_of(recipe.method, recipe.learn)
     tasks = [file.name for file in files]
-    experts = experts_for(spec.objective, recipe.heads, recipe.data, tasks)
+    refs = [ref.pair for ref in recipe.adapters]
+    experts = experts_for(spec.objective, recipe.heads, recipe.data, refs)
     data = learner_data(recipe.data, tasks, [spec.objective], experts)
     return LearnRequest(spec, files, data, context)
 

@@ -18,6 +18,7 @@ from icm_ray.merging.recipe import merge_recipe
 from icm_ray.methods import find_method
 from icm_ray.types import MergeResult
 from icm_ray.workflows.learn import LearnRequest, learn_with_grams
+from icm_ray.workflows.prepared import preparing
 
 
 def run(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
@@ -47,14 +48,17 @@ def _gathered(
     assert recipe.data is not None, "asked for by recipes with data alone"
     folder = target.with_name(f"{target.name}.evidence")
     tasks = [file.name for file in files]
-    prepare = partial(prepare_base, recipe.base or "", recipe.cache, recipe.revision)
     if find_method(recipe.method).needs == "learned_merge":
         spec = spec_of(recipe.method, recipe.learn)
-        experts_for(spec.objective, None, recipe.data, tasks)  # a merge recipe names no heads
-        request = LearnRequest(spec, files, learner_data(recipe.data, tasks))
-        session = stack.enter_context(opened(recipe.resources, base, recipe.seed, prepare))
+        refs = [ref.pair for ref in recipe.adapters]
+        experts = experts_for(spec.objective, None, recipe.data, refs)
+        data = learner_data(recipe.data, tasks, [spec.objective], experts)
+        request = LearnRequest(spec, files, data)
+        session = stack.enter_context(
+            opened(recipe.resources, base, recipe.seed, preparing(recipe))
+        )
         return learn_with_grams(session, request, folder, recipe.method)
     data = learner_data(recipe.data, tasks)
-    session = stack.enter_context(opened(recipe.resources, base, recipe.seed, prepare))
+    session = stack.enter_context(opened(recipe.resources, base, recipe.seed, preparing(recipe)))
     with session.pool(len(files)) as pool:
         return grams_on_ray(pool, files, data.inputs, folder)

@@ -18,7 +18,7 @@ def run(recipe: PrepareRecipe, target: Path) -> dict[str, Any]:
     print(f"base {spec}: {path}")
     counts = {}
     for task in suite.tasks if suite else ():
-        sizes = counts[task] = {split: len(suite.load(task, split)) for split in SPLITS}
+        sizes = counts[task] = {split: suite.count(task, split) for split in SPLITS}
         print(f"{task}: " + ", ".join(f"{n} {split}" for split, n in sizes.items()))
     target.mkdir(parents=True, exist_ok=True)
     return {"outputs": {"base": str(path), "examples": counts}}

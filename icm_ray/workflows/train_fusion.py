@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.report.fusion_page import write_fusion_page
-from icm_ray.suites import prepare_base
+from icm_ray.workflows.prepared import preparing
 
 VERSION = 3
 KEPT = ("reconstruction_error", "kl_total", "against_soup", "bytes", "optimizer_bytes")
@@ -88,9 +88,8 @@ def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
         check_joins(load_fusion(Path(recipe.joins)), [file.name for file in files])
     training = Training(recipe, files, _data(recipe, [file.name for file in files]))
     warn(warnings_of(files))
-    prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)
-    base = prepare(progress=print)
-    with opened(recipe.resources, base, recipe.seed, prepare) as session:
+    base = preparing(recipe)(progress=print)
+    with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         key = training.key(session)
         if not is_done(target, key):
             _make(session, training, target, key)
@@ -120,7 +119,8 @@ def _data(recipe: TrainFusionRecipe, tasks: Sequence[str]) -> LearnerData:
     objectives = [] if recipe.joins else objectives_of(recipe.fusion)
     experts = {}
     for objective in objectives:
-        experts = experts_for(objective, recipe.heads, recipe.data, tasks)
+        refs = [ref.pair for ref in recipe.adapters]
+        experts = experts_for(objective, recipe.heads, recipe.data, refs)
     return learner_data(recipe.data, tasks, objectives, experts)
 
 

@@ -81,7 +81,6 @@ NOT_PLAIN = {
     "cfg_loftq": key("Convert it with PEFT", init_lora_weights="loftq"),
     "cfg_lora_ga": key("Convert it with PEFT", init_lora_weights="lora_ga"),
     "cfg_unknown_init": key("one of gaussian, eva", init_lora_weights="magic"),
-    "cfg_target_parameters": key("mixture of experts", target_parameters=["experts.down"]),
     "cfg_trainable_tokens": key("rows of an embedding", trainable_token_indices=[1]),
     "cfg_layer_replication": key("another model than the base", layer_replication=[[0, 2]]),
     "cfg_qalora": key("QA-LoRA", use_qalora=True),
@@ -102,6 +101,7 @@ BASES = {
     "cfg_revision": told("no branch, tag or commit", revision="../../etc"),
     "cfg_fan_in_fan_out": told("seems to be a plain linear layer", fan_in_fan_out=True),
     "cfg_layers_to_transform": told("the tensors decide", layers_to_transform=[0, 1, 2, 3]),
+    "cfg_target_parameters": told("has no tensors", target_parameters=["experts.down"]),
     "cfg_auto_mapping": told(
         "imported", auto_mapping={"parent_library": "evil", "base_model_class": "X"}
     ),

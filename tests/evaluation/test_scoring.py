@@ -8,7 +8,7 @@ import torch
 
 from icm_ray.base_model.loading import load_base
 from icm_ray.evaluation.heads import Head
-from icm_ray.evaluation.scoring import Standing, TaskData, evaluate, standing
+from icm_ray.evaluation.scoring import Standing, TaskData, evaluate, standing_of
 from icm_ray.suites.tasks import Examples, Task
 from icm_ray.types import LoRAFactors
 
@@ -83,7 +83,7 @@ def test_an_adapter_of_nothing_scores_as_the_base(base, tasks, adapter_around) -
 
 
 def test_standing_by_hand() -> None:
-    found = standing({"a": 0.6, "b": 0.9}, {"a": 0.8, "b": 0.9}, {"a": 0.4, "b": 0.5})
+    found = standing_of({"a": 0.6, "b": 0.9}, {"a": 0.8, "b": 0.9}, {"a": 0.4, "b": 0.5})
     assert found.normalised == pytest.approx({"a": 0.75, "b": 1.0})
     assert found.gain_kept == pytest.approx({"a": 0.5, "b": 1.0})
     assert found.mean == pytest.approx(0.875)
@@ -91,7 +91,7 @@ def test_standing_by_hand() -> None:
 
 
 def test_experts_without_score_or_gain_have_no_share() -> None:
-    found = standing({"a": 0.1, "b": 0.5}, {"a": -0.2, "b": 0.4}, {"a": -0.5, "b": 0.4})
+    found = standing_of({"a": 0.1, "b": 0.5}, {"a": -0.2, "b": 0.4}, {"a": -0.5, "b": 0.4})
     assert math.isnan(found.normalised["a"])
     assert found.gain_kept["a"] == pytest.approx(2.0)
     assert math.isnan(found.gain_kept["b"])

@@ -16,6 +16,7 @@ from icm_ray.suites.generation.build_extracts import (
 )
 
 GENERATION = SUITES["generation"]
+DATA = GENERATION.folder / "data"
 FORMS = {
     "pronunciation": (r"Pronounce: [a-z]{4,}\n", r"[A-Z]{1,2}( [A-Z]{1,2})*"),
     "definition": (r"Define: [a-z]+( [a-z]+)?\n", r"[a-z ,'-]+"),
@@ -79,7 +80,7 @@ def test_the_builder_reads_its_sources(tmp_path):
 
 
 def test_the_data_are_small_and_their_licences_are_there():
-    folder = GENERATION.folder
+    folder = GENERATION.folder / "data"
     assert sum(path.stat().st_size for path in folder.glob("*.parquet")) < MOST_BYTES
     assert "Carnegie Mellon" in (folder / "LICENSES/CMUdict.txt").read_text()
     assert "Princeton University" in (folder / "LICENSES/WordNet-3.0.txt").read_text()

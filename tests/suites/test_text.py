@@ -16,6 +16,7 @@ from icm_ray.suites.text.build_extracts import SIZES, divide, fold, to_table
 from icm_ray.suites.text.sources import Candidate
 
 TEXT = SUITES["text"]
+DATA = TEXT.folder / "data"
 TASKS = sorted(TEXT.tasks)
 MOST_BYTES = 3_000_000
 
@@ -110,7 +111,7 @@ def test_missing_and_broken_data_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_fingerprint_is_that_of_the_file(task: str) -> None:
-    data = (TEXT.folder / f"{task}.parquet").read_bytes()
+    data = (DATA / f"{task}.parquet").read_bytes()
     assert TEXT.fingerprint(task) == hashlib.sha256(data).hexdigest()
 
 
@@ -125,12 +126,12 @@ def test_the_table_of_tasks_is_consistent() -> None:
 
 
 def test_the_data_are_small_and_their_licences_are_there() -> None:
-    assert sum(path.stat().st_size for path in TEXT.folder.glob("*.parquet")) < MOST_BYTES
-    licences = {path.name: path.read_text() for path in (TEXT.folder / "LICENSES").iterdir()}
+    assert sum(path.stat().st_size for path in DATA.glob("*.parquet")) < MOST_BYTES
+    licences = {path.name: path.read_text() for path in (DATA / "LICENSES").iterdir()}
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in licences["WordNet-3.0.txt"]
     assert "Carnegie Mellon University" in licences["CMUdict.txt"]
     assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in licences["PSF-2.0.txt"]
-    readme = (TEXT.folder / "README.md").read_text()
+    readme = (DATA / "README.md").read_text()
     for task in TEXT.tasks.values():
         assert f"`{task.name}`" in readme
 

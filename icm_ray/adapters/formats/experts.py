@@ -60,7 +60,8 @@ def per_expert(view: View, config: PlainConfig) -> View:
     if problems:
         raise InputError(f"{view.file}: {line}" for line in by_cause(problems))
     idle = [t for t in targets if not any(f".{path}".endswith(f".{t}") for path in wrappers)]
-    notes = (*view.notes, *(f"target_parameters: {short(t)} has no tensors." for t in idle))
+    told = (f"{view.file}: target_parameters: {short(t)} has no tensors." for t in idle)
+    notes = (*view.notes, *told)
     form = f"{view.format}, fused experts"
     return replace(view, format=form, header=header, stored=stored, layouts=layouts, notes=notes)
 

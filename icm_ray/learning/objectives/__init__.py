@@ -95,7 +95,7 @@ OBJECTIVES: Mapping[str, ObjectiveRow] = {
         inner="task_vector",
     ),
     "entropy": ObjectiveRow(
-        lambda _spec, _base: HeadEntropy(),
+        lambda _spec, base: HeadEntropy(_readout(base)),
         meaning="entropy of the heads' class probabilities",
         reads_heads=True,
         is_measured=True,

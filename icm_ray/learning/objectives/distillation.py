@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from icm_ray.base_model.decoding import Readout
 from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.objectives.choices import CHOICES, ChoiceLoss
 from icm_ray.learning.objectives.logits import HeadLoss, asked, divergence, squared_error
 from icm_ray.learning.objectives.protocol import Scaling, TaskObjective
 from icm_ray.learning.objectives.tokens import ExpertsTokens
@@ -30,7 +31,10 @@ class Distillation:
     def of(self, inputs: TaskInputs) -> TaskObjective | None:
         """Return the task's objective; None without a head."""
         if inputs.kind in ("language_modelling", "generation"):
-            return ExpertsTokens(self.readout, inputs.max_new_tokens, self.end)
+            end = self.end if inputs.end is None else inputs.end
+            return ExpertsTokens(self.readout, inputs.max_new_tokens, end)
+        if inputs.kind == CHOICES:
+            return ChoiceLoss(self.readout, divergence)
         known = {"classification": divergence, "regression": squared_error}
         asks = asked(inputs)
         return HeadLoss(inputs, known[asks]) if asks in known else None

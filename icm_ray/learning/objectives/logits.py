@@ -25,8 +25,7 @@ class HeadLoss(TaskObjective):
         self.compares = targets is None and loss is not entropies
 
     def _logits(self, batch: Batch, seen: Seen) -> Tensor:
-        read = seen.read(batch, self.dense).float()
-        return read @ self.head.weight.T.to(read) + self.head.bias.to(read)
+        return self.head.logits(seen.read(batch, self.dense, self.head.pooling).float())
 
     def remember(self, batch: Batch, expert: Seen, base: Seen) -> Memory:
         """Return what of the expert the measure compares with."""

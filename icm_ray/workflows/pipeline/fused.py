@@ -87,7 +87,7 @@ def _train_all(table: Table) -> dict[tuple[str, str], Path]:
 
 def _training(table: Table, one: SetResults, spec: FusionSpec, data: LearnerData) -> FusionTask:
     """Return a set's training, its inputs not read yet."""
-    session, files, trajectories = table.session, one.files(), _trajectories(table, one)
+    session, files, trajectories = table.session, one.proven(), _trajectories(table, one)
     content = {
         **content_of(spec, files, trajectories, data),
         "version": VERSION,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from icm_ray.evaluation.metrics import Answers, mean_difference
-from icm_ray.evaluation.scoring import standing, values
+from icm_ray.evaluation.scoring import standing
 from icm_ray.report import BASE, EXPERT, Gap
 from icm_ray.report.data import OF_TASKS
 from icm_ray.report.summary import init_of
@@ -79,11 +79,10 @@ def _means(sets: list[SetResults]) -> dict[tuple[str, bool], float]:
     """
     means: dict[tuple[str, bool], list[float]] = {}
     for one in sets:
-        expert = values(one.scores[EXPERT, DEFAULT, "test"])
-        base = values(one.scores[BASE, DEFAULT, "test"])
+        expert, base = (one.scores[who, DEFAULT, "test"] for who in (EXPERT, BASE))
         for row, variant in one.merged:
             if not row.endswith(OF_TASKS):
-                mean = standing(values(one.scores[row, variant, "test"]), expert, base).mean
+                mean = standing(one.scores[row, variant, "test"], expert, base).mean
                 # The default can be the best setting, and then it is both.
                 for tuned in {variant != DEFAULT, one.chosen.get(row) == variant}:
                     means.setdefault((row, tuned), []).append(mean)

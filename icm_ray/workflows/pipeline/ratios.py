@@ -59,7 +59,7 @@ def ratios_of_rows(table: Table, one: SetResults, pool: Pool) -> dict[str, Path]
     """
     if not one.learned:
         return {}
-    own = {file.name: AdapterSource(file) for file in one.files()}
+    own = {file.name: AdapterSource(file) for file in one.proven()}
     features: dict[str, Mapping[str, AdapterSource | None]] = {
         BASE: dict.fromkeys(own),
         EXPERT: own,
@@ -112,11 +112,13 @@ def read_ratios(folder: Path) -> RowRatios:
 def training_ratios(table: Table, one: SetResults, pool: Pool) -> dict[str, dict[int, float]]:
     """Return the mean expert ratio over modules at kept steps, by task that has a trajectory."""
     place = table.root / TRAJECTORIES / one.label
-    files = [f for f in one.files() if one.learned and (place / f.name).is_dir()]
+    files = [f for f in one.proven() if one.learned and (place / f.name).is_dir()]
     if not files:
         return {}
-    limit = min(TRAINING_INPUTS, table.recipe.sizes.calibration)
-    inputs = {f.name: table.suite.load(f.name, "calibration", limit) for f in files}
+    limit = table.recipe.sizes.calibration
+    inputs = {
+        f.name: table.suite.load(f.name, "calibration", limit).first(TRAINING_INPUTS) for f in files
+    }
     folder = table.root / "ratios" / f"{one.label}-training"
     content = {f.name: [f.fingerprint, inputs[f.name].fingerprint] for f in files}
     key = sha256_of([VERSION, content])

@@ -10,7 +10,7 @@ from icm_ray.adapters import delta_cosines
 from icm_ray.config import MethodRow
 from icm_ray.distributed.probes import read_probe
 from icm_ray.evaluation.metrics import Score, difference_interval, score
-from icm_ray.evaluation.scoring import TaskScore, standing, values
+from icm_ray.evaluation.scoring import TaskScore, standing
 from icm_ray.evidence.store import load_evidence
 from icm_ray.files import cost_of, is_done, sha256_of, whole_folder
 from icm_ray.merging.folder import MergedFolder, Origin, write_merged
@@ -119,8 +119,8 @@ def _score_rows(
     split: str,
     scores: dict[str, TaskScore],
 ) -> list[ScoreRow]:
-    expert = values(one.scores[EXPERT, "default", split])
-    where = standing(values(scores), expert, values(one.scores[BASE, "default", split]))
+    references = (one.scores[who, "default", split] for who in (EXPERT, BASE))
+    where = standing(scores, *references)
     merged = one.merged.get((name.removesuffix(OF_TASKS), variant))
     ranks = [m["rank"] for m in merged.report["modules"].values()] if merged else [0]
     # The default setting can be the best one, and then stands in both rows.
@@ -144,10 +144,10 @@ def _score_rows(
             high=score.high,
             spearman=score.spearman,
             **score.details,
-            normalised=_number(where.normalised[task]),
-            gain_kept=_number(where.gain_kept[task]),
+            normalised=_number(where.normalised.get(task, math.nan)),
+            gain_kept=_number(where.gain_kept.get(task, math.nan)),
             seconds=_seconds(one, name, merged),
-            seen=merged_tasks is None or task in merged_tasks,
+            seen=task in (one.experts if merged_tasks is None else merged_tasks),
         )
 
     return [row(task, item.score, tuned) for tuned in shown for task, item in scores.items()]
@@ -191,17 +191,17 @@ def _tasks(table: Table) -> dict[str, dict[str, str | int]]:
             "classes": len(task.classes),
             "source": task.source,
             "licence": task.licence,
-            "test_examples": size,
+            "test_examples": size or table.suite.count(name, "test"),
             "test_hash": table.suite.split_hash(name, "test", size),
             "test_reads": reads,
         }
         for name, task in table.suite.tasks.items()
-        if name in table.sets[0].experts
+        if name in table.sets[0].scored
     }
 
 
 def _base(table: Table) -> dict[str, str]:
-    spec = table.recipe.base or table.suite.base
+    spec = str(table.recipe.base)
     known = BASES.get(spec)
     return {
         "name": known.hub_id if known else spec,
@@ -252,7 +252,7 @@ def _publish_adapter(
     write_merged(
         merge_as_asked(files, request),
         target,
-        Origin(files, key, seconds, one.evidence_for(row)),
+        Origin.keeping(files, key, seconds, one.evidence_for(row)),
         base=table.session.base,
         scores=scores,
     )
@@ -262,6 +262,6 @@ def _publish_adapter(
 def _command() -> str:
     """Return the command line that repeats this run, as a user would type it."""
     program = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = program.name if program else Path(sys.argv[0]).name
+    called = ["python -m", program.name] if program else [Path(sys.argv[0]).name]
     words = [json.dumps(w) if " " in w else w for w in sys.argv[1:]]
-    return " ".join(["python -m", name, *words])
+    return " ".join([*called, *words])

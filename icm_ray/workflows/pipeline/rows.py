@@ -16,7 +16,7 @@ from icm_ray.distributed.cluster import run_tasks
 from icm_ray.distributed.merge import merge_to_folder
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import Pool
-from icm_ray.evaluation.scoring import TaskScore, standing, task_data, values
+from icm_ray.evaluation.scoring import TaskScore, standing, task_data
 from icm_ray.files import is_done
 from icm_ray.merging.folder import PER_TASK, read_merged
 from icm_ray.report.data import BASE, EXPERT, OF_TASKS
@@ -56,7 +56,7 @@ def choose(table: Table, one: SetResults, pool: Pool) -> None:
         for variant in variants(row):
             source = MergeSource.of(files, table.request(one, variant))
             labels[row.name, variant.name] = f"{row.name}/{variant.name}"
-            items.append(ScoreItem(labels[row.name, variant.name], source, tuple(one.experts)))
+            items.append(ScoreItem(labels[row.name, variant.name], source, one.scored))
     scores = _scored(table, one, pool, "validation", items)
     for (row_name, variant_name), label in labels.items():
         one.scores[row_name, variant_name, "validation"] = scores[label]
@@ -66,11 +66,10 @@ def choose(table: Table, one: SetResults, pool: Pool) -> None:
 
 def score_test(table: Table, one: SetResults, pool: Pool) -> None:
     """Score defaults and what was chosen on test data, per-task adapters under their own name."""
-    tasks = tuple(one.experts)
     items = []
     for (row, variant), merged in one.merged.items():
         source = AdapterSource(open_adapter(merged.folder))
-        items.append(ScoreItem(f"{row}/{variant}", source, tasks))
+        items.append(ScoreItem(f"{row}/{variant}", source, one.scored))
         for task in merged.report.get("per_task", {}):
             own = AdapterSource(open_adapter(merged.folder / PER_TASK / task))
             items.append(ScoreItem(f"{row}/{variant}/{task}", own, (task,)))
@@ -87,9 +86,9 @@ def _scored(
 ) -> dict[str, dict[str, TaskScore]]:
     """Score items and the references beside them on one split."""
     limit = table.recipe.sizes.scored(split)
-    data = task_data(table.suite, one.experts, split, limit)
+    data = task_data(table.suite, one.experts, split, limit, one.unseen)
     folder = table.root / "scores" / f"{one.label}-{split}"
-    scores = score_on_ray(pool, [*references(one.files()), *items], data, folder)
+    scores = score_on_ray(pool, [*references(one.proven(), one.unseen), *items], data, folder)
     standings = Standings.among(scores)
     one.scores[BASE, DEFAULT, split] = standings.base
     one.scores[EXPERT, DEFAULT, split] = standings.expert
@@ -98,10 +97,10 @@ def _scored(
 
 def _best(one: SetResults, row: MethodRow) -> str:
     """Return the row's variant with the best mean normalised score on validation data."""
-    expert = values(one.scores[EXPERT, DEFAULT, "validation"])
-    base = values(one.scores[BASE, DEFAULT, "validation"])
+    expert = one.scores[EXPERT, DEFAULT, "validation"]
+    base = one.scores[BASE, DEFAULT, "validation"]
     means = {
-        v.name: standing(values(one.scores[row.name, v.name, "validation"]), expert, base).mean
+        v.name: standing(one.scores[row.name, v.name, "validation"], expert, base).mean
         for v in variants(row)
     }
     # NaN: an expert scored nothing, so nothing can be compared with it.

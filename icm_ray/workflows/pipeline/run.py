@@ -1,21 +1,24 @@
 """`jobs.pipeline`: every missing stage, then the report and the best adapter."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.distributed.session import opened
 from icm_ray.report import ReportData, summarise
-from icm_ray.suites import find_suite, prepare_base
+from icm_ray.suites import find_suite
+from icm_ray.workflows.pipeline.adapters import check_ready, ready_set
 from icm_ray.workflows.pipeline.report import console, publish, report_data
 from icm_ray.workflows.pipeline.stages import check_rows, check_tasks, run_stages
 from icm_ray.workflows.pipeline.table import Table
+from icm_ray.workflows.prepared import prepared_base, preparing, with_base, with_sizes
 
 
 def run(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
     """Run every missing stage and write the report; a finished run only writes the report."""
     check_rows(recipe)
+    if recipe.adapters:
+        check_ready(recipe)
     return run_table(recipe, target)
 
 
@@ -23,10 +26,11 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     """Make a table of experts, and of merges if the recipe names some."""
     suite = find_suite(recipe.suite)
     check_tasks(recipe)
-    prepare = partial(prepare_base, recipe.base or suite.base, recipe.cache, recipe.revision)
-    base = prepare(progress=print)
+    one = ready_set(recipe) if isinstance(recipe, PipelineRecipe) and recipe.adapters else None
+    recipe = with_sizes(with_base(recipe, suite, one.files() if one else ()), suite)
+    base = prepared_base(recipe, suite, one.experts if one else {})
     target.mkdir(parents=True, exist_ok=True)
-    with opened(recipe.resources, base, recipe.seed, prepare) as session:
+    with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         table = Table(recipe, suite, target, session)
         run_stages(table)
     data = report_data(table)

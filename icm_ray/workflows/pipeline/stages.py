@@ -29,8 +29,10 @@ from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.cut import RankRule
 from icm_ray.methods import find_method
 from icm_ray.report.data import REFERENCES
+from icm_ray.report.summary import init_of
 from icm_ray.suites import find_suite
 from icm_ray.workflows.experts import find_or_train, probes_of
+from icm_ray.workflows.pipeline.adapters import adapter_problems, ready_set
 from icm_ray.workflows.pipeline.fused import check_fusion_row, fuse_rows
 from icm_ray.workflows.pipeline.learned import learn_rows
 from icm_ray.workflows.pipeline.ratios import ratios_of_rows, training_ratios
@@ -41,10 +43,13 @@ from icm_ray.workflows.pipeline.table import SetResults, Table, variants
 def run_stages(table: Table) -> None:
     """Run every stage that is not done yet."""
     recipe, session = table.recipe, table.session
-    table.probes.update(probes_of(session, recipe, table.root))
-    ready = recipe.experts if isinstance(recipe, PipelineRecipe) else None
-    experts = find_or_train(session, recipe, table.root, ready)
-    table.sets.extend(SetResults(label, of_set) for label, of_set in experts.items())
+    if isinstance(recipe, PipelineRecipe) and recipe.adapters:
+        table.sets.append(ready_set(recipe))
+    else:
+        table.probes.update(probes_of(session, recipe, table.root))
+        ready = recipe.experts if isinstance(recipe, PipelineRecipe) else None
+        experts = find_or_train(session, recipe, table.root, ready)
+        table.sets.extend(SetResults(label, of_set) for label, of_set in experts.items())
     with session.pool(len(table.suite.tasks)) as pool:
         for one in table.sets:
             _gather(table, one, pool)
@@ -67,8 +72,8 @@ def _choose_all(table: Table, pool: Pool) -> None:
     recipe = table.recipe
     each = not isinstance(recipe, PipelineRecipe) or recipe.tune == "each set"
     leaders: dict[str, SetResults] = {}
-    for which, one in zip(recipe.sets, table.sets, strict=True):
-        leader = leaders.setdefault(which.init, one)
+    for one in table.sets:
+        leader = leaders.setdefault(init_of(one.label), one)
         if each or leader is one:
             choose(table, one, pool)
         else:
@@ -98,7 +103,10 @@ def check_rows(recipe: PipelineRecipe) -> None:
         check_tasks(recipe)
     except RecipeError as error:
         problems += error.problems
-    tasks = list(recipe.tasks or find_suite(recipe.suite).tasks)
+    if recipe.adapters:
+        problems += adapter_problems(recipe)
+    tasks = [ref.name for ref in recipe.adapters]
+    tasks = tasks or list(recipe.tasks or find_suite(recipe.suite).tasks)
     names = [row.name for row in recipe.methods]
     for name in sorted(set(names)):
         if name in REFERENCES:
@@ -137,7 +145,7 @@ def rows_need_grams(table: Table) -> bool:
 
 def _gather(table: Table, one: SetResults, pool: Pool) -> None:
     """Gather a set's task vectors, and its Gram statistics if a row needs them."""
-    files, root = one.files(), table.root / "evidence"
+    files, root = one.proven(), table.root / "evidence"
     inputs = load_inputs(table.inputs(), list(one.experts))
     if rows_need_grams(table):
         one.grams = grams_on_ray(pool, files, inputs, root / f"{one.label}-grams")

@@ -15,6 +15,7 @@ from icm_ray.merging.folder import MergedFolder
 from icm_ray.merging.order import MergeRequest
 from icm_ray.methods import find_method
 from icm_ray.suites import Suite
+from icm_ray.types import SavedModulesPolicy
 
 DEFAULT = "default"
 
@@ -41,6 +42,9 @@ class SetResults:
     Attributes:
         label: The set, for example "shared-seed0".
         experts: Experts by task.
+        unproven: Folders of adapters that no task asks for; they are merged and not scored.
+        unseen: Tasks without an expert that a base answers by itself; scored beside it.
+        modules_to_save: What becomes of whole layers that are no heads.
         evidence: Folder of task vectors and null-space ratios.
         grams: Folder of Gram statistics, if a row needs them.
         learned: By learned row: the folder of what it learned.
@@ -52,6 +56,9 @@ class SetResults:
 
     label: str
     experts: Mapping[str, Expert]
+    unproven: Mapping[str, Path] = field(default_factory=dict)
+    unseen: Sequence[str] = ()
+    modules_to_save: SavedModulesPolicy = "refuse"
     evidence: Path | None = None
     grams: Path | None = None
     learned: dict[str, Path] = field(default_factory=dict)
@@ -60,11 +67,21 @@ class SetResults:
     chosen: dict[str, str] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], dict[str, TaskScore]] = field(default_factory=dict)
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Every task that merges are scored on."""
+        return *self.experts, *self.unseen
+
     def files(self, tasks: Sequence[str] | None = None) -> list[AdapterFile]:
-        """Return the experts' adapters, all or those of some tasks, opened and checked."""
-        return open_all(
-            [(t, e.adapter) for t, e in self.experts.items() if tasks is None or t in tasks]
-        )
+        """Return all adapters, or those of some tasks, opened and checked."""
+        known = {task: expert.adapter for task, expert in self.experts.items()}
+        known |= self.unproven
+        refs = [(t, path) for t, path in known.items() if tasks is None or t in tasks]
+        return open_all(refs, self.modules_to_save, run_by="jobs.pipeline")
+
+    def proven(self) -> list[AdapterFile]:
+        """Return the experts' adapters alone."""
+        return self.files(tuple(self.experts))
 
     def evidence_for(self, row: MethodRow) -> Path | None:
         """Return the evidence that a row merges with."""

@@ -123,9 +123,13 @@ def _scored(
 ) -> dict[str, dict[str, Standing]]:
     """Return where each search's merge stands on validation data, and once on test data."""
     recipe, tasks = plan.recipe, tuple(sorted(plan.experts))
-    sizes = {"validation": recipe.validation, **({"test": recipe.test} if recipe.test else {})}
+    limit = plan.suite.limit(recipe.validation, recipe.most)
+    sizes: dict[str, int | None] = {
+        "validation": limit,
+        **({"test": recipe.test} if recipe.test else {}),
+    }
     places = {"validation": target / "scores", "test": target / "scores" / "test"}
-    items = references(plan.files)
+    items = references(plan.proven)
     for search in searches:
         source = AdapterSource(open_adapter(search.folder / MERGED))
         items.append(ScoreItem(search.output, source, tasks))

@@ -27,8 +27,9 @@ def gather_material(plan: Plan, pool: Pool, target: Path) -> Material:
         folder = target.with_name(f"{target.name}.grams")
         grams = load_file(grams_on_ray(pool, files, data.inputs, folder) / TENSORS)
     if plan.needs_scores:
-        scored = task_data(plan.suite, plan.experts, "validation", recipe.validation)
-        scores = score_on_ray(pool, references(files), scored, target / "scores")
+        limit = plan.suite.limit(recipe.validation, recipe.most)
+        scored = task_data(plan.suite, plan.experts, "validation", limit)
+        scores = score_on_ray(pool, references(plan.proven), scored, target / "scores")
         known = Standings.among(scores)
         predictions = {
             "base": {task: one.predictions for task, one in known.base.items()},

@@ -9,7 +9,6 @@
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from icm_ray.distributed.trials import share_material
 from icm_ray.distributed.tune import Bench, Looks, TrialsOrder, run_trials, wait_for_actors
 from icm_ray.errors import InputError
 from icm_ray.learning.recipes import spec_of
-from icm_ray.merging.estimate import warn, warnings_of
+from icm_ray.merging.estimate import unproven_lines, warn, warnings_of
 from icm_ray.search.ledger import Ledger
 from icm_ray.search.objectives import SCORED, rungs
 from icm_ray.search.plan import Plan, Search, key_of, plan_of, searches_of, study_of, trials_of
 from icm_ray.search.study import Study, optuna
-from icm_ray.suites import prepare_base
+from icm_ray.workflows.prepared import preparing
 from icm_ray.workflows.search.best import finish, note_best
 from icm_ray.workflows.search.material import gather_material
 
@@ -39,15 +38,16 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     optuna()
     check_loggers(recipe.loggers)
     plan = plan_of(recipe)
-    prepare = partial(prepare_base, recipe.base, recipe.cache, recipe.revision)
-    base = prepare(progress=print)
+    base = preparing(recipe)(progress=print)
     check_base(plan.files, base)
     warn(warnings_of(plan.files))
+    if plan.is_scored:
+        warn(unproven_lines({file.name for file in plan.files} - plan.experts.keys()))
     searches = searches_of(plan, target)
     ledgers = [Ledger(one.folder, key_of(plan, one)) for one in searches]
     studies = [study_of(plan, s, ledger) for s, ledger in zip(searches, ledgers, strict=True)]
     pairs = list(zip(searches, studies, strict=True))
-    with opened(recipe.resources, base, recipe.seed, prepare) as session:
+    with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         _run_all(plan, pairs, session, target)
         return finish(plan, pairs, session, target)
 
@@ -99,9 +99,9 @@ def looks_of(recipe: SearchRecipe, search: Search) -> Looks:
     halving = recipe.halving
     if halving is None or search.seed is None:
         return Looks("all", (1,))
-    last = recipe.validation
+    last = recipe.most
     if halving.by == "steps":
         last = max(spec_of(m, search.row.learn).optimisation.steps for m in search.space.methods)
     elif not set(recipe.objectives) & set(SCORED) and recipe.data is not None:
-        last = recipe.data.inputs_per_task
+        last = recipe.data.most
     return Looks(halving.by, tuple(rungs(halving.first, halving.factor, last)), halving.factor)

@@ -1,0 +1,36 @@
+"""Every job by name: the class of its recipe, and the module that does it.
+
+`python -m jobs.<name>` in a checkout and `icm-ray run <name>` anywhere are the same thing.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from icm_ray.command import Job
+from icm_ray.config import (
+    BenchmarkRecipe,
+    EvaluateRecipe,
+    EvidenceRecipe,
+    FinetuneRecipe,
+    LearnRecipe,
+    MergeRecipe,
+    PipelineRecipe,
+    PrepareRecipe,
+    SearchRecipe,
+    TrainFusionRecipe,
+)
+
+JOBS: Mapping[str, Job] = MappingProxyType(
+    {
+        "prepare": Job(PrepareRecipe, "icm_ray.workflows.prepare"),
+        "finetune": Job(FinetuneRecipe, "icm_ray.workflows.finetune"),
+        "evidence": Job(EvidenceRecipe, "icm_ray.workflows.evidence"),
+        "learn": Job(LearnRecipe, "icm_ray.workflows.learn"),
+        "train_fusion": Job(TrainFusionRecipe, "icm_ray.workflows.train_fusion"),
+        "merge": Job(MergeRecipe, "icm_ray.workflows.merge"),
+        "search": Job(SearchRecipe, "icm_ray.workflows.search.run"),
+        "evaluate": Job(EvaluateRecipe, "icm_ray.workflows.evaluate"),
+        "pipeline": Job(PipelineRecipe, "icm_ray.workflows.pipeline.run"),
+        "benchmark": Job(BenchmarkRecipe, "icm_ray.benchmarks.run"),
+    }
+)

@@ -1,0 +1,71 @@
+"""Ready adapters in the place of experts that would be trained: which of them meet which tasks."""
+
+from icm_ray.config import PipelineRecipe
+from icm_ray.errors import RecipeError
+from icm_ray.evaluation.experts import ready_experts
+from icm_ray.learning.tasks import headless
+from icm_ray.merging.estimate import unproven_lines, warn, warnings_of
+from icm_ray.methods import METHODS
+from icm_ray.suites import find_suite
+from icm_ray.workflows.pipeline.table import SetResults
+
+READY = "adapters"
+"""Label of the set that ready adapters are."""
+OF_TRAINING = ("lora", "training", "sets", "experts", "dtype", "tune")
+
+
+def ready_set(recipe: PipelineRecipe) -> SetResults:
+    """Return a recipe's adapters by task, and say which of them no task proves."""
+    suite = find_suite(recipe.suite)
+    tasks = list(recipe.tasks or suite.tasks)
+    given = ready_experts(ref.pair for ref in recipe.adapters)
+    experts = {task: given[task] for task in tasks if task in given}
+    unproven = {name: one.adapter for name, one in given.items() if name not in tasks}
+    without = [task for task in tasks if task not in given]
+    unseen = [task for task in without if not suite.tasks[task].headed]
+    return SetResults(READY, experts, unproven, unseen, recipe.modules_to_save)
+
+
+def check_ready(recipe: PipelineRecipe) -> None:
+    """Open a recipe's adapters, and say what is odd about them and what will not be proven.
+
+    Raises:
+        InputError: an adapter is broken, or does not fit the others.
+        RecipeError: no adapter has a task, or one lacks its head.
+    """
+    one, suite = ready_set(recipe), find_suite(recipe.suite)
+    if problems := headless(suite, one.experts):
+        raise RecipeError(problems)
+    warn([*warnings_of(one.files()), *unproven_lines(one.unproven)])
+    tasks = recipe.tasks or suite.tasks
+    if silent := sorted(set(tasks) - set(one.scored)):
+        warn([f"{', '.join(silent)}: no adapter, so no head to be scored through. Left out."])
+    if one.unseen:
+        warn([f"{', '.join(one.unseen)}: no adapter; scored beside the base as unseen."])
+
+
+def adapter_problems(recipe: PipelineRecipe) -> list[str]:
+    """Return what in a recipe does not go with ready adapters, one line each."""
+    problems = [
+        f"{key}: would train or find experts, but adapters are ready. Leave one of them out."
+        for key in OF_TRAINING
+        if key in recipe.model_fields_set
+    ]
+    names = [ref.name for ref in recipe.adapters]
+    twice = sorted(name for name in set(names) if names.count(name) > 1)
+    problems += [f"adapters: {name!r} twice. Name each once." for name in twice]
+    one = ready_set(recipe)
+    if not one.experts:
+        known = ", ".join(recipe.tasks or find_suite(recipe.suite).tasks)
+        problems.append(
+            f"adapters: {', '.join(names)}: none is called as a task ({known}). Name each by its "
+            "task."
+        )
+    for row in recipe.methods:
+        blind = [name for name in one.unproven if row.tasks is None or name in row.tasks]
+        if blind and row.method in METHODS and METHODS[row.method].needs:
+            problems.append(
+                f"methods.{row.name}: needs inputs of every adapter, and {', '.join(blind)} has no "
+                "task. Leave the adapter out with tasks: or choose a method without data."
+            )
+    return problems
