@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.stats import rankdata
 
 from icm_ray.seeding import seed_for
 from icm_ray.suites.tasks import ERRORS, FIDELITY, Task
@@ -142,6 +141,8 @@ def mean_difference(answers: Sequence[Answers]) -> tuple[float, float, float]:
 
 def rank_correlation(predictions: np.ndarray, targets: np.ndarray) -> float:
     """Return Spearman's rank correlation; 0 where one side is constant."""
+    from scipy.stats import rankdata  # .3 s that few commands need
+
     ranks = [rankdata(predictions), rankdata(targets)]
     centred = [rank - rank.mean() for rank in ranks]
     scale = np.sqrt(np.square(centred[0]).sum() * np.square(centred[1]).sum())

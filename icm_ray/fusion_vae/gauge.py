@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from icm_ray.linalg.lowrank import svd
 from icm_ray.types import LoRAFactors
@@ -32,6 +31,10 @@ def balanced(factors: LoRAFactors, like: LoRAFactors | None = None) -> LoRAFacto
 
 def _aligned(a: torch.Tensor, b: torch.Tensor, like: LoRAFactors) -> LoRAFactors:
     """Return ranks in the order and with the signs of the rows of `like` they resemble most."""
+    from scipy.optimize import (
+        linear_sum_assignment,  # .3 s that few commands need
+    )
+
     products = (a @ like.a.T) * (b.T @ like.b)  # of both sides: a sign cancels between them
     rows, columns = linear_sum_assignment(-products.abs().double().numpy())
     free = sorted(set(range(len(a))) - set(rows.tolist()))

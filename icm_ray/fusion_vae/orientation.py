@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.optimize import nnls
 from torch import Tensor
 
 
@@ -20,6 +19,8 @@ def oriented(vectors: Float[Tensor, "tasks n"]) -> Float[Tensor, "tasks n"]:
 
     Cost: O(tasks^2 n + tasks^4).
     """
+    from scipy.optimize import nnls  # .3 s that few commands need
+
     lengths = vectors.double().norm(dim=1, keepdim=True)
     units = (vectors.double() / lengths.clamp(min=1e-30)).cpu().numpy()
     scaled = units * lengths.cpu().numpy()
