@@ -89,17 +89,6 @@ def load_tensors(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_hub_cache_links_and_pickles_beside_the_weights_are_fine(make_folder, tmp_path):
-    folder = make_folder()
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for file in folder.iterdir():
-        (snapshot / file.name).symlink_to(file)
-    (snapshot / "adapter_model.bin").write_bytes(b"\x80\x04never read")
-    (snapshot / "training_args.bin").write_bytes(b"\x80\x04never read")
-    assert load_adapter(snapshot).fingerprint == load_adapter(folder).fingerprint
-
-
 def test_saved_modules_policies(make_folder):
     extra = {"base_model.model.classifier.weight": torch.ones(2, 3)}
     folder = make_folder({"modules_to_save": ["classifier"]}, extra)
@@ -132,67 +121,12 @@ def test_sequence_classifiers_of_peft_are_read_with_their_heads_apart(tmp_path):
     assert len(adapter.modules) == 4
 
 
-WARNED = {
-    "zero": ({}, {"base_model.model.layers.1.q.lora_B.weight": torch.zeros(6, 2)}, "all-zero"),
-    "huge": ({}, {"base_model.model.layers.1.q.lora_B.weight": torch.full((6, 2), 1e30)}, "1e+18"),
-    "url base": ({"base_model_name_or_path": "https://x.org/m"}, {}, "address of another machine"),
-    "path base": ({"base_model_name_or_path": "/models/m"}, {}, "path or address"),
-    "revision": ({"revision": "../../etc"}, {}, "no branch, tag or commit"),
-    "no alpha": ({"lora_alpha": ...}, {}, "PEFT's default 8"),
-    "layers": ({"layers_to_transform": [0, 1, 2, 3]}, {}, "the tensors decide"),
-    "fan in": ({"fan_in_fan_out": True}, {}, "layers.0.q seems to be a plain linear layer"),
-    "redos": ({"target_modules": "([a-z0-9_.]+)+!"}, {}, "could match for ever"),
-    "code": ({"auto_mapping": {"parent_library": "evil", "base_model_class": "X"}}, {}, "imported"),
-    "idle target": ({"target_modules": ["q", "v", "k_proj"]}, {}, '"k_proj" has no tensors'),
-    "base copy": (
-        {},
-        {"base_model.model.layers.1.q.base_layer.weight": torch.zeros(6, 5)},
-        "a copy of the base weights",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WARNED)
-def test_odd_but_legal_is_never_silent(make_folder, case):
-    config, tensors, text = WARNED[case]
-    folder = make_folder(config, tensors)
-    file = open_adapter(folder)
-    assert any(text in line for line in file.warnings), file.warnings
+@pytest.mark.parametrize("base", ["https://x.org/m", "/models/m"])
+def test_what_is_odd_is_a_warning_of_the_file_and_of_python(make_folder, base):
+    folder = make_folder({"base_model_name_or_path": base})
+    assert any("path or address of another machine" in w for w in open_adapter(folder).warnings)
     with pytest.warns(UserWarning, match=r"adapter"):
         load_adapter(folder)
-
-
-SILENT = {
-    "old eight keys": {"bias": "none", "lora_dropout": 0.1, "task_type": "CAUSAL_LM"},
-    "very old": {"merge_weights": False, "enable_lora": None},
-    "future null": {"use_something_new": None, "something_else": {}},
-    "transformers mapping": {
-        "auto_mapping": {
-            "base_model_class": "BertModel",
-            "parent_library": "transformers.models.bert.modeling_bert",
-        }
-    },
-    "gaussian": {"init_lora_weights": "gaussian"},
-    "regex": {"target_modules": r".*\.(q|v)"},
-    "null patterns": {"rank_pattern": None, "alpha_pattern": None},
-    "peft documentation's pattern": {"rank_pattern": {"^layers.0.k_proj": 16}},
-}
-
-
-@pytest.mark.parametrize("case", SILENT)
-def test_ordinary_configs_pass_without_a_word(make_folder, case):
-    assert open_adapter(make_folder(SILENT[case])).warnings == ()
-
-
-def test_padded_headers_are_fine(make_folder):
-    folder = make_folder()
-    file = folder / "adapter_model.safetensors"
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = data[8 : 8 + length] + b" " * 64
-    before = open_adapter(folder).fingerprint
-    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-    assert open_adapter(folder).fingerprint == before
 
 
 def test_a_file_that_shrinks_after_opening_is_told(make_folder):
