@@ -5,19 +5,26 @@ A job always works in a folder. For an address (`s3://`, `gs://`, `hdfs://`, `fi
 rerun resumes, and everything is uploaded at the end, manifests last.
 """
 
+import contextlib
+import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from icm_ray.config import Recipe
-from icm_ray.errors import RecipeError, ResourceError
-from icm_ray.files import MANIFEST, check_place, sha256_of
+from icm_ray.errors import ClusterError, InputError, RecipeError, ResourceError
+from icm_ray.files import FULL, MANIFEST, check_place, read_manifest, sha256_of
 from icm_ray.suites import default_cache
 
 STORAGE_VARIABLE = "ICM_RAY_STORAGE"
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a submitted job."""
+MAX_FETCHES = 3
+
+log = logging.getLogger(__name__)
 
 
 def locate(recipe: Recipe) -> tuple[Path, str | None]:
@@ -29,7 +36,7 @@ def locate(recipe: Recipe) -> tuple[Path, str | None]:
         ResourceError: the output's place is full.
     """
     root, output = storage_root(recipe), recipe.output_path
-    address = output if "://" in output else f"{root.rstrip('/')}/{output}" if root else output
+    address = output if "://" in output else _below(root, output) if root else output
     if "://" in address:
         staging = default_cache() / "staging" / sha256_of(address)[:16]
         target = staging / Path(urlsplit(address).path).name
@@ -37,6 +44,12 @@ def locate(recipe: Recipe) -> tuple[Path, str | None]:
         target = output_folder(recipe, output)
     check_place(target)
     return target, address if "://" in address else None
+
+
+def _below(root: str, output: str) -> str:
+    """Return the place of an output under a root; options of an address stay at its end."""
+    place, mark, options = root.partition("?") if "://" in root else (root, "", "")
+    return f"{place.rstrip('/')}/{output}{mark}{options}"
 
 
 def storage_root(recipe: Recipe) -> str | None:
@@ -64,35 +77,59 @@ def output_folder(recipe: Recipe, output: str) -> Path:
 def fetch(address: str, folder: Path) -> None:
     """Bring what `address` holds into `folder`; nothing there is fine.
 
+    What is not as its manifest says is fetched again, and in the end left out: it is made again.
+
     Raises:
-        ResourceError: the address cannot be opened.
+        ResourceError: the address cannot be opened, or this disk is full.
+        ClusterError: the address does not answer.
     """
     from pyarrow import fs
 
     filesystem, path = _open(address)
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+    for left in reversed(range(MAX_FETCHES)):
+        with _answering("what is there"):
+            if filesystem.get_file_info(path).type != fs.FileType.Directory:
+                return
         folder.mkdir(parents=True, exist_ok=True)
         _copy(filesystem, path, fs.LocalFileSystem(), str(folder))
+        damaged = [place for place in folder.rglob(MANIFEST) if not _is_whole(place.parent)]
+        if not damaged:
+            return
+        for place in () if left else damaged:
+            name = place.parent.relative_to(folder.parent)
+            log.warning("%s: not whole at its address, so it is made again.", name)
+            shutil.rmtree(place.parent, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except InputError:
+        return False
+    return True
 
 
 def publish(folder: Path, address: str) -> None:
     """Upload a folder or a single file to `address`, manifests after the files they list.
 
     Raises:
-        ResourceError: the address cannot be opened or written.
+        ResourceError: the address cannot be opened.
+        ClusterError: the address does not answer, or cannot be written.
     """
     from pyarrow import fs
 
     filesystem, path = _open(address)
     local = fs.LocalFileSystem()
     if folder.is_file():
-        filesystem.create_dir(str(Path(path).parent), recursive=True)
+        with _answering(folder.name):
+            filesystem.create_dir(str(Path(path).parent), recursive=True)
         _copy(local, str(folder), filesystem, path)
         return
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     for file in sorted(files, key=lambda file: file.name == MANIFEST):
         target = f"{path}/{file.relative_to(folder).as_posix()}"
-        filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        with _answering(file.name):
+            filesystem.create_dir(target.rpartition("/")[0], recursive=True)
         _copy(local, str(file), filesystem, target)
 
 
@@ -113,10 +150,19 @@ def _open(address: str) -> tuple[Any, str]:
 def _copy(source: Any, path: str, target: Any, place: str) -> None:
     from pyarrow import fs
 
-    try:
+    with _answering(Path(place).name):
         fs.copy_files(path, place, source_filesystem=source, destination_filesystem=target)
+
+
+@contextlib.contextmanager
+def _answering(what: str) -> Iterator[None]:
+    """Say that storage failed, once pyarrow has tried it again in vain, without its address."""
+    try:
+        yield
     except OSError as error:
-        raise ResourceError(
-            f"storage: {Path(place).name} could not be copied ({type(error).__name__}). What is "
-            "finished is kept in the cache; run the same command again."
+        if error.errno in FULL:
+            raise
+        raise ClusterError(
+            f"storage: {what} could not be copied ({type(error).__name__}). What is finished is "
+            "kept in the cache; run the same command again once the storage answers."
         ) from None

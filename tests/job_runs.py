@@ -21,6 +21,8 @@ SQUARE = {f"layers.{i}.{leaf}": (768, 768) for i in range(12) for leaf in "qv"}
 FEW = {"workers": 2, "cpus_per_worker": 0.5}
 DATA = {"suite": "text", "inputs_per_task": 96}
 """Of learners and evidence."""
+KEPT = ("experts", "trajectories", "probes", "merged", "evidence", "scores", "adapter")
+"""Folders of a pipeline whose bytes no kill may change; the report has clocks in it."""
 
 
 def start(job: str, recipe: Path, **more: str) -> subprocess.Popen[bytes]:
@@ -69,6 +71,13 @@ def kill(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return gone(everyone[1:], 30)
+
+
+def visible(out: Path) -> list[Path]:
+    """Return what an onlooker takes for results: one folder an expert, trajectory, probe, score."""
+    places = ("experts/*/*", "trajectories/*/*", "probes/*", "scores/*", "merged/*", "adapter")
+    found = [path for place in places for path in out.glob(place)]
+    return [path for path in found if not path.name.startswith(".")]
 
 
 def wide_adapters(root: Path, count: int = 4) -> dict[str, Path]:

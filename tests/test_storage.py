@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from icm_ray.config import PrepareRecipe
-from icm_ray.errors import RecipeError, ResourceError
+from icm_ray.errors import ClusterError, RecipeError, ResourceError
 from icm_ray.files import MANIFEST, read_manifest, whole_folder
 from icm_ray.storage import (
     STORAGE_VARIABLE,
@@ -45,6 +45,14 @@ def test_an_address_is_no_relative_output(monkeypatch: pytest.MonkeyPatch) -> No
         locate(PrepareRecipe(output="out"))
 
 
+def test_options_of_an_address_stay_at_its_end() -> None:
+    """As endpoint_override of a store that is not Amazon's."""
+    recipe = PrepareRecipe(storage="s3://bucket/runs?region=x&scheme=http", output="out")
+    place, address = locate(recipe)
+    assert address == "s3://bucket/runs/out?region=x&scheme=http"
+    assert place.name == "out"
+
+
 def test_what_was_published_is_fetched_back(tmp_path: Path) -> None:
     address = (tmp_path / "remote" / "out").as_uri()
     with whole_folder(tmp_path / "one", info={"key": "k"}) as folder:
@@ -62,7 +70,7 @@ def test_manifests_come_last(tmp_path: Path) -> None:
     # A file where a folder must go: the upload of z.txt fails, so no manifest may be there.
     remote = tmp_path / "remote"
     (remote / "z.txt").mkdir(parents=True)
-    with pytest.raises(ResourceError, match=r"z\.txt could not be copied"):
+    with pytest.raises(ClusterError, match=r"z\.txt could not be copied"):
         publish(tmp_path / "one", remote.as_uri())
     assert not (remote / MANIFEST).exists()
 

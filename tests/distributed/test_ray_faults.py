@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 
-import psutil
 import pytest
 import ray
 import torch
+from job_runs import KEPT, family, finish, gone, said, start, visible
 from ray_samples import ROOT, environment, finetune_recipe, hashes, session_on, write_yaml
 
 from icm_ray.adapters import open_all
@@ -27,7 +27,6 @@ from icm_ray.files import read_manifest
 from icm_ray.suites import SUITES
 
 STEPS = 400
-KEPT = ("experts", "trajectories", "probes", "merged", "evidence", "scores", "adapter")
 
 
 def pipeline(tiny_bert, folder):
@@ -38,23 +37,6 @@ def pipeline(tiny_bert, folder):
     return write_yaml(
         folder.with_name(f"{folder.name}.yaml"), {**plain, **more, "training": training}
     )
-
-
-def start(recipe):
-    with recipe.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs.pipeline", "-c", str(recipe)],
-            cwd=ROOT,
-            env=environment(),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
-def finish(recipe):
-    job = start(recipe)
-    assert job.wait(timeout=500) == 0, recipe.with_suffix(".log").read_text()
 
 
 def until_training(job, out):
@@ -68,28 +50,10 @@ def until_training(job, out):
     pytest.fail("no expert started training")
 
 
-def family(job):
-    return [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-
-
-def gone(processes, seconds):
-    """Wait for processes to end; kill the rest, by their own ids, and return them."""
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    for process in alive:
-        process.kill()
-    return alive
-
-
-def visible(out):
-    """Return what an onlooker takes for results: one folder an expert, trajectory or probe."""
-    found = [*out.glob("experts/*/*"), *out.glob("trajectories/*/*"), *out.glob("probes/*")]
-    return [path for path in found if not path.name.startswith(".")]
-
-
 @pytest.fixture(scope="module")
 def unbroken(tiny_bert, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "out"
-    finish(pipeline(tiny_bert, out))
+    finish("pipeline", pipeline(tiny_bert, out))
     return {name: hashes(out / name) for name in KEPT}
 
 
@@ -97,7 +61,7 @@ def unbroken(tiny_bert, tmp_path_factory):
 def test_a_killed_pipeline_continues_to_the_same_bytes(unbroken, tiny_bert, tmp_path):
     out = tmp_path / "out"
     recipe = pipeline(tiny_bert, out)
-    job = start(recipe)
+    job = start("pipeline", recipe)
     until_training(job, out)
     everyone = family(job)
     os.killpg(job.pid, signal.SIGKILL)
@@ -106,7 +70,7 @@ def test_a_killed_pipeline_continues_to_the_same_bytes(unbroken, tiny_bert, tmp_
     for folder in visible(out):
         read_manifest(folder)
     assert not (out / "merged").exists()
-    finish(recipe)
+    finish("pipeline", recipe)
     assert {name: hashes(out / name) for name in unbroken} == unbroken
 
 
@@ -114,18 +78,16 @@ def test_a_killed_pipeline_continues_to_the_same_bytes(unbroken, tiny_bert, tmp_
 def test_a_terminated_pipeline_says_how_to_go_on(unbroken, tiny_bert, tmp_path):
     out = tmp_path / "out"
     recipe = pipeline(tiny_bert, out)
-    job = start(recipe)
+    job = start("pipeline", recipe)
     until_training(job, out)
     everyone = family(job)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=60) == 143, recipe.with_suffix(".log").read_text()
+    assert job.wait(timeout=60) == 143, said(recipe)
     assert gone(everyone[1:], 60) == []
-    assert "error: terminated. Run the same command to resume." in (
-        recipe.with_suffix(".log").read_text()
-    )
+    assert "error: terminated. Run the same command to resume." in (said(recipe))
     found = json.loads((tmp_path / "out.results.json").read_text())
     assert (found["status"], found["exit_code"]) == ("failed", 143)
-    finish(recipe)
+    finish("pipeline", recipe)
     assert {name: hashes(out / name) for name in unbroken} == unbroken
     assert not (tmp_path / "out.results.json").exists()
 
