@@ -1,12 +1,13 @@
 """Jobs as processes of their own, so that they can be killed, and small recipes of every job."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,26 @@ def gone(processes: list[psutil.Process], seconds: float) -> list[psutil.Process
     for process in alive:
         process.kill()
     return alive
+
+
+def workers(process: subprocess.Popen[bytes], title: str) -> list[psutil.Process]:
+    """Return a job's Ray workers whose title begins so, such as `ray::TaskActor`."""
+    found = []
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error, IndexError):
+            if one.cmdline()[0].startswith(title):
+                found.append(one)
+    return found
+
+
+def until(found: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
+    """Wait until something is true of a running job, and return it."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := found()):
+        assert process.poll() is None, "ended before it came to that"
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.05)
+    return value
 
 
 def kill(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -150,7 +171,12 @@ def recipe_of_job(
             "validation": 24,
             "trials": 12,
         },
-        "evaluate": {"suite": "text", "experts": str(own), "adapters": refs, "examples": 200},
+        "evaluate": {
+            "suite": "text",
+            "experts": str(own),
+            "adapters": [{**ref, "name": f"own-{ref['name']}"} for ref in refs],
+            "examples": 200,
+        },
         "finetune": finetune_plain(base, output, **training),
         "pipeline": {
             **finetune_plain(base, output, **training),
@@ -158,9 +184,6 @@ def recipe_of_job(
             "methods": [{"method": "soup"}, {"method": "svd"}],
         },
     }
-    if job in ("evaluate", "search"):
-        refs[0]["name"] = refs[0]["name"] if job == "search" else "one"
-        refs[1]["name"] = refs[1]["name"] if job == "search" else "two"
     return {key: value for key, value in {**plain, **changes[job]}.items() if value is not None}
 
 

@@ -316,7 +316,7 @@ def cosine(one: Modules, two: Modules) -> float:
                 * (one[p].a.double() @ two[p].a.double().T)
             ).sum()
         )
-        for p in one.keys() & two.keys()
+        for p in sorted(one.keys() & two.keys())  # sums round by their order, and a set has none
     )
     lengths = norm(one) * norm(two)
     return inner / lengths if lengths else 0.0
