@@ -1,10 +1,10 @@
 """Every job hurt while it runs: in the end the same bytes, or exit 5 first; no process stays.
 
 Drivers are killed at random moments, drawn from the length of a quiet run with a fixed seed;
-workers are killed or stopped while they work. Every job is started many times, so they take minutes:
+workers are killed or stopped while they work. Every job is started many times; it takes minutes:
 
     pytest tests/workflows/test_job_faults.py -m slow     the most usual jobs, hurt once
-    pytest tests/workflows/test_job_faults.py -m long     every job, every fault, three kills in a row
+    pytest tests/workflows/test_job_faults.py -m long     every job and fault, three kills each
 """
 
 import random
