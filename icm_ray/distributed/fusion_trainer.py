@@ -102,7 +102,7 @@ def train_fusion_on_ray(
     check_resources(order.resources)
     _own(scratch)
     write_table(table, scratch / f"{TABLE}.parquet")
-    with _settings():
+    with _settings(order.resources.timeout_seconds):
         data = ray.data.read_parquet(str((scratch / f"{TABLE}.parquet").absolute())).materialize()
         resources = order.resources
         trainer = _Trainer(
@@ -226,13 +226,18 @@ ENVIRONMENT: Mapping[str, str] = {
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
-    """Set what Ray Train reads from the environment, and keep Ray Data quiet."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+def _settings(timeout: int) -> Iterator[None]:
+    """Set what Ray Train reads from the environment, and keep Ray Data quiet.
+
+    Args:
+        timeout: Seconds after which a worker that does not answer is taken for dead.
+    """
+    wanted = {**ENVIRONMENT, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(timeout)}
+    before = {name: os.environ.get(name) for name in wanted}
     data, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     bars, level = data.enable_progress_bars, log.level
     try:
-        for name, value in ENVIRONMENT.items():
+        for name, value in wanted.items():
             os.environ.setdefault(name, value)
         data.enable_progress_bars = False
         log.setLevel(logging.ERROR)  # it warns that its bars are off

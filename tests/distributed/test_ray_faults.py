@@ -3,7 +3,8 @@
 These start jobs of their own and take minutes, so they run on demand:
 
     pytest tests/distributed/test_ray_faults.py -m slow       killed and terminated pipelines
-    pytest tests/distributed/test_ray_faults.py -m cluster    a killed actor, two nodes
+    pytest tests/distributed/test_ray_faults.py -m cluster    a killed actor, nodes lost
+    pytest tests/distributed/test_ray_faults.py -m long       a node lost under DeepSpeed
 """
 
 import json
@@ -129,3 +130,26 @@ def test_two_nodes_share_the_work_and_one_may_be_lost(tiny_bert, adapters):
     first, second = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert first == {"nodes": 2, "same": True}
     assert second == {"nodes": 2, "same": True}
+
+
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        pytest.param(("merge", "learn", "search"), marks=pytest.mark.cluster),
+        pytest.param(("train_fusion",), marks=pytest.mark.long),
+    ],
+    ids="-".join,
+)
+def test_a_node_lost_in_the_middle_changes_no_byte(jobs, tmp_path):
+    here = ROOT / "tests" / "distributed"
+    done = subprocess.run(
+        [sys.executable, str(here / "lost_node.py"), str(tmp_path), *jobs],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "tests", here)))),
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [(one["job"], one["same"]) for one in told] == [(job, True) for job in jobs]

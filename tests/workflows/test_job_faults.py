@@ -146,3 +146,16 @@ def test_a_worker_that_is_killed_leaves_no_trace(job, quiet, made, tmp_path):
     worker.kill()
     assert driver.wait(timeout=PATIENCE) == 0, said(recipe)
     assert bytes_of(job, tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_workers_without_memory_end_the_job_with_four(made, tmp_path):
+    """The node is over Ray's limit at any time, so each worker is killed as soon as it works."""
+    recipe = write_recipe(tmp_path, "merge", recipe_of_job("merge", tmp_path / "out", *made))
+    limit = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "50"}
+    driver = start("merge", recipe, **limit)
+    everyone = until(lambda: workers(driver, "ray::"), driver)
+    assert driver.wait(timeout=PATIENCE) == 4, said(recipe)
+    assert gone(everyone, 30) == []
+    assert "memory" in said(recipe).splitlines()[-1]
+    assert not (tmp_path / "out").exists()
