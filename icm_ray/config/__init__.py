@@ -55,7 +55,7 @@ from icm_ray.config.parts import (
     changed,
     folder_names,
 )
-from icm_ray.config.pipeline import MethodRow, PipelineRecipe
+from icm_ray.config.pipeline import Budget, MethodRow, PipelineRecipe
 from icm_ray.config.search import (
     Halving,
     Searched,
@@ -74,6 +74,7 @@ __all__ = [
     "AdapterRef",
     "Adapters",
     "BenchmarkRecipe",
+    "Budget",
     "DataSpec",
     "EngineSpec",
     "EvaluateRecipe",
