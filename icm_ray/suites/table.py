@@ -191,9 +191,11 @@ class _Seen:
 
     @property
     def labelled(self) -> bool:
+        """Say whether every row has an answer."""
         return self.columns.is_labelled and not self.bare
 
     def class_names(self, known: Sequence[str]) -> tuple[str, ...]:
+        """Return the classes in the head's order; empty where none are predicted."""
         if self.task.classes is not None:
             return tuple(self.task.classes)
         if not self.task.kind.endswith("classification"):
