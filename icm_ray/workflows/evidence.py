@@ -11,7 +11,7 @@ from icm_ray.evidence.store import save_evidence
 from icm_ray.files import refuse_foreign
 from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.estimate import warn, warnings_of
-from icm_ray.suites import prepare_base
+from icm_ray.workflows.prepared import data_of, prepared_base
 
 
 def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     files = open_all(refs, recipe.modules_to_save, base=recipe.base, heads=True)
     warn(warnings_of(files))
     inputs = load_inputs(recipe.data, [file.name for file in files])
-    base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
+    base = prepared_base(recipe, data_of(recipe.data), splits=[recipe.data.split])
     outputs = {"outputs": {"evidence": str(target)}}
     with (
         opened(recipe.resources, base, recipe.seed) as session,

@@ -33,7 +33,7 @@ from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.report.fusion_page import write_fusion_page
-from icm_ray.suites import prepare_base
+from icm_ray.workflows.prepared import data_of, heads_in, prepared_base
 
 VERSION = 3
 KEPT = ("reconstruction_error", "kl_total", "against_soup", "bytes", "optimizer_bytes")
@@ -88,7 +88,8 @@ def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
         check_joins(load_fusion(Path(recipe.joins)), [file.name for file in files])
     training = Training(recipe, files, _data(recipe, [file.name for file in files]))
     warn(warnings_of(files))
-    base = prepare_base(recipe.base, recipe.cache, recipe.revision, progress=print)
+    suite, heads = data_of(recipe.data), heads_in(training.data)
+    base = prepared_base(recipe, suite, heads, [recipe.data.split])
     with opened(recipe.resources, base, recipe.seed) as session:
         key = training.key(session)
         if not is_done(target, key):
