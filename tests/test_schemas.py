@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from icm_ray.cli import app
 from icm_ray.command import run_job
 from icm_ray.config import MergeRecipe
+from icm_ray.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "schemas"
@@ -42,6 +43,14 @@ def test_generating_them_again_gives_the_same_bytes():
     for name, text in texts.items():
         said = "run python docs/schemas/generate.py"
         assert (FOLDER / name).read_text() == text, said
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_fits(validators, name):
+    file = SUITES[name].folder / "suite.yaml"
+    validators["suite"].validate(yaml.safe_load(file.read_text()))
+    with pytest.raises(ValidationError):
+        validators["suite"].validate({"tasks": {"a": {"kind": "poetry"}}})
 
 
 def test_every_shipped_merge_recipe_fits(validators):

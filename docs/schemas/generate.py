@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 
-from icm_ray.config import MergeRecipe
+from icm_ray.config import MergeRecipe, SuiteFile
 
 FOLDER = Path(__file__).parent
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -90,6 +90,7 @@ FILES: dict[str, type[BaseModel]] = {
     "merge_recipe": MergeRecipe,
     "merge_report": MergeReportFile,
     "results": ResultsFile,
+    "suite": SuiteFile,
 }
 
 

@@ -17,6 +17,7 @@ from icm_ray.base_model.readers import Answered, Batch, Inputs, Reader, TextRead
 from icm_ray.base_model.readers import with_answers as followed
 from icm_ray.base_model.states import Pooling, hidden_states, in_order, pooled
 from icm_ray.evaluation.choices import Chosen, choice_batches, choice_scores
+from icm_ray.evaluation.corpus import CORPUS, counts_of
 from icm_ray.evaluation.generated import SCORERS
 from icm_ray.evaluation.heads import Head, loss
 from icm_ray.suites.tasks import Examples, Kind, Task
@@ -142,14 +143,19 @@ class _Decoded:
         """Return each answer's score by the task's metric."""
         prompts = base.reader.read(examples.inputs, task.max_tokens)
         end = end_of(base.tokenizer, is_chat(examples.texts[0]))
-        readout, scores = readout_of(base), np.zeros(len(prompts))
+        readout, scores = readout_of(base), {}
         for rows in by_length(prompts, size):
             asked = [list(prompts[row]) for row in rows]
             said = greedy(base.model, readout, asked, task.max_new_tokens, end)
             texts = base.tokenizer.batch_decode(said, skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
-                scores[row] = SCORERS[task.metric](text, examples.answers[row])
-        return scores
+                scores[row] = _judged(task.metric, text, examples.answers[row])
+        return np.array([scores[row] for row in range(len(prompts))])
+
+
+def _judged(metric: str, said: str, wanted: str) -> float | list[float]:
+    """Return an answer's score, or what it counts in that of the whole corpus."""
+    return counts_of(metric, said, wanted) if metric in CORPUS else SCORERS[metric](said, wanted)
 
 
 class _Chooses:

@@ -71,10 +71,10 @@ def heads_of(suite: Suite, experts: Mapping[str, Expert]) -> tuple[Suite, dict[s
     """
     heads = {}
     for task, expert in experts.items():
-        asked = suite.tasks[task]
+        asked = suite.task(task)
         if asked.headed or asked.head == "names":
             heads[task] = expert.head(asked.head, suite.folder)
-    classes = [t for t in heads if suite.tasks[t].kind == "classification" and heads[t] is None]
+    classes = [t for t in heads if suite.task(t).kind == "classification" and heads[t] is None]
     names = {task: "names" for task in classes if experts[task].writes}
     return suite.with_heads(names), heads
 

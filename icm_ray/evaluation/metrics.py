@@ -8,7 +8,8 @@ classification, regression  class index or number, `(examples,)`
 dense_*                     the same for each patch, `(examples, patches)`
 language_modelling          summed negative log-likelihood in nats, tokens it is over, characters
                             they stand for, `(examples, 3)`
-generation                  score of each answer in [0, 1], `(examples,)`
+generation                  score of each answer in [0, 1], `(examples,)`; of a metric of the whole
+                            corpus its statistics
 multiple_choice             index of the choice, `(examples,)`
 
 and what `fidelity` leaves of them, where that is the metric.
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from icm_ray.evaluation.corpus import CORPUS, corpus_scores
 from icm_ray.seeding import seed_for
 from icm_ray.suites.tasks import ERRORS, FIDELITY, Task
 
@@ -64,7 +66,7 @@ def score(task: Task, predictions: np.ndarray, targets: np.ndarray) -> Score:
     resampled = weighted(task, predictions, targets, _resamples(len(targets)))
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
-    plain = task.metric != FIDELITY
+    plain = task.metric not in (FIDELITY, *CORPUS)
     ranked = plain and task.kind == "regression"
     spearman = rank_correlation(predictions, targets) if ranked else None
     more = DETAILS.get(task.kind) if plain else None
@@ -234,6 +236,8 @@ MEASURES: Mapping[str, Callable[..., np.ndarray]] = {
     "rouge_l": _mean,
     "rmse": _rmse,
     FIDELITY: _fidelity,
+    "bleu": lambda p, _t, weights, _classes: corpus_scores("bleu", p, weights),
+    "chrf": lambda p, _t, weights, _classes: corpus_scores("chrf", p, weights),
 }
 """Each metric: predictions, targets, `(resamples, examples)` weights, classes -> `(resamples,)`."""
 

@@ -16,7 +16,7 @@ from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import Score, score, share
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.suites import Suite
-from icm_ray.suites.tasks import FIDELITY, Examples, Task
+from icm_ray.suites.tasks import ERRORS, FIDELITY, Examples, Task
 from icm_ray.types import Adapter
 
 BATCH = 64
@@ -120,7 +120,8 @@ class Standing:
 
     Attributes:
         normalised: Score over the expert's score, by task; 1 is as good as the expert.
-        gain_kept: Share of the expert's gain over the base (same head, adapter off), by task.
+        gain_kept: Share of the expert's gain over the base (same head, adapter off), by task;
+            NaN where the expert is no better.
     """
 
     normalised: Mapping[str, float]
@@ -163,8 +164,21 @@ def standing_of(
     known = metrics or {}
     normalised = {t: share(merged[t], expert[t], known.get(t, "")) for t in tasks}
     gains = {t: expert[t] - base[t] for t in tasks}
-    kept = {t: (merged[t] - base[t]) / gains[t] if gains[t] else math.nan for t in tasks}
+    # An expert that is no better than the base gained nothing that could be kept.
+    better = {t: gains[t] < 0 if known.get(t) in ERRORS else gains[t] > 0 for t in tasks}
+    kept = {t: (merged[t] - base[t]) / gains[t] if better[t] else math.nan for t in tasks}
     return Standing(normalised, kept)
+
+
+def idle_lines(expert: Mapping[str, TaskScore], base: Mapping[str, TaskScore]) -> list[str]:
+    """Return a line for each expert that is no better than the base."""
+    kept = standing(expert, expert, base).gain_kept
+    return [
+        f"{task}: the expert's {expert[task].score.metric} {expert[task].score.value:.4f} is no "
+        f"better than the base's {base[task].score.value:.4f}, so no gain is counted."
+        for task, share_kept in kept.items()
+        if math.isnan(share_kept)
+    ]
 
 
 def task_data(
@@ -181,7 +195,7 @@ def task_data(
     suite, heads = heads_of(suite, experts)
     data = {}
     for name in [*experts, *unseen]:
-        task, expert = suite.tasks[name], experts.get(name)
+        task, expert = suite.task(name), experts.get(name)
         judge = None
         if expert is not None and task.metric == FIDELITY:
             judge = open_adapter(expert.adapter, name, saved_modules="drop")

@@ -29,6 +29,7 @@ class LearnedMerge:
         origin: How it was learned, as plain data: parameters, objective, start, recipe.
         report: What happened: losses before and after, their history, warnings, modules that got
             no gradient.
+        method: The method it was learned with; empty where nobody says.
     """
 
     tensors: Mapping[str, Tensor]
@@ -36,6 +37,7 @@ class LearnedMerge:
     adapters: Mapping[str, str]
     origin: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    method: str = ""
 
 
 def save_learned(
@@ -52,6 +54,7 @@ def save_learned(
         "tasks": list(learned.tasks),
         "origin": dict(learned.origin),
         "report": dict(learned.report),
+        **({"method": learned.method} if learned.method else {}),
     }
     write_evidence(
         folder,
@@ -81,4 +84,5 @@ def load_learned(folder: Path) -> LearnedMerge:
         evidence.adapters,
         described["origin"],
         described["report"],
+        described.get("method", ""),
     )

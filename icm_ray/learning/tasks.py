@@ -172,9 +172,14 @@ def learner_data(
     suite, heads = heads_of(find_suite(str(data.suite), "data.suite"), experts or {})
     labelled = any(OBJECTIVES[objective.kind].reads_labels for objective in objectives)
     limit = suite.limit(data.inputs_per_task, USUAL_INPUTS)
+    if labelled and (bare := [name for name in tasks if not suite.task(name).labelled]):
+        raise RecipeError(
+            f"data: {', '.join(bare)}: no answers, but objective supervised reads some. Name the "
+            "column of answers, or choose a method that needs none."
+        )
     inputs, readable = {}, {}
     for name in tasks:
-        task, examples = suite.tasks[name], suite.load(name, data.split, limit)
+        task, examples = suite.task(name), suite.load(name, data.split, limit)
         inputs[name] = examples.inputs, task.max_tokens
         # A language model's texts are their own labels.
         has_labels = labelled and task.labelled and task.kind != "language_modelling"
@@ -219,13 +224,13 @@ def experts_for(
 
 def headless(suite: Suite, experts: Mapping[str, Expert]) -> list[str]:
     """Return a line for each expert that lacks the head its task is read through."""
-    known = {name: expert for name, expert in experts.items() if name in suite.tasks}
+    known = {name: expert for name, expert in experts.items() if name in suite}
     suite, heads = heads_of(suite, known)
     return [
         f"adapters: {name}: no {HEAD} in its folder or beside it, and no score or classifier in "
-        f"the adapter, but {name} ({suite.tasks[name].kind}) is read through one. Put it there."
+        f"the adapter, but {name} ({suite.task(name).kind}) is read through one. Put it there."
         for name in known
-        if suite.tasks[name].headed and heads[name] is None
+        if suite.task(name).headed and heads[name] is None
     ]
 
 
@@ -242,7 +247,7 @@ def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[readers
         suite = find_suite(data.suite, "data.suite")
         limit = suite.limit(data.inputs_per_task, USUAL_INPUTS)
         return {
-            t: (suite.load(t, data.split, limit).inputs, suite.tasks[t].max_tokens) for t in tasks
+            t: (suite.load(t, data.split, limit).inputs, suite.task(t).max_tokens) for t in tasks
         }
     texts = {t: load_folder(Path(str(data.path)), t).texts for t in tasks}
     return {t: (own[: data.most], MAX_TOKENS) for t, own in texts.items()}

@@ -72,7 +72,7 @@ def unproven_lines(names: Iterable[str]) -> list[str]:
     ]
 
 
-def warn(lines: Sequence[str]) -> None:
+def warn(lines: Iterable[str]) -> None:
     """Tell warnings on stderr, one safe line each."""
     for line in lines:
         print(f"warning: {one_line(line)}", file=sys.stderr)

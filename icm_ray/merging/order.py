@@ -153,6 +153,12 @@ def _check_evidence(
         for a in adapters
         if evidence.adapters and evidence.adapters.get(a.name) != a.fingerprint
     ]
+    by = evidence.described.get("method", row.name)
+    if by != row.name:
+        problems.append(
+            f"evidence: learned with {by!r} but method is {row.name!r}. Set method: {by}, or learn "
+            f"with {row.name}."
+        )
     of_these_only = row.needs == "learned_merge" or evidence.kind == "learned_merge"
     if of_these_only and evidence.adapters.keys() - {a.name for a in adapters}:
         missing = ", ".join(sorted(evidence.adapters.keys() - {a.name for a in adapters}))

@@ -151,7 +151,7 @@ def plan_of(recipe: SearchRecipe) -> Plan:
         experts = find_experts(Path(recipe.experts))
     elif suite is not None:
         given = ready_experts(ref.pair for ref in recipe.adapters)
-        experts = {name: expert for name, expert in given.items() if name in suite.tasks}
+        experts = {name: expert for name, expert in given.items() if name in suite}
     refs = recipe.adapters or [
         AdapterRef(name=task, path=str(expert.adapter)) for task, expert in experts.items()
     ]

@@ -4,6 +4,7 @@
 all that is wrong before anything is spent.
 """
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from icm_ray.suites.tasks import FIDELITY, METRICS, Task
 SUITE_FILE = "suite.yaml"
 LONGEST = 2048
 """Tokens of a row where a suite says nothing; a model's own length, if that is less."""
+EXTRAS = {"bleu": ("sacrebleu", "bleu"), "chrf": ("sacrebleu", "bleu")}
+"""Metrics of other packages, and the extra that brings them."""
 NO_LABELS = ("token_likelihood", FIDELITY)
 """Metrics that read no answers."""
 
@@ -35,6 +38,8 @@ def open_suite(folder: Path, *, is_packaged: bool = False) -> Suite:
         raise RecipeError(f"{path}: no such file. Write one: docs/your_data.md shows how.")
     said = checked(SuiteFile, path, read_yaml(path))
     if problems := [line for name, task in said.tasks.items() for line in _problems(name, task)]:
+        raise RecipeError([f"{path}: {line}" for line in problems])
+    if problems := _meetings(said):
         raise RecipeError([f"{path}: {line}" for line in problems])
     base, known = _base(folder, said)
     tables, missing = {}, []
@@ -77,6 +82,17 @@ def _problems(name: str, task: TaskFile) -> list[str]:
             f"{where}.metric: {task.metric!r} but a {task.kind} has one of "
             f"{', '.join(METRICS[task.kind])}.{did_you_mean(task.metric, METRICS[task.kind])}"
         )
+    if task.metric in EXTRAS and importlib.util.find_spec(EXTRAS[task.metric][0]) is None:
+        package, extra = EXTRAS[task.metric]
+        lines.append(
+            f"{where}.metric: {task.metric} but {package} is not installed. Run pip install "
+            f"'icm-ray[{extra}]'."
+        )
+    if task.data is not None and not isinstance(task.data, str):
+        lines.append(
+            f"{where}.data: a data set of the hub but a table is read. Save it as Parquet beside "
+            "suite.yaml."
+        )
     asked = [key for key in ("text", "image", "prompt", "messages") if getattr(task, key)]
     if len(asked) > 1 and set(asked) != {"image", "prompt"}:
         lines.append(f"{where}: {' and '.join(asked)} but one of them is read. Keep one.")
@@ -93,6 +109,24 @@ def _problems(name: str, task: TaskFile) -> list[str]:
     if task.chat and task.prompt is None:
         lines.append(f"{where}.chat: without prompt. Set prompt, or messages.")
     return lines
+
+
+def _meetings(said: SuiteFile) -> list[str]:
+    """Return what is wrong with which adapters the tasks meet."""
+    meets: dict[str, list[str]] = {}
+    for name, task in said.tasks.items():
+        meets.setdefault(task.expert or name, []).append(name)
+    lines = [
+        f"tasks.{names[1]}.expert: {adapter!r} is that of {names[0]} but each task has its own. "
+        "Name another, or put their rows into one task."
+        for adapter, names in meets.items()
+        if names[1:]
+    ]
+    return lines + [
+        f"tasks.{names[0]}.expert: {adapter!r} is the name of another task. Rename one of them."
+        for adapter, names in meets.items()
+        if adapter in said.tasks and adapter not in names
+    ]
 
 
 def _base(folder: Path, said: SuiteFile) -> tuple[str | None, tuple[str, ...]]:

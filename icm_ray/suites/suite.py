@@ -1,6 +1,6 @@
 """A suite: tasks on one base, with their data. A built-in one and a user's folder are the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Suite:
                 f"suite {self.name!r}: {task}/{split}: {asked} examples were asked for but it "
                 f"holds {len(records)}. Ask for 1 to {len(records)}."
             )
-        return table.examples(records[:limit], self.tasks[task].classes_to_choose)
+        return table.examples(records[:limit], self.task(task).classes_to_choose)
 
     def count(self, task: str, split: str) -> int:
         """Return how many examples a split holds."""
@@ -70,19 +70,40 @@ class Suite:
         return asked or (usual if self.is_packaged else None)
 
     def with_heads(self, heads: Mapping[str, str]) -> "Suite":
-        """Return the suite with what was found of where its tasks' heads are."""
-        tasks = {n: replace(t, head=heads.get(n, t.head)) for n, t in self.tasks.items()}
+        """Return the suite with what was found of where heads are, by task or adapter."""
+        said = {self._key(name): head for name, head in heads.items()}
+        tasks = {n: replace(t, head=said.get(n, t.head)) for n, t in self.tasks.items()}
         return replace(self, tasks=tasks)
 
-    def experts_of(self, names: Sequence[str]) -> dict[str, str]:
+    def experts_of(self, names: Collection[str]) -> dict[str, str]:
         """Return the adapter of each task that has one of some names."""
         pairs = {name: task.expert or name for name, task in self.tasks.items()}
         return {task: adapter for task, adapter in pairs.items() if adapter in names}
 
-    def _table(self, task: str) -> Table:
-        if task not in self.tasks:
-            raise InputError(
-                f"suite {self.name!r}: task: {task!r} but expected one of "
-                f"{', '.join(self.tasks)}.{did_you_mean(task, self.tasks)}"
+    def __contains__(self, name: str) -> bool:
+        """Say whether a task, or a task's adapter, has that name."""
+        return self._key(name) in self.tasks
+
+    def task(self, name: str) -> Task:
+        """Return a task by its name or its adapter's.
+
+        Raises:
+            InputError: there is none.
+        """
+        if name not in self:
+            known = dict.fromkeys(
+                [*self.tasks, *(t.expert for t in self.tasks.values() if t.expert)]
             )
-        return self.tables[task]
+            raise InputError(
+                f"suite {self.name!r}: task: {name!r} but expected one of "
+                f"{', '.join(known)}.{did_you_mean(name, known)}"
+            )
+        return self.tasks[self._key(name)]
+
+    def _key(self, name: str) -> str:
+        if name in self.tasks:  # no adapter of another task is called so
+            return name
+        return next((task for task, one in self.tasks.items() if one.expert == name), name)
+
+    def _table(self, name: str) -> Table:
+        return self.tables[self.task(name).name]

@@ -9,9 +9,10 @@ from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import opened
 from icm_ray.errors import RecipeError
-from icm_ray.evaluation.experts import find_experts, ready_experts
-from icm_ray.evaluation.scoring import task_data, values
+from icm_ray.evaluation.experts import find_experts, heads_of, ready_experts
+from icm_ray.evaluation.scoring import idle_lines, task_data, values
 from icm_ray.learning.tasks import headless
+from icm_ray.merging.estimate import warn
 from icm_ray.suites import find_suite
 from icm_ray.workflows.prepared import check_counts, prepared_base, preparing, with_base
 
@@ -22,7 +23,10 @@ def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     if isinstance(recipe.experts, str):
         experts = find_experts(Path(recipe.experts))
     else:
-        experts = ready_experts(ref.pair for ref in recipe.experts)
+        given = ready_experts(ref.pair for ref in recipe.experts)
+        meets = suite.experts_of(given)
+        experts = {task: given[name] for task, name in meets.items()}
+        experts |= {name: given[name] for name in given.keys() - {*meets.values()}}
     names = [ref.name for ref in recipe.adapters]
     if unknown := sorted(set(experts) - set(suite.tasks)):
         raise RecipeError(f"experts: {', '.join(unknown)}: no task of suite {suite.name!r}.")
@@ -40,7 +44,7 @@ def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     limit = suite.limit(recipe.examples, USUAL_SIZES[recipe.split])
     check_counts(suite, experts, {recipe.split: limit})
     recipe = with_base(recipe, suite, own)
-    base = prepared_base(recipe, suite, experts)
+    base = prepared_base(recipe, suite, heads_of(suite, experts)[1], [recipe.split])
     data = task_data(suite, experts, recipe.split, limit)
     with (
         opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session,
@@ -49,6 +53,7 @@ def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
         everything = [*references(own), *items]
         found = score_on_ray(pool, everything, data, target / "scores", recipe.batch)
     standings = Standings.among(found)
+    warn(idle_lines(standings.expert, standings.base))
     scores: dict[str, Any] = {
         "expert": values(standings.expert),
         "base": values(standings.base),

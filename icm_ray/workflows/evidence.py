@@ -11,7 +11,7 @@ from icm_ray.evidence.store import save_evidence
 from icm_ray.files import refuse_foreign
 from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.estimate import warn, warnings_of
-from icm_ray.workflows.prepared import preparing
+from icm_ray.workflows.prepared import data_of, prepared_base, preparing
 
 
 def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.evidence")
     warn(warnings_of(files))
     inputs = load_inputs(recipe.data, [file.name for file in files])
-    base = preparing(recipe)(progress=print)
+    base = prepared_base(recipe, data_of(recipe.data), splits=[recipe.data.split])
     outputs = {"outputs": {"evidence": str(target)}}
     with (
         opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session,

@@ -36,7 +36,7 @@ from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.methods import find_method
 from icm_ray.report import LearnedRow, learned_page
-from icm_ray.workflows.prepared import preparing
+from icm_ray.workflows.prepared import data_of, heads_in, prepared_base, preparing
 
 VERSION = 2
 
@@ -46,6 +46,7 @@ class LearnRequest:
     """One merge to learn.
 
     Attributes:
+        method: The method that learns, under whose name the result is merged.
         spec: The learning recipe.
         files: All adapters of the merge.
         data: Inputs of each task, with heads and labels where the objective reads them.
@@ -53,6 +54,7 @@ class LearnRequest:
         grams: Folder of Gram statistics, where the recipe starts from RegMean.
     """
 
+    method: str
     spec: LearnSpec
     files: Sequence[AdapterFile]
     data: LearnerData
@@ -67,6 +69,7 @@ class LearnRequest:
             beneath = open_adapter(Path(residual)).fingerprint
         content = {
             "version": VERSION,
+            "method": self.method,
             "spec": self.spec.model_dump(),
             "adapters": {file.name: file.fingerprint for file in self.files},
             "data": self.data.key,
@@ -87,7 +90,8 @@ def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.learn")
     request = _request(recipe, files)
     warn(warnings_of(files))
-    base = preparing(recipe)(progress=print)
+    suite, heads = data_of(recipe.data), heads_in(request.data)
+    base = prepared_base(recipe, suite, heads, [recipe.data.split])
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         learn_with_grams(session, request, target, recipe.method)
     report = load_learned(target).report
@@ -117,7 +121,7 @@ def _request(recipe: LearnRecipe, files: Sequence[AdapterFile]) -> LearnRequest:
     refs = [ref.pair for ref in recipe.adapters]
     experts = experts_for(spec.objective, recipe.heads, recipe.data, refs)
     data = learner_data(recipe.data, tasks, [spec.objective], experts)
-    return LearnRequest(spec, files, data, context)
+    return LearnRequest(recipe.method, spec, files, data, context)
 
 
 def learn_with_grams(session: Session, request: LearnRequest, folder: Path, label: str) -> Path:
@@ -158,6 +162,7 @@ def learn_to_folder(session: Session, request: LearnRequest, folder: Path, label
 
     learned = context.learn(stage, plan, adapters) if context else stage(plan)
     counts = {task: len(inputs) for task, (inputs, _) in request.data.inputs.items()}
+    learned = replace(learned, method=request.method)
     save_learned(learned, folder, {"key": key, "inputs": counts})
     write_json(folder / RUN_FILE, {"cpu_seconds": sum(seconds)})
     shutil.rmtree(scratch)

@@ -53,7 +53,7 @@ def _gathered(
         refs = [ref.pair for ref in recipe.adapters]
         experts = experts_for(spec.objective, None, recipe.data, refs)
         data = learner_data(recipe.data, tasks, [spec.objective], experts)
-        request = LearnRequest(spec, files, data)
+        request = LearnRequest(recipe.method, spec, files, data)
         session = stack.enter_context(
             opened(recipe.resources, base, recipe.seed, preparing(recipe))
         )

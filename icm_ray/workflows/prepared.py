@@ -8,12 +8,13 @@ from typing import TypeVar
 from icm_ray.adapters import AdapterFile
 from icm_ray.base_model.loading import load_reader
 from icm_ray.base_model.readers import TextReader
-from icm_ray.config import USUAL_SIZES, FinetuneRecipe, Recipe, Sizes
+from icm_ray.config import USUAL_SIZES, DataSpec, FinetuneRecipe, Recipe, Sizes
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evaluation.adapter_heads import check_heads
-from icm_ray.evaluation.experts import Expert, heads_of
+from icm_ray.evaluation.heads import Head
+from icm_ray.learning.tasks import LearnerData
 from icm_ray.merging.estimate import warn
-from icm_ray.suites import Suite, prepare_base
+from icm_ray.suites import SPLITS, Suite, find_suite, prepare_base
 
 R = TypeVar("R", bound=Recipe)
 
@@ -43,8 +44,17 @@ def with_sizes(recipe: FinetuneRecipe, suite: Suite) -> FinetuneRecipe:
         InputError: a split of a task holds fewer than it asks for, or none.
     """
     asked = recipe.sizes
+    trains = not getattr(recipe, "adapters", None)
     sizes = {name: suite.limit(getattr(asked, name), usual) for name, usual in USUAL_SIZES.items()}
-    check_counts(suite, recipe.tasks or suite.tasks, {**sizes, "validation": _most(sizes, asked)})
+    tasks = list(recipe.tasks or suite.tasks)
+    wanted = {**sizes, "validation": _most(sizes, asked)}
+    check_counts(suite, tasks, {**wanted, "train": None} if trains else wanted)
+    bare = [task for task in tasks if not suite.tasks[task].labelled]
+    if trains and bare:
+        raise InputError(
+            f"suite {suite.name!r}: {', '.join(bare)}: no answers but experts are trained on some. "
+            "Give ready adapters:, or name the column of answers."
+        )
     return recipe.model_copy(update={"sizes": Sizes(**{**asked.model_dump(), **sizes})})
 
 
@@ -72,24 +82,33 @@ def preparing(recipe: Recipe) -> Callable[..., Path]:
     return partial(prepare_base, str(name), recipe.cache, revision)
 
 
-def prepared_base(recipe: Recipe, suite: Suite | None, experts: Mapping[str, Expert]) -> Path:
+def prepared_base(
+    recipe: Recipe,
+    suite: Suite | None = None,
+    heads: Mapping[str, Head | None] | None = None,
+    splits: Sequence[str] = SPLITS,
+) -> Path:
     """Return the folder of a recipe's base, fetched if need be, after a look at how it reads.
 
-    Says how many rows lose tokens, and refuses heads that the base's classifiers would not read
-    as they are read here.
+    Says how many rows of a user's suite lose tokens.
+
+    Args:
+        recipe: Names the base.
+        suite: Whose rows are read.
+        heads: What the base's states are read through; see `check_heads`.
+        splits: Which rows.
 
     Raises:
         InputError: a head, a chat template or a row does not go with the base.
     """
     base = preparing(recipe)(progress=print)
     if suite is not None and not suite.is_packaged:
-        suite, heads = heads_of(suite, experts)
-        check_heads(heads, base)
-        warn(cut_lines(suite, base))
+        check_heads(heads or {}, base)
+        warn(cut_lines(suite, base, splits))
     return base
 
 
-def cut_lines(suite: Suite, base: Path) -> list[str]:
+def cut_lines(suite: Suite, base: Path, splits: Sequence[str] = SPLITS) -> list[str]:
     """Return a line for each task with rows longer than the base reads or the suite allows.
 
     Raises:
@@ -99,19 +118,26 @@ def cut_lines(suite: Suite, base: Path) -> list[str]:
     if not isinstance(reader, TextReader):
         return []
     for name, task in suite.tasks.items():
-        cut = total = 0
-        for split in ("train", "calibration", "validation", "test"):
-            if not suite.count(name, split):
-                continue
-            examples = suite.load(name, split)
-            try:
-                cut += len(reader.overlong(examples.inputs, task.max_tokens))
-            except InputError as error:
-                problems += [f"suite {suite.name!r}: {name}/{split}: {p}" for p in error.problems]
-            total += len(examples)
+        own = [suite.load(name, split) for split in splits if suite.count(name, split)]
+        try:
+            cut = sum(len(reader.overlong(one.inputs, task.max_tokens)) for one in own)
+        except InputError as error:
+            problems += [f"suite {suite.name!r}: {name}: {line}" for line in error.problems]
+            continue
         if cut:
-            most = min(task.max_tokens, reader.longest)
+            most, total = min(task.max_tokens, reader.longest), sum(map(len, own))
             lines.append(f"{name}: {cut} of {total} rows are longer than {most} tokens and cut.")
     if problems:
         raise InputError(problems)
     return lines
+
+
+def data_of(data: DataSpec) -> Suite | None:
+    """Return the suite that unlabelled inputs come from, if one is named."""
+    return find_suite(data.suite, "data.suite") if data.suite is not None else None
+
+
+def heads_in(data: LearnerData) -> dict[str, Head | None]:
+    """Return the heads that a learner reads, None where the base names classes itself."""
+    known = data.readable.items()
+    return {n: one.head for n, one in known if one.task.headed or one.task.head == "names"}

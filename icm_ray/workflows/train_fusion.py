@@ -35,7 +35,7 @@ from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.report.fusion_page import write_fusion_page
 from icm_ray.types import Adapter
-from icm_ray.workflows.prepared import preparing
+from icm_ray.workflows.prepared import data_of, heads_in, prepared_base, preparing
 
 VERSION = 3
 KEPT = ("reconstruction_error", "kl_total", "against_soup", "bytes", "optimizer_bytes")
@@ -90,7 +90,8 @@ def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
         check_joins(load_fusion(Path(recipe.joins)), [file.name for file in files])
     training = Training(recipe, files, _data(recipe, [file.name for file in files]))
     warn(warnings_of(files))
-    base = preparing(recipe)(progress=print)
+    suite, heads = data_of(recipe.data), heads_in(training.data)
+    base = prepared_base(recipe, suite, heads, [recipe.data.split])
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         key = training.key(session)
         if not is_done(target, key):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from icm_ray.errors import InputError
-from icm_ray.suites import SPLITS, SUITES, Suite
+from icm_ray.suites import SPLITS, SUITES, open_suite
 from icm_ray.suites.text.build_extracts import SIZES, divide, fold, to_table
 from icm_ray.suites.text.sources import Candidate
 
@@ -100,13 +100,13 @@ def test_unknown_names_are_refused_with_a_suggestion() -> None:
 
 
 def test_missing_and_broken_data_files_are_named(tmp_path: Path) -> None:
-    suite = Suite(name="text", base="minilm", tasks=TEXT.tasks, folder=tmp_path)
+    (tmp_path / "suite.yaml").write_text("tasks: {year: {kind: regression}}")
+    with pytest.raises(InputError, match=f"{tmp_path}/year.jsonl: no such table"):
+        open_suite(tmp_path)
     path = tmp_path / "year.parquet"
-    with pytest.raises(InputError, match=f"{path}: no such file"):
-        suite.load("year", "test")
     path.write_bytes(b"not parquet")
     with pytest.raises(InputError, match=f"{path}: not a readable Parquet file"):
-        suite.load("year", "test")
+        open_suite(tmp_path).load("year", "test")
 
 
 @pytest.mark.parametrize("task", TASKS)

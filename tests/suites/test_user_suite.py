@@ -1,4 +1,4 @@
-"""A user's suite: what is read of a folder, how rows are drawn, and how mistakes are told."""
+"""A user's suite: what is read of a folder, how rows are drawn, what each mistake is told in."""
 
 import json
 from pathlib import Path
@@ -129,7 +129,7 @@ def test_conversations_end_in_their_answer(tmp_path: Path) -> None:
 
 
 def test_nobody_answered_so_fidelity_judges(tmp_path: Path) -> None:
-    rows = [{"talk": [*CHAT[:1], {"role": "user", "content": str(i)}]} for i in range(12)]
+    rows = [{"talk": [CHAT[0], {"role": "user", "content": str(i)}]} for i in range(12)]
     suite = checked_suite(write(tmp_path, {"kind": "generation", "messages": "talk"}, rows))
     assert (suite.tasks["mood"].metric, suite.tasks["mood"].labelled) == ("fidelity", False)
     assert suite.load("mood", "test").answers == ()

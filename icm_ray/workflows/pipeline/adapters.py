@@ -1,5 +1,7 @@
 """Ready adapters in the place of experts that would be trained: which of them meet which tasks."""
 
+from dataclasses import replace
+
 from icm_ray.config import PipelineRecipe
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import ready_experts
@@ -7,6 +9,7 @@ from icm_ray.learning.tasks import headless
 from icm_ray.merging.estimate import unproven_lines, warn, warnings_of
 from icm_ray.methods import METHODS
 from icm_ray.suites import find_suite
+from icm_ray.suites.tasks import FIDELITY
 from icm_ray.workflows.pipeline.table import SetResults
 
 READY = "adapters"
@@ -19,10 +22,13 @@ def ready_set(recipe: PipelineRecipe) -> SetResults:
     suite = find_suite(recipe.suite)
     tasks = list(recipe.tasks or suite.tasks)
     given = ready_experts(ref.pair for ref in recipe.adapters)
-    experts = {task: given[task] for task in tasks if task in given}
-    unproven = {name: one.adapter for name, one in given.items() if name not in tasks}
-    without = [task for task in tasks if task not in given]
-    unseen = [task for task in without if not suite.tasks[task].headed]
+    meets = {t: name for t, name in suite.experts_of(given).items() if t in tasks}
+    experts = {task: replace(given[name], task=task) for task, name in meets.items()}
+    rest = given.keys() - {*meets.values()}
+    unproven = {name: one.adapter for name, one in given.items() if name in rest}
+    without = [task for task in tasks if task not in meets]
+    known = {task: suite.tasks[task] for task in without}
+    unseen = [t for t, one in known.items() if not one.headed and one.metric != FIDELITY]
     return SetResults(READY, experts, unproven, unseen, recipe.modules_to_save)
 
 
@@ -39,7 +45,7 @@ def check_ready(recipe: PipelineRecipe) -> None:
     warn([*warnings_of(one.files()), *unproven_lines(one.unproven)])
     tasks = recipe.tasks or suite.tasks
     if silent := sorted(set(tasks) - set(one.scored)):
-        warn([f"{', '.join(silent)}: no adapter, so no head to be scored through. Left out."])
+        warn([f"{', '.join(silent)}: no adapter, so no head or nothing to compare. Left out."])
     if one.unseen:
         warn([f"{', '.join(one.unseen)}: no adapter; scored beside the base as unseen."])
 

@@ -36,6 +36,6 @@ def learn_row(
     tasks = [file.name for file in files]
     data = learner_data(table.inputs(row.inputs), tasks, [spec.objective], one.experts)
     grams = one.grams if needs_grams(spec) else None
-    request = LearnRequest(spec, files, data, context, grams)
+    request = LearnRequest(row.method, spec, files, data, context, grams)
     folder = table.root / "learned" / one.label / row.name
     return learn_to_folder(table.session, request, folder, f"{row.name} {one.label}")

@@ -11,6 +11,7 @@ from icm_ray.report import BASE, EXPERT, Gap
 from icm_ray.report.data import OF_TASKS
 from icm_ray.report.summary import init_of
 from icm_ray.report.text import method_label
+from icm_ray.suites.tasks import FIDELITY
 from icm_ray.workflows.learn import learned_row
 from icm_ray.workflows.pipeline.ratios import read_ratios
 from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table
@@ -36,13 +37,14 @@ def learned_report(table: Table) -> dict[str, Any]:
 
 def _quartiles(table: Table, one: SetResults) -> dict[str, dict[str, list[float]]]:
     """Return accuracy by row and classification, from the lowest quarter of ratios up."""
-    kinds = {name: task.kind for name, task in table.suite.tasks.items()}
+    tasks = table.suite.tasks.items()
+    kinds = {name: task.kind for name, task in tasks if task.metric != FIDELITY}
     quartiles: dict[str, dict[str, list[float]]] = {}
     for row, folder in table.ratios.items():
         ratios = read_ratios(folder)
         scores = one.scores[row, DEFAULT, "test"]
         quartiles[row] = {}
-        for task in (task for task in ratios.values if kinds[task] == "classification"):
+        for task in (task for task in ratios.values if kinds.get(task) == "classification"):
             right = scores[task].predictions == _targets(table, task)
             quartiles[row][task] = [float(right[part].mean()) for part in ratios.quarters(task)]
     return quartiles

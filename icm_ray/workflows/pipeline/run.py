@@ -6,12 +6,15 @@ from typing import Any
 
 from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.distributed.session import opened
-from icm_ray.report import ReportData, summarise
-from icm_ray.suites import find_suite
+from icm_ray.evaluation.experts import heads_of
+from icm_ray.evaluation.scoring import idle_lines
+from icm_ray.merging.estimate import warn
+from icm_ray.report import BASE, EXPERT, ReportData, summarise
+from icm_ray.suites import SPLITS, find_suite
 from icm_ray.workflows.pipeline.adapters import check_ready, ready_set
 from icm_ray.workflows.pipeline.report import console, publish, report_data
 from icm_ray.workflows.pipeline.stages import check_rows, check_tasks, run_stages
-from icm_ray.workflows.pipeline.table import Table
+from icm_ray.workflows.pipeline.table import DEFAULT, Table
 from icm_ray.workflows.prepared import prepared_base, preparing, with_base, with_sizes
 
 
@@ -29,11 +32,16 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     check_tasks(recipe)
     one = ready_set(recipe) if isinstance(recipe, PipelineRecipe) and recipe.adapters else None
     recipe = with_sizes(with_base(recipe, suite, one.files() if one else ()), suite)
-    base = prepared_base(recipe, suite, one.experts if one else {})
+    heads = heads_of(suite, one.experts)[1] if one else {}
+    splits = SPLITS[1:] if one else SPLITS
+    base = prepared_base(recipe, suite, heads, splits)
     target.mkdir(parents=True, exist_ok=True)
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         table = Table(recipe, suite, target, session)
         run_stages(table)
+    for one in table.sets:
+        expert, base_alone = (one.scores[who, DEFAULT, "test"] for who in (EXPERT, BASE))
+        warn(f"{one.label}: {line}" for line in idle_lines(expert, base_alone))
     data = report_data(table)
     outputs = publish(table, data)
     console(data)

@@ -14,7 +14,9 @@ plan.json                   what is tried if the recipe names no methods
 report/                     the page, the table, Parquet and JSON
 """
 
-from icm_ray.config import FinetuneRecipe, PipelineRecipe
+from collections.abc import Sequence
+
+from icm_ray.config import FinetuneRecipe, MethodRow, ObjectiveSpec, PipelineRecipe
 from icm_ray.distributed.evidence import (
     EVIDENCE_BATCH,
     evidence_key,
@@ -26,6 +28,8 @@ from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.evidence.store import load_evidence, save_evidence
 from icm_ray.files import is_done
 from icm_ray.fusion.in_context import context_specs
+from icm_ray.fusion.serial import fusion_spec_of, objectives_of
+from icm_ray.learning.objectives import OBJECTIVES
 from icm_ray.learning.recipes import needs_grams, spec_of
 from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.cut import RankRule
@@ -133,8 +137,12 @@ def check_rows(recipe: PipelineRecipe) -> None:
             method = find_method(row.method)
             if row.fusion or row.in_context or method.needs == "fusion_model":
                 check_fusion_row(row)
+                objectives = objectives_of(fusion_spec_of(row.fusion))
             elif row.learn or method.needs == "learned_merge":
-                spec_of(row.method, row.learn)
+                objectives = [spec_of(row.method, row.learn).objective]
+            else:
+                objectives = []
+            problems += _label_problems(recipe, row, objectives)
             check_search(row)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
             for variant in variants(row):
@@ -143,6 +151,21 @@ def check_rows(recipe: PipelineRecipe) -> None:
             problems += [f"methods.{row.name}: {line}" for line in error.problems]
     if problems:
         raise RecipeError(dict.fromkeys(problems))
+
+
+def _label_problems(
+    recipe: PipelineRecipe, row: MethodRow, objectives: Sequence[ObjectiveSpec]
+) -> list[str]:
+    """Return a line if a row reads labels that a task's examples lack."""
+    suite = find_suite(recipe.suite)
+    if not any(OBJECTIVES[objective.kind].reads_labels for objective in objectives):
+        return []
+    tasks = [task for task in recipe.tasks or suite.tasks if row.tasks is None or task in row.tasks]
+    bare = [task for task in tasks if task in suite and not suite.task(task).labelled]
+    return [
+        f"methods.{row.name}: reads labels, but {task} has no answers. Leave the row out."
+        for task in bare[:1]
+    ]
 
 
 def rows_need_grams(table: Table) -> bool:

@@ -26,7 +26,8 @@ from icm_ray.search.ledger import Ledger
 from icm_ray.search.objectives import SCORED, rungs
 from icm_ray.search.plan import Plan, Search, key_of, plan_of, searches_of, study_of, trials_of
 from icm_ray.search.study import Study, optuna
-from icm_ray.workflows.prepared import preparing
+from icm_ray.suites import SPLITS
+from icm_ray.workflows.prepared import prepared_base, preparing
 from icm_ray.workflows.search.best import finish, note_best
 from icm_ray.workflows.search.material import gather_material
 
@@ -38,7 +39,9 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     optuna()
     check_loggers(recipe.loggers)
     plan = plan_of(recipe)
-    base = preparing(recipe)(progress=print)
+    suite = plan.suite if recipe.suite is not None else None
+    heads = heads_of(suite, plan.experts)[1] if suite else {}
+    base = prepared_base(recipe, suite, heads, SPLITS[1:])
     check_base(plan.files, base)
     warn(warnings_of(plan.files))
     if plan.is_scored:

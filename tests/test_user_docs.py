@@ -1,0 +1,79 @@
+"""Every command and snippet of docs/your_data.md and docs/your_tasks.md does what it says."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from icm_ray.config import PipelineRecipe, PrepareRecipe, TaskFile, TaskKind
+from icm_ray.config.loading import load_recipe
+from icm_ray.jobs import JOBS
+from icm_ray.suites import find_suite
+from icm_ray.suites.tasks import METRICS
+from icm_ray.workflows import prepare
+
+ROOT = Path(__file__).parents[1]
+DATA, TASKS = ((ROOT / "docs" / f"your_{name}.md").read_text() for name in ("data", "tasks"))
+
+
+def snippets(text: str) -> dict[str, str]:
+    """Return a page's files by the name in their first line."""
+    found = re.findall(r"```yaml\n(# (\S+)\n.*?)```", text, flags=re.DOTALL)
+    return {name: content for content, name in found}
+
+
+def commands(text: str) -> list[list[str]]:
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The pages' files, with a base that is here and rows as the page has them."""
+    for name, content in (snippets(DATA) | snippets(TASKS)).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content.replace("org/model", str(tiny_llama)))
+    legal = [{"question": f"{i}?", "reply": "..."} for i in range(40)]
+    mood = [{"text": f"text {i}", "answer": "good" if i % 2 else "bad"} for i in range(400)]
+    for task, rows in {"legal": legal, "mood": mood}.items():
+        text = "\n".join(map(json.dumps, rows))
+        (tmp_path / "my_suite" / f"{task}.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_look_at_a_suite_counts_its_rows(folder: Path, capsys) -> None:
+    (words,) = commands(DATA)
+    assert words[:3] == ["python", "-m", "jobs.prepare"]
+    recipe = load_recipe(PrepareRecipe, words[4])
+    found = prepare.run(recipe, folder / "runs" / "look")
+    sizes = found["outputs"]["examples"]["mood"]
+    assert (sizes["calibration"], sizes["test"]) == (64, 128)
+    assert "mood: " in capsys.readouterr().out
+    (folder / "my_suite" / "mood.jsonl").write_text('{"text": 3, "answer": "good"}\n')
+    with pytest.raises(Exception, match=r"mood.jsonl: line 1: text: 3 but a text is expected"):
+        prepare.run(recipe, folder / "runs" / "look")
+
+
+def test_the_pipeline_s_recipe_is_one(folder: Path) -> None:
+    (words,) = commands(TASKS)
+    assert words[2].removeprefix("jobs.") in JOBS
+    recipe = load_recipe(PipelineRecipe, words[4])
+    assert [row.method for row in recipe.methods or []] == ["soup", "distillation"]
+    plain = yaml.safe_load((folder / "my_suite" / "suite.yaml").read_text())
+    plain["tasks"]["mood"]["expert"] = "moods"  # as the page's comment says
+    (folder / "my_suite" / "suite.yaml").write_text(yaml.safe_dump(plain))
+    names = [ref.name for ref in recipe.adapters]
+    assert find_suite(recipe.suite).experts_of(names) == {"legal": "legal", "mood": "moods"}
+
+
+def test_the_pages_name_every_key_kind_and_metric() -> None:
+    unsaid = {"data", "expert", "source", "licence", "revision"}
+    for key in TaskFile.model_fields:
+        assert key in unsaid or f"`{key}" in DATA + TASKS or f"{key}:" in DATA + TASKS, key
+    assert all(f"`{kind}`" in TASKS for kind in get_args(TaskKind))
+    assert all(name in TASKS for names in METRICS.values() for name in names)
