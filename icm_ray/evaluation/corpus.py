@@ -18,7 +18,8 @@ def _metric(name: str) -> Any:
         raise RecipeError(
             f"metric: {name} but sacrebleu is not installed. Run pip install 'icm-ray[bleu]'."
         )
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     return BLEU() if name == "bleu" else CHRF()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def _gathered(
     assert recipe.data is not None, "asked for by recipes with data alone"
     folder = target.with_name(f"{target.name}.evidence")
     tasks = [file.name for file in files]
+    start = partial(opened, recipe.resources, base, recipe.seed, preparing(recipe))
     if find_method(recipe.method).needs == "learned_merge":
         spec = spec_of(recipe.method, recipe.learn)
         refs = [ref.pair for ref in recipe.adapters]
@@ -59,6 +61,6 @@ def _gathered(
         )
         return learn_with_grams(session, request, folder, recipe.method)
     data = learner_data(recipe.data, tasks)
-    session = stack.enter_context(opened(recipe.resources, base, recipe.seed, preparing(recipe)))
+    session = stack.enter_context(start())
     with session.pool(len(files)) as pool:
         return grams_on_ray(pool, files, data.inputs, folder)

@@ -109,7 +109,7 @@ def _seconds(table: Table, one: SetResults, row: MethodRow, forward: float) -> f
         seconds += BACKWARD * how.steps * how.batch * len(one.scored) * forward
     if needs == "fusion_model":
         spec = fusion_spec_of(row.fusion)
-        seconds += INNER * spec.meta_steps * FUSION_BATCH * tasks * forward
+        seconds += INNER * spec.meta_steps * FUSION_BATCH * len(one.scored) * forward
         seconds += VAE_STEP_SECONDS * spec.vae_steps
     return seconds
 
