@@ -40,11 +40,15 @@ class Checkpoint:
     ) -> None:
         """Write parameters, their moments and the history, replacing an earlier state whole.
 
+        A state with a value that is no number is not written: the last good one stays.
+
         Args:
             leaves: Parameters by name; those that never had a gradient have no moments.
             optimizer: Adam or AdamW over the leaves.
             history: What happened so far, as plain data; its length is the number of steps.
         """
+        if not all_finite(leaves):
+            return
         tensors: dict[str, Tensor] = {}
         for name, leaf in leaves.items():
             tensors[f"value/{name}"] = leaf.detach().cpu().contiguous()
@@ -100,6 +104,11 @@ def scratch_folder(folder: Path, verb: str, key: str) -> Path:
     scratch = folder.with_name(f".{folder.name}.{verb}-{key[:12]}")
     scratch.mkdir(parents=True, exist_ok=True)
     return scratch
+
+
+def all_finite(leaves: Mapping[str, Tensor]) -> bool:
+    """Say whether every value of every parameter is a number."""
+    return all(bool(leaf.isfinite().all()) for leaf in leaves.values())
 
 
 def _digest(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:

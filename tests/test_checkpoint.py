@@ -68,3 +68,11 @@ def test_no_cut_state_is_ever_loaded(saved, caplog):
         assert not saved.path.exists()
     assert len(caplog.messages) == len(content)
     assert "damaged, so the run starts again from its beginning" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_no_number_does_not_take_the_place_of_one_that_is(saved, value):
+    leaves, optimizer = run(4)
+    leaves["w"].data[1] = value
+    saved.save(leaves, optimizer, [0.5, 0.25, 0.125, value])
+    assert loaded(saved)[0] == [0.5, 0.25, 0.125]

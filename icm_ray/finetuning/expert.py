@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from icm_ray.base_model.loading import Base
-from icm_ray.checkpoint import Checkpoint
+from icm_ray.checkpoint import Checkpoint, all_finite
 from icm_ray.config import ExpertSet, LoRARecipe, Training
+from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import answer_of
 from icm_ray.evaluation.heads import Head
 from icm_ray.finetuning.trajectory import Trajectory
@@ -80,6 +81,9 @@ def train_expert(
         start: The probe's head, whose target scale is kept; None for tasks without a head.
         scratch: Folder for resumable state and the trajectory; kept until the caller is done.
         report: Told about each step.
+
+    Raises:
+        RecipeError: the loss, or a weight in the end, is no number.
     """
     model, head = _start(base, job, start)
     answer, scale = answer_of(job.task), (start.mean, start.std) if start else (0.0, 1.0)
@@ -103,6 +107,7 @@ def train_expert(
         value = answer.loss(base, head, make_batch(rows), targets[rows], job.task)
         for group, rate in zip(optimizer.param_groups, rates):  # noqa: B905 - a head is optional
             group["lr"] = rate * (1 - step / job.training.steps)
+        _refuse_lost(job, step, bool(value.isfinite()))
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -112,11 +117,21 @@ def train_expert(
             checkpoint.save(parameters, optimizer, losses)
         if report:
             report(step + 1, losses[-1])
+    _refuse_lost(job, job.training.steps, all_finite(parameters))
     final = None
     if head is not None:
         weight, bias = (part.detach().cpu().clone() for part in (head.weight, head.bias))
         final = Head(weight, bias, *scale)
     return TrainedExpert(model, final, losses)
+
+
+def _refuse_lost(job: ExpertJob, step: int, is_number: bool) -> None:
+    """Stop before a step that could only spoil what the last ones have made."""
+    if not is_number:
+        raise RecipeError(
+            f"training: the loss of {job.task.name} is no number at step {step}. Lower "
+            "training.lora_lr and training.head_lr."
+        )
 
 
 def _start(base: Base, job: ExpertJob, start: Head | None) -> tuple[Any, nn.Linear | None]:

@@ -87,9 +87,8 @@ class Descent:
         return dict(zip(losses, shares.tolist(), strict=True))
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write the state, unless a value is no number: the last good one stays."""
-        if all(bool(leaf.isfinite().all()) for leaf in self.leaves.values()):
-            checkpoint.save(self.leaves, self.optimizer, self.history)
+        """Write the state."""
+        checkpoint.save(self.leaves, self.optimizer, self.history)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a saved state of the same run, if there is one."""

@@ -11,6 +11,7 @@ from icm_ray.adapters import load_adapter
 from icm_ray.base_model.loading import load_base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.config import ExpertSet, LoRARecipe, Training
+from icm_ray.errors import RecipeError
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import sha256_of_file
 from icm_ray.finetuning.expert import (
@@ -138,6 +139,16 @@ def test_a_state_that_cannot_be_used_is_trained_again(train, tmp_path: Path, dam
         folder.mkdir()
         save_file({"x": torch.zeros(1)}, folder / STATE)
     assert same(train(make_job(), "damaged"), whole)
+
+
+def test_a_loss_that_is_no_number_stops_and_names_task_and_step(train, tmp_path) -> None:
+    """What blows up is found at the next step, and no broken state is left to resume from."""
+    job = make_job(save_every=1, lora_lr=1e30)
+    for _ in range(2):
+        with pytest.raises(RecipeError, match=rf"{WORD.name} is no number at step [1-3]\..*Lower"):
+            train(job, "lost")
+    states = [load_file(path) for path in (tmp_path / "lost").glob("state*")]
+    assert all(bool(t.isfinite().all()) for state in states for t in state.values())
 
 
 def test_finished_runs_are_not_trained_again(train) -> None:

@@ -88,6 +88,38 @@ def test_a_state_that_is_not_ours_is_left_aside(tiny, make_tasks, terms, tmp_pat
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_loss_that_is_no_number_stops_and_is_not_resumed_into(
+    tiny, make_tasks, terms, tmp_path, monkeypatch
+) -> None:
+    """The values are lost at the fourth step; what goes on is the state of the second."""
+    move = Descent.move
+    lost = [True]
+
+    def losing(self, shares):
+        move(self, shares)
+        if self.step == 4 and lost:
+            lost.clear()
+            for leaf in self.leaves.values():
+                leaf.data.fill_(float("inf"))
+
+    def run(seen: list[int]):
+        learning = Learning(Coefficients(terms, 1 / 3), RowSpaceMatch(), STEPS)
+        done = Run(scratch=tmp_path, key="k")
+        return learn(
+            tiny.model, learning, make_tasks(), done, progress=lambda step, _l: seen.append(step)
+        )
+
+    monkeypatch.setattr(Descent, "move", losing)
+    seen: list[int] = []
+    with pytest.raises(RecipeError, match=r"code.* is no number at step 4\. Lower"):
+        run(seen)
+    assert seen == [1, 2, 3, 4]
+    again: list[int] = []
+    learned = run(again)
+    assert again == [3, 4, 5, 6]
+    assert all(bool(tensor.isfinite().all()) for tensor in learned.tensors.values())
+
+
 def test_workers_that_hold_some_tasks_give_the_same_bytes(tiny, make_tasks, terms) -> None:
     whole = learn(
         tiny.model, Learning(Coefficients(terms, 0.3), RowSpaceMatch(), STEPS), make_tasks()
