@@ -293,6 +293,33 @@ def export(
 
 
 @app.command()
+def push(
+    folder: Folder,
+    to: Annotated[str, typer.Option("--to", help="Repository: org/name.")],
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it is new.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a verified merge to the Hugging Face hub, in one commit."""
+    from icm_ray.exporting import has_token, plan_upload, upload_lines
+    from icm_ray.exporting import push as upload_to_hub
+    from icm_ray.merging.estimate import warn
+
+    def work() -> None:
+        upload = plan_upload(folder, to, revision)
+        print("\n".join(upload_lines(upload, private=private)))
+        warn(upload.warnings)
+        if dry_run:
+            print(f"token: {'ready' if has_token() else 'none, set HF_TOKEN or run hf auth login'}")
+            print("nothing was uploaded.")
+            return
+        print(f"{folder}: uploaded, {upload_to_hub(upload, private=private)}")
+
+    _finish(work, debug)
+
+
+@app.command()
 def reproduce(folder: Folder, debug: Debug = False) -> None:
     """Merge again from the inputs and compare every file's sha256."""
     from icm_ray.merging.proof import reproduce as rebuild

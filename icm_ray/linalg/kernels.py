@@ -39,22 +39,19 @@ def loop_for(values: Tensor, loop: Callable[..., Any]) -> Callable[..., Any] | N
     return compiled(loop) if values.device.type == "cpu" else None
 
 
-def count_high(bits: NDArray[Any], counts: NDArray[Any]) -> None:
-    """Add magnitudes `(tasks, n)`, read as int32, to counts by their upper 15 bits."""
-    for task in range(bits.shape[0]):
-        row, count = bits[task], counts[task]
-        for j in range(row.shape[0]):
-            count[(row[j] & 0x7FFFFFFF) >> 16] += 1
+def count_digit(
+    bits: NDArray[Any], above: NDArray[Any], shift: int, width: int, counts: NDArray[Any]
+) -> None:
+    """Add magnitudes `(tasks, n)`, read as int32, to counts by `width` bits above the last `shift`.
 
-
-def count_low(bits: NDArray[Any], high: NDArray[Any], counts: NDArray[Any]) -> None:
-    """Add magnitudes whose upper bits are the task's `high` to counts by their lower 16 bits."""
+    Only magnitudes whose still higher bits are the task's `above` count.
+    """
     for task in range(bits.shape[0]):
-        row, count, upper = bits[task], counts[task], high[task]
+        row, count, upper = bits[task], counts[task], above[task]
         for j in range(row.shape[0]):
-            magnitude = row[j] & 0x7FFFFFFF
-            if magnitude >> 16 == upper:
-                count[magnitude & 0xFFFF] += 1
+            rest = (row[j] & 0x7FFFFFFF) >> shift
+            if rest >> width == upper:
+                count[rest & ((1 << width) - 1)] += 1
 
 
 def sum_of_signs(

@@ -1,16 +1,21 @@
 """The k-th smallest magnitude of values that are never held together, exactly.
 
-The bits of a non-negative float32, read as a whole number, are in the order of the floats. So two
-sweeps find a k-th value: the first counts the upper 15 bits, the second counts the lower 16 bits
-of the values that share the upper bits of the one looked for. Counts are whole numbers and add
-up in any order, so any split of the values over blocks, modules or workers finds the same float.
+The bits of a non-negative float32, read as a whole number, are in the order of the floats. So a few
+sweeps find a k-th value, one digit of these bits after another from the top: each counts, of the
+values that begin with the digits found so far, how often the next digit is what. Counts are whole
+numbers and add up in any order, so any split of the values over blocks, modules or workers finds
+the same float.
 
-    counts = no_counts(tasks, HIGH_BINS)
-    for block in blocks:
-        count_high(block, counts)
-    high, place = pick(counts, place)      # and the same with count_low, LOW_BINS
-    magnitude(high, low)
+    above, place = no_digits(tasks), ...
+    for digit in digits_for(tasks):
+        counts = no_counts(tasks, digit)
+        for block in blocks:
+            count(block, above, digit, counts)
+        above, place = pick(counts, above, place)
+    magnitude(above)
 """
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -18,65 +23,84 @@ from torch import Tensor
 
 from icm_ray.linalg import kernels
 
-LOW_BITS = 16
-HIGH_BINS = 2**15
-LOW_BINS = 2**LOW_BITS
 MAGNITUDE = 0x7FFFFFFF  # every bit but the sign
-UPPER = MAGNITUDE - (LOW_BINS - 1)
+FEW_TASKS = 32
+"""Up to so many tasks, two sweeps with large counts: 768 kB a task. More take three: 24 kB."""
 
 
-def no_counts(tasks: int, bins: int) -> Int[Tensor, "tasks bins"]:
+@dataclass(frozen=True)
+class Digit:
+    """Some neighbouring bits of a magnitude: `width` of them, above the last `shift`."""
+
+    shift: int
+    width: int
+
+    @property
+    def bins(self) -> int:
+        """Number of values that the digit can have."""
+        return 1 << self.width
+
+
+_TWO = (Digit(16, 15), Digit(0, 16))
+_THREE = (Digit(20, 11), Digit(10, 10), Digit(0, 10))
+MOST_DIGITS = len(_THREE)
+
+
+def digits_for(tasks: int) -> tuple[Digit, ...]:
+    """Return the digits that sweeps over so many tasks count, from the top; any find the same."""
+    return _TWO if tasks <= FEW_TASKS else _THREE
+
+
+def no_digits(tasks: int) -> Int[Tensor, " tasks"]:
+    """Return what is known before the first digit."""
+    return torch.zeros(tasks, dtype=torch.int64)
+
+
+def no_counts(tasks: int, digit: Digit) -> Int[Tensor, "tasks bins"]:
     """Return counts to start from, int64."""
-    return torch.zeros(tasks, bins, dtype=torch.int64)
+    return torch.zeros(tasks, digit.bins, dtype=torch.int64)
 
 
-def count_high(values: Float[Tensor, "tasks ..."], counts: Int[Tensor, "tasks high"]) -> None:
-    """Add each task's magnitudes, by their upper 15 bits, to `counts`."""
-    bits = _bits(values)
-    loop = kernels.loop_for(bits, kernels.count_high)
-    if loop is not None:
-        loop(bits.numpy(), counts.numpy())
-        return
-    for row, count in zip(bits, counts, strict=True):
-        count += torch.bincount((row & MAGNITUDE) >> LOW_BITS, minlength=HIGH_BINS)
-
-
-def count_low(
+def count(
     values: Float[Tensor, "tasks ..."],
-    high: Int[Tensor, " tasks"],
-    counts: Int[Tensor, "tasks low"],
+    above: Int[Tensor, " tasks"],
+    digit: Digit,
+    counts: Int[Tensor, "tasks bins"],
 ) -> None:
-    """Add each task's magnitudes with the upper bits `high`, by their lower 16 bits."""
+    """Add each task's magnitudes that begin with the digits `above` to `counts`, by this digit."""
     bits = _bits(values)
-    loop = kernels.loop_for(bits, kernels.count_low)
+    loop = kernels.loop_for(bits, kernels.count_digit)
     if loop is not None:
-        loop(bits.numpy(), high.numpy(), counts.numpy())
+        loop(bits.numpy(), above.numpy(), digit.shift, digit.width, counts.numpy())
         return
-    # numpy selects by a mask several times faster than torch does on a processor.
-    rows = bits.numpy() if bits.device.type == "cpu" else bits
-    for row, upper, count in zip(rows, high.tolist(), counts, strict=True):
-        inside = row[(row & UPPER) == upper << LOW_BITS] & (LOW_BINS - 1)
-        count += torch.bincount(torch.as_tensor(inside), minlength=LOW_BINS)
+    for row, upper, total in zip(bits, above.tolist(), counts, strict=True):
+        found = (row & MAGNITUDE) >> digit.shift
+        if digit.shift + digit.width < 31:
+            # numpy selects by a mask several times faster than torch does on a processor.
+            rest = found.numpy() if found.device.type == "cpu" else found
+            found = torch.as_tensor(rest[rest >> digit.width == upper] & (digit.bins - 1))
+        total += torch.bincount(found, minlength=digit.bins)
 
 
 def pick(
-    counts: Int[Tensor, "tasks bins"], place: Int[Tensor, " tasks"]
+    counts: Int[Tensor, "tasks bins"], above: Int[Tensor, " tasks"], place: Int[Tensor, " tasks"]
 ) -> tuple[Int[Tensor, " tasks"], Int[Tensor, " tasks"]]:
-    """Return each task's bin with the `place`-th smallest value, and its place inside that bin.
+    """Return the digits so far of each task's `place`-th smallest value, and its place among these.
 
     Args:
-        counts: Of `count_high`, or of `count_low` with the place the first pick returned.
-        place: From 1 to the sum of the counts; 0 gives bin 0 and place 0, below every value.
+        counts: Of `count`, whose number of bins is a power of two.
+        above: The digits that were known when they were counted.
+        place: From 1 to the sum of the counts; 0 gives digit 0 and place 0, below every value.
     """
     reached = counts.cumsum(1)
     found = torch.searchsorted(reached, place[:, None])
     before = reached.gather(1, found) - counts.gather(1, found)
-    return found[:, 0], place - before[:, 0]
+    return above * counts.shape[1] + found[:, 0], place - before[:, 0]
 
 
-def magnitude(high: Int[Tensor, " tasks"], low: Int[Tensor, " tasks"]) -> Float[Tensor, " tasks"]:
-    """Return the float32 whose upper and lower bits the two picks found."""
-    return ((high << LOW_BITS) | low).int().view(torch.float32)
+def magnitude(above: Int[Tensor, " tasks"]) -> Float[Tensor, " tasks"]:
+    """Return the float32 whose digits were all picked."""
+    return above.int().view(torch.float32)
 
 
 def _bits(values: Float[Tensor, "tasks ..."]) -> Int[Tensor, "tasks n"]:

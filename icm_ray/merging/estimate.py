@@ -12,6 +12,7 @@ from icm_ray.adapters.fused import is_expert
 from icm_ray.config import MergeRecipe, folder_names
 from icm_ray.errors import RecipeError, one_line
 from icm_ray.files import refuse_inputs
+from icm_ray.linalg.radix import digits_for
 from icm_ray.merging.cut import serving_rank
 from icm_ray.merging.folder import dtype_name
 from icm_ray.merging.order import MergeOrder, MergeRequest, idle_lines, plan_merge
@@ -212,7 +213,10 @@ def _sizes(
     """Return output ranks, exact ranks, flops and the largest module's bytes."""
     shapes = {file.name: file.shapes for file in files}
     ranks, stacked, flops, largest = {}, {}, 0.0, 0
-    row = find_method(order.method)
+    row, counts = find_method(order.method), 0
+    if len(passes_of(order)) > 1:  # of all tasks: a module's, their sum, and the sum's sums
+        bins = max(digit.bins for digit in digits_for(len(order.tasks)))
+        counts = 4 * BYTES["float64"] * bins * len(order.tasks)
     for module, tasks in order.present.items():
         d_out, d_in, _ = shapes[tasks[0]][module]
         total = sum(shapes[task][module][2] for task in tasks)
@@ -223,7 +227,7 @@ def _sizes(
             looks = len(passes_of(order)) + 1
             flops += looks * d_out * d_in * (2.0 * total + VISIT * len(tasks))
             flops += 100.0 * d_out * d_in * ranks[module]  # the randomised cut
-            largest = max(largest, 8 * (total * (d_out + d_in) + d_out * d_in))
+            largest = max(largest, 8 * (total * (d_out + d_in) + d_out * d_in) + counts)
         else:
             flops += 6.0 * total * total * (d_out + d_in) + 20.0 * total**3
             largest = max(largest, 20 * total * (d_out + d_in))

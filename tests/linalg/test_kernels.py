@@ -37,21 +37,18 @@ def blocks(draw) -> torch.Tensor:
     return torch.tensor(values).view(tasks, 3, cols)
 
 
-@given(blocks())
-def test_counts(values: torch.Tensor) -> None:
-    def high() -> torch.Tensor:
-        counts = radix.no_counts(len(values), radix.HIGH_BINS)
-        radix.count_high(values, counts)
-        return counts
+@given(blocks(), st.sampled_from([2, 500]))
+def test_counts(values: torch.Tensor, tasks: int) -> None:
+    above = radix.no_digits(len(values))
+    for digit in radix.digits_for(tasks):
 
-    def low() -> torch.Tensor:
-        counts = radix.no_counts(len(values), radix.LOW_BINS)
-        radix.count_low(values, bins, counts)
-        return counts
+        def counts(digit: radix.Digit = digit, above: torch.Tensor = above) -> torch.Tensor:
+            found = radix.no_counts(len(values), digit)
+            radix.count(values, above, digit, found)
+            return found
 
-    both(high)
-    bins = high().argmax(1)
-    both(low)
+        both(counts)
+        above, _ = radix.pick(counts(), above, torch.ones(len(values), dtype=torch.int64))
 
 
 @given(
@@ -103,7 +100,7 @@ def forgotten():
 @pytest.mark.usefixtures("forgotten")
 def test_without_numba_nothing_is_compiled(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert kernels.compiled(kernels.count_high) is None
+    assert kernels.compiled(kernels.count_digit) is None
 
 
 @pytest.mark.usefixtures("forgotten")
@@ -118,5 +115,5 @@ def test_compiles_where_nothing_can_be_written(monkeypatch) -> None:
         return functions[0]
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert kernels.compiled(kernels.count_high) is not None
+    assert kernels.compiled(kernels.count_digit) is not None
     assert asked == [{"cache": True}, {}]

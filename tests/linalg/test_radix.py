@@ -13,17 +13,15 @@ NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, DENORMAL, -DENORMAL,
 )
 
 
-def kth(parts: list[torch.Tensor], place: int) -> float:
-    """Find the place-th smallest magnitude of values that come in parts, `(1, n)` each."""
-    high_counts = radix.no_counts(1, radix.HIGH_BINS)
-    for part in parts:
-        radix.count_high(part, high_counts)
-    high, inside = radix.pick(high_counts, torch.tensor([place]))
-    low_counts = radix.no_counts(1, radix.LOW_BINS)
-    for part in parts:
-        radix.count_low(part, high, low_counts)
-    low, _ = radix.pick(low_counts, inside)
-    return float(radix.magnitude(high, low))
+def kth(parts: list[torch.Tensor], places: list[int], tasks: int) -> torch.Tensor:
+    """Find each row's place-th smallest magnitude, by the digits that so many tasks would have."""
+    above, place = radix.no_digits(len(places)), torch.tensor(places)
+    for digit in radix.digits_for(tasks):
+        counts = radix.no_counts(len(places), digit)
+        for part in parts:
+            radix.count(part, above, digit, counts)
+        above, place = radix.pick(counts, above, place)
+    return radix.magnitude(above)
 
 
 @pytest.fixture(params=["compiled", "plain"])
@@ -35,36 +33,41 @@ def route(request, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("tasks", [2, 500])
 @pytest.mark.parametrize("density", [0.0, 0.2, 0.5, 0.9, 1.0])
-def test_a_threshold_is_that_of_all_values_together(density: float) -> None:
+def test_a_threshold_is_that_of_all_values_together(density: float, tasks: int) -> None:
     @given(st.lists(NUMBERS, min_size=1, max_size=40), st.integers(1, 7))
     def holds(numbers: list[float], size: int) -> None:
         values = torch.tensor(numbers)
         parts = [part[None] for part in values.split(size)]
         place = len(numbers) - int(len(numbers) * density)
-        assert kth(parts, place) == threshold(values, density)
+        assert float(kth(parts, [place], tasks)) == threshold(values, density)
 
     holds()
 
 
 @pytest.mark.usefixtures("route")
-def test_tasks_are_counted_apart() -> None:
+@pytest.mark.parametrize("tasks", [2, 500])
+def test_tasks_are_counted_apart(tasks: int) -> None:
     values = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1))
-    counts = radix.no_counts(3, radix.HIGH_BINS)
-    radix.count_high(values, counts)
-    assert counts.sum(1).tolist() == [35, 35, 35]
-    high, inside = radix.pick(counts, torch.tensor([1, 18, 35]))
-    low_counts = radix.no_counts(3, radix.LOW_BINS)
-    radix.count_low(values.transpose(1, 2), high, low_counts)  # contiguous or not
-    low, _ = radix.pick(low_counts, inside)
     ordered = values.abs().flatten(1).sort(dim=1).values
     expected = torch.stack([ordered[0, 0], ordered[1, 17], ordered[2, 34]])
-    assert torch.equal(radix.magnitude(high, low), expected)
+    turned = [values.transpose(1, 2)]  # contiguous or not
+    assert torch.equal(kth(turned, [1, 18, 35], tasks), expected)
 
 
 def test_place_zero_is_below_every_value() -> None:
-    counts = torch.tensor([[0, 3, 2], [1, 0, 0]])
-    found, place = radix.pick(counts, torch.tensor([0, 0]))
-    assert (found.tolist(), place.tolist()) == ([0, 0], [0, 0])
-    found, place = radix.pick(counts, torch.tensor([4, 1]))
-    assert (found.tolist(), place.tolist()) == ([2, 0], [1, 1])
+    counts, above = torch.tensor([[0, 3, 2, 0], [1, 0, 0, 0]]), torch.tensor([0, 5])
+    found, place = radix.pick(counts, above, torch.tensor([0, 0]))
+    assert (found.tolist(), place.tolist()) == ([0, 20], [0, 0])
+    found, place = radix.pick(counts, above, torch.tensor([4, 1]))
+    assert (found.tolist(), place.tolist()) == ([2, 20], [1, 1])
+
+
+def test_the_digits_are_all_bits_but_the_sign() -> None:
+    for tasks in (1, radix.FEW_TASKS, radix.FEW_TASKS + 1):
+        digits = radix.digits_for(tasks)
+        assert sum(digit.width for digit in digits) == 31
+        tops = [31, *(digit.shift for digit in digits)]
+        assert all(d.shift + d.width == top for d, top in zip(digits, tops, strict=False))
+    assert max(len(radix.digits_for(n)) for n in (1, 1000)) == radix.MOST_DIGITS

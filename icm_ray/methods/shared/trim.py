@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icm_ray.linalg import radix
 from icm_ray.linalg.consensus import sum_of_signs
+from icm_ray.linalg.radix import Digit
 from icm_ray.methods.shared.parameters import task_weights
 from icm_ray.methods.table import Pass
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
@@ -38,14 +39,16 @@ def trim_passes(entries: Entries, density: float) -> tuple[Pass, ...]:
 
     Args:
         entries: Yields a module's values; called with the method's own parameters.
-        density: Share to keep, in [0, 1]; 1 spares the two passes that find the threshold.
+        density: Share to keep, in [0, 1]; 1 spares the passes that find the threshold.
     """
     last = Pass(partial(_count_signs, entries), partial(_conclude_signs, density < 1))
     if density >= 1:
         return (last,)
-    first = Pass(partial(_count_high, entries), partial(_conclude_high, density))
-    second = Pass(partial(_count_low, entries), _conclude_low)
-    return first, second, last
+    found = [
+        Pass(partial(_count_digit, entries, number), partial(_conclude_digit, density, number))
+        for number in range(radix.MOST_DIGITS)
+    ]
+    return *found, last
 
 
 def thresholds(context: ModuleContext) -> Float[Tensor, " tasks"]:
@@ -75,8 +78,9 @@ def of_module_alone(
     return context
 
 
-def _count_high(
+def _count_digit(
     entries: Entries,
+    number: int,
     /,
     factors: Sequence[LoRAFactors],
     *,
@@ -84,52 +88,46 @@ def _count_high(
     evidence: ModuleEvidence | None = None,
     **params: Any,
 ) -> dict[str, Tensor]:
-    blocks = entries(factors, context, evidence, **params)
-    counts = sum_counts(blocks, len(factors), radix.HIGH_BINS, radix.count_high)
-    total = radix.no_counts(len(context.all_tasks), radix.HIGH_BINS)
-    total[:, 0] = counts[0].sum()  # a task without the module has as many zeros
-    total[context.rows] = counts
-    return {"high_counts": total}
-
-
-def _conclude_high(
-    density: float, /, total: Mapping[str, Tensor], *, tasks: Sequence[str], **_params: Any
-) -> dict[str, Tensor]:
-    size = int(total["high_counts"][0].sum())
-    place = torch.full((len(tasks),), size - int(size * density))
-    high, place = radix.pick(total["high_counts"], place)
-    return {"high": high, "place": place}
-
-
-def _count_low(
-    entries: Entries,
-    /,
-    factors: Sequence[LoRAFactors],
-    *,
-    context: ModuleContext,
-    evidence: ModuleEvidence | None = None,
-    **params: Any,
-) -> dict[str, Tensor]:
-    high, size = context.statistics["high"], 0
-
-    def count(block: Tensor, total: Tensor) -> None:
-        nonlocal size
+    tasks = len(context.all_tasks)
+    digits = radix.digits_for(tasks)
+    if number >= len(digits):
+        return {}  # all is known already, and no factor is read
+    digit = digits[number]
+    above = context.statistics.get("above", radix.no_digits(tasks))
+    counts = radix.no_counts(len(factors), digit)
+    size = 0
+    for block in entries(factors, context, evidence, **params):
         size += block[0].numel()
-        radix.count_low(block, high[context.rows], total)
-
-    blocks = entries(factors, context, evidence, **params)
-    counts = sum_counts(blocks, len(factors), radix.LOW_BINS, count)
-    total = radix.no_counts(len(context.all_tasks), radix.LOW_BINS)
-    total[high == 0, 0] = size
+        radix.count(block, above[context.rows], digit, counts)
+    total = radix.no_counts(tasks, digit)
+    total[above == 0, 0] = size  # a task without the module has as many zeros
     total[context.rows] = counts
-    return {"low_counts": total}
+    return {"counts": total}
 
 
-def _conclude_low(
-    total: Mapping[str, Tensor], *, statistics: Mapping[str, Tensor], **_params: Any
+def _conclude_digit(
+    density: float,
+    number: int,
+    /,
+    total: Mapping[str, Tensor],
+    *,
+    tasks: Sequence[str],
+    statistics: Mapping[str, Tensor],
+    **_params: Any,
 ) -> dict[str, Tensor]:
-    low, _ = radix.pick(total["low_counts"], statistics["place"])
-    return {"threshold": radix.magnitude(statistics["high"], low)}
+    digits = radix.digits_for(len(tasks))
+    if number >= len(digits):
+        return {}
+    above, place = statistics.get("above"), statistics.get("place")
+    if above is None or place is None:
+        size = int(total["counts"][0].sum())
+        above, place = (
+            radix.no_digits(len(tasks)),
+            torch.full((len(tasks),), size - int(size * density)),
+        )
+    above, place = radix.pick(total["counts"], above, place)
+    found = {"above": above, "place": place}
+    return {"threshold": radix.magnitude(above)} if number == len(digits) - 1 else found
 
 
 def _count_signs(
@@ -199,26 +197,26 @@ def exactly(
         tasks: Number of tasks.
         count_of: Gives the number to keep, from 0 to the number of values it is called with.
     """
-    high_counts = sum_counts(blocks(), tasks, radix.HIGH_BINS, radix.count_high)
-    size = int(high_counts[0].sum())
-    count = count_of(size)
-    if count == 0:
+    digits, above = radix.digits_for(tasks), radix.no_digits(tasks)
+    counts = _counted(blocks(), above, digits[0])
+    size = int(counts[0].sum())
+    kept = count_of(size)
+    if kept == 0:
         return ExactTrim(torch.full((tasks,), torch.inf), torch.full((tasks,), -1))
-    high, place = radix.pick(high_counts, torch.full((tasks,), size - count + 1))
-    low_counts = sum_counts(
-        blocks(), tasks, radix.LOW_BINS, lambda block, total: radix.count_low(block, high, total)
-    )
-    low, place = radix.pick(low_counts, place)
-    equal = low_counts.gather(1, low[:, None])[:, 0]
+    above, place = radix.pick(counts, above, torch.full((tasks,), size - kept + 1))
+    for digit in digits[1:]:
+        counts = _counted(blocks(), above, digit)
+        above, place = radix.pick(counts, above, place)
+    equal = counts.gather(1, (above % counts.shape[1])[:, None])[:, 0]
     # Places count from the smallest, so the first one in its bin keeps all that are equal.
-    return ExactTrim(radix.magnitude(high, low), torch.where(place == 1, -1, equal - place + 1))
+    return ExactTrim(radix.magnitude(above), torch.where(place == 1, -1, equal - place + 1))
 
 
-def sum_counts(
-    blocks: Iterator[Tensor], tasks: int, bins: int, count: Callable[[Tensor, Tensor], None]
+def _counted(
+    blocks: Iterator[Tensor], above: Int[Tensor, " tasks"], digit: Digit
 ) -> Int[Tensor, "tasks bins"]:
     """Return the counts of all blocks of a module."""
-    total = radix.no_counts(tasks, bins)
+    total = radix.no_counts(len(above), digit)
     for block in blocks:
-        count(block, total)
+        radix.count(block, above, digit, total)
     return total
