@@ -51,11 +51,11 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     studies = [study_of(plan, s, ledger) for s, ledger in zip(searches, ledgers, strict=True)]
     pairs = list(zip(searches, studies, strict=True))
     with opened(recipe.resources, base, recipe.seed) as session:
-        _run_all(plan, pairs, session, target)
+        run_missing(plan, pairs, session, target)
         return finish(plan, pairs, session, target)
 
 
-def _run_all(
+def run_missing(
     plan: Plan, pairs: Sequence[tuple[Search, Study]], session: Session, target: Path
 ) -> None:
     """Run the missing trials of every search on one set of actors."""
