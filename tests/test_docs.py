@@ -33,7 +33,7 @@ def kept():
             if not (file := DOCS / "results" / suite / part / "results.parquet").is_file():
                 continue
             told = pq.read_table(file).to_pylist()
-            rows = [ScoreRow(**{**row, "seen": bool(row["seen"])}) for row in told]
+            rows = [ScoreRow(**{**row, "seen": bool(row.get("seen", True))}) for row in told]
             for row in summarise(rows, "test").of_init(init):
                 text = f"{100 * row.mean.mean:.0f} / {100 * row.worst.mean:.0f}"
                 found[suite].setdefault(row.label, []).append(text)
