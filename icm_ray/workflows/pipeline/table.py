@@ -105,10 +105,6 @@ class SetResults:
         """Return what identifies each adapter."""
         return {file.name: file.fingerprint for file in self.files()}
 
-    def fingerprints(self) -> dict[str, str]:
-        """Return what identifies each adapter."""
-        return {file.name: file.fingerprint for file in self.files()}
-
     def proven(self) -> list[AdapterFile]:
         """Return the experts' adapters alone."""
         return self.files(tuple(self.experts))
