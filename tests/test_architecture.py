@@ -16,7 +16,7 @@ BASICS = {"errors", "types", "files", "seeding", "checkpoint"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
-    "checkpoint": set(),
+    "checkpoint": {"errors"},
     "linalg": set(),
     "types": {"errors"},
     "owners": set(),

@@ -13,7 +13,7 @@ from icm_ray.adapters.saving import as_stored
 from icm_ray.base_model.readers import Inputs
 from icm_ray.base_model.states import batches_of
 from icm_ray.config import Resources
-from icm_ray.distributed.cluster import MAX_RETRIES
+from icm_ray.distributed.faults import MAX_RETRIES
 from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.distributed.trials import measure, measurer_of
 from icm_ray.errors import InputError
