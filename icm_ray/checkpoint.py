@@ -17,6 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from icm_ray.errors import InputError
+
+FORMAT = "1"
+"""Of the file. Another one is refused by its number; the checksum is made the same way in all."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW and Adam remember of a parameter."""
 
@@ -54,7 +58,7 @@ class Checkpoint:
             tensors[f"value/{name}"] = leaf.detach().cpu().contiguous()
             for moment in MOMENTS if leaf in optimizer.state else ():
                 tensors[f"{moment}/{name}"] = optimizer.state[leaf][moment].cpu().contiguous()
-        notes = {"key": self.key, "history": json.dumps(history)}
+        notes = {"format": FORMAT, "key": self.key, "history": json.dumps(history)}
         notes["sha256"] = _digest(tensors, notes)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         save_file(tensors, temporary, metadata=notes)
@@ -64,6 +68,9 @@ class Checkpoint:
         """Set parameters and moments to the saved state of the same run; return its history.
 
         Without one nothing is touched, and the history is empty.
+
+        Raises:
+            InputError: another version of this project wrote the state.
         """
         if not self.path.is_file():
             return []
@@ -73,6 +80,11 @@ class Checkpoint:
                 notes = dict(file.metadata() or {})
             if notes.pop("sha256") != _digest(stored, notes):
                 raise ValueError("checksum")
+            if (found := notes.get("format", "1")) != FORMAT:
+                raise InputError(
+                    f"{self.path}: state of format {found} but {FORMAT} is expected. Go on with "
+                    "the version of icm_ray that wrote it, or remove the file to start again."
+                )
             history = json.loads(notes["history"])
             values = {name: stored[f"value/{name}"].reshape(v.shape) for name, v in leaves.items()}
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):

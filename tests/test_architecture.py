@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
     "devices": {"errors"},
-    "checkpoint": set(),
+    "checkpoint": {"errors"},
     "inputs": set(),
     "linalg": set(),
     "types": {"errors"},

@@ -14,7 +14,7 @@ from icm_ray.base_model.readers import Inputs
 from icm_ray.base_model.shared_base import SharedBase
 from icm_ray.base_model.states import batches_of
 from icm_ray.config import Resources
-from icm_ray.distributed.cluster import MAX_RETRIES
+from icm_ray.distributed.faults import MAX_RETRIES
 from icm_ray.distributed.trials import measure, measurer_of
 from icm_ray.errors import InputError
 from icm_ray.evaluation.scoring import Memory, TaskData, TaskScore, evaluate

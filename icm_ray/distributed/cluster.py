@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from icm_ray.config import Resources
 from icm_ray.distributed import is_joining
+from icm_ray.distributed.faults import MAX_LOST, as_ours, lost_work
 from icm_ray.distributed.joining import join, start_local
 from icm_ray.distributed.progress import bar, calm_progress
-from icm_ray.errors import ClusterError, ICMRayError
+from icm_ray.errors import ClusterError
 
 Key = TypeVar("Key", bound=Hashable)
-MAX_RETRIES = 3
 
 _session_ends_with_us = False
 
@@ -29,7 +29,7 @@ def connected(resources: Resources) -> Iterator[None]:
         RecipeError: RAY_ADDRESS is a cluster that anybody may use, and nobody said that it may be.
         ClusterError: the cluster cannot be joined, or one worker's request fits no node.
     """
-    import ray
+    import ray.exceptions
 
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
@@ -39,7 +39,12 @@ def connected(resources: Resources) -> Iterator[None]:
             calm_progress()
             stack.enter_context(_ended_by_us())
         check_fits(resources)
-        yield
+        try:
+            yield
+        except ray.exceptions.RayError as error:  # of ray.put, Train, Tune, Data
+            if (ours := as_ours(error, "cluster")) is error:
+                raise
+            raise ours from error
 
 
 @contextlib.contextmanager
@@ -140,7 +145,7 @@ def run_bounded(
         workers: Actor handles, or None for plain tasks (one slot each).
         calls: By key: takes a worker and returns an ObjectRef.
         timeout: Longest wait, in seconds, for any one call to finish.
-        label: Of the progress bar; without one, or without calls, none is drawn.
+        label: Of the progress bar, and of what is lost; without one no bar is drawn.
         done: Given each key and its result at once, in order of completion.
 
     Returns:
@@ -148,11 +153,13 @@ def run_bounded(
 
     Raises:
         ICMRayError: as raised by a call.
-        ClusterError: a worker died more often than Ray retries, or the time-out passed.
+        ClusterError: a call's workers died more often than Ray retries, which is said when the
+            others are done; or the time-out passed.
+        ResourceError: the same, where memory or disk is what ran out.
     """
     results: dict[Key, Any] = {}
     with bar(len(calls), label) if label and calls else contextlib.nullcontext() as drawn:
-        for key, result in _completed(workers, calls, timeout):
+        for key, result in _completed(workers, calls, timeout, label):
             results[key] = result
             if done:
                 done(key, result)
@@ -162,17 +169,20 @@ def run_bounded(
 
 
 def _completed(
-    workers: Sequence[Any], calls: Mapping[Key, Callable[[Any], Any]], timeout: float
+    workers: Sequence[Any], calls: Mapping[Key, Callable[[Any], Any]], timeout: float, label: str
 ) -> Iterator[tuple[Key, Any]]:
-    import ray
+    import ray.exceptions
 
     waiting, idle = list(calls), list(workers)
     flying: dict[Any, tuple[Key, Any]] = {}
+    lost: list[tuple[object, BaseException]] = []
     try:
         while waiting or flying:
-            while waiting and idle:
+            while waiting and idle and len(lost) < MAX_LOST:
                 key, worker = waiting.pop(0), idle.pop(0)
                 flying[calls[key](worker)] = (key, worker)
+            if not flying:
+                break  # no worker is left, or too much was lost
             ready, _ = ray.wait(list(flying), num_returns=1, timeout=timeout)
             if not ready:
                 names = ", ".join(str(key) for key, _ in flying.values())
@@ -181,8 +191,21 @@ def _completed(
                     "kept; run the same command again, or raise resources.timeout_seconds."
                 )
             key, worker = flying.pop(ready[0])
+            what = f"{label}: {key}" if label else key
+            try:
+                result = ray.get(ready[0])
+            except ray.exceptions.RayTaskError:  # of ours, or a bug: its worker lives
+                result = fetch(ready[0], what)
+            except ray.exceptions.RayError as error:
+                # What kills its workers is named in the end; the others' work goes on. A slot for
+                # tasks is as good as before, an actor that was lost is not.
+                lost.append((what, error))
+                idle += [None] if worker is None else []
+                continue
             idle.append(worker)
-            yield key, fetch(ready[0], key)
+            yield key, result
+        if lost:
+            raise lost_work(lost, len(waiting))
     finally:
         # The end of a session ends its calls. Cancelling them before can end this very process:
         # in Ray a cancelled task races with its own reply, and the loser fails a check.
@@ -219,18 +242,12 @@ def run_tasks(
 
 
 def fetch(reference: Any, what: object) -> Any:
-    """Return a remote result; errors of ours come back as themselves, Ray's as ClusterError."""
+    """Return a remote result; errors of ours come back as themselves, Ray's as `faults` says."""
     import ray.exceptions
 
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ICMRayError):
-            raise error.cause from None
-        raise
     except ray.exceptions.RayError as error:
-        reason = str(error).partition("\n")[0]
-        raise ClusterError(
-            f"{what}: lost after {MAX_RETRIES} retries ({type(error).__name__}: {reason}). "
-            "Finished work is kept; run the same command again."
-        ) from None
+        if (ours := as_ours(error, what)) is error:
+            raise
+        raise ours from None

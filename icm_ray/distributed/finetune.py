@@ -9,7 +9,8 @@ import ray
 import torch
 
 from icm_ray.checkpoint import scratch_folder
-from icm_ray.distributed.cluster import MAX_RETRIES, run_tasks
+from icm_ray.distributed.cluster import run_tasks
+from icm_ray.distributed.faults import MAX_RETRIES
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.experts import ADAPTER, HEAD, METRICS, TRAJECTORIES

@@ -21,9 +21,16 @@ from ray.util.state.exception import RayStateApiException
 from safetensors.torch import load_file
 
 from icm_ray.config import Resources
-from icm_ray.distributed.fusion_worker import TABLE, VAE, FusionOrder, check_hashes, train_worker
+from icm_ray.distributed.faults import as_ours
+from icm_ray.distributed.fusion_worker import (
+    TABLE,
+    VAE,
+    FusionOrder,
+    check_hashes,
+    read_progress,
+    train_worker,
+)
 from icm_ray.errors import ClusterError, ICMRayError, InputError, RecipeError
-from icm_ray.files import read_json
 from icm_ray.fusion.data import FusionTable, write_table
 from icm_ray.fusion.train import History, check_kept
 from icm_ray.fusion_vae.network import FusionVAE, build_vae
@@ -184,11 +191,11 @@ def _own(folder: Path) -> None:
         )
 
 
-def _told(error: train.TrainingFailedError) -> ICMRayError:
+def _told(error: train.TrainingFailedError) -> BaseException:
     """Return what ended a training: an error of ours as it was, anything else in one line."""
     for failure in getattr(error, "worker_failures", {}).values():
-        cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, ICMRayError):
+        cause = as_ours(getattr(failure, "_base_exc", failure), "train fusion")
+        if isinstance(cause, ICMRayError | OSError) and not isinstance(cause, ClusterError):
             return cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ClusterError(
@@ -201,7 +208,7 @@ def _trained(order: FusionOrder, table: FusionTable, checkpoint: Any) -> Trained
     with checkpoint.as_directory() as name:
         folder = Path(name)
         check_hashes(folder)
-        notes = [read_json(path) for path in sorted(folder.glob("progress-*.json"))]
+        notes = [read_progress(path) for path in sorted(folder.glob("progress-*.json"))]
         vae = build_vae(order.spec.vae, order.layout.sizes, table.v.shape[1])
         vae.load_state_dict(load_file(folder / VAE))
     history = notes[0]["history"]

@@ -34,6 +34,8 @@ from icm_ray.fusion_vae.layout import Layout
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.linalg.threads import kernel_threads
 
+FORMAT = 1
+"""Of a checkpoint; another one is refused by its number, before anything is unpickled."""
 TAG = "engine"
 VAE = "vae.safetensors"
 TABLE = "checkpoints"
@@ -193,7 +195,7 @@ def _report(engine: Any, meta: MetaTraining, history: History, rank: int) -> Non
             {name: value if math.isfinite(value) else None for name, value in step.items()}
             for step in history
         ]
-        told = {"history": known, "optimizer_bytes": optimizer_bytes(engine)}
+        told = {"format": FORMAT, "history": known, "optimizer_bytes": optimizer_bytes(engine)}
         write_json(folder / f"progress-{rank}.json", told)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files}
@@ -209,8 +211,20 @@ def _resumed(engine: Any, checkpoint: Any, rank: int) -> History:
     with checkpoint.as_directory() as name:
         folder = Path(name)
         check_hashes(folder)
+        history = read_progress(folder / f"progress-{rank}.json")["history"]
         engine.load_checkpoint(name, tag=TAG)
-        return read_json(folder / f"progress-{rank}.json")["history"]
+        return history
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """Return what a worker noted in a checkpoint; InputError if another version wrote it."""
+    notes = read_json(path)
+    if (found := notes.get("format", 1)) != FORMAT:
+        raise InputError(
+            f"{path}: checkpoint of format {found} but {FORMAT} is expected. Go on with the "
+            "version of icm_ray that wrote it, or remove the training folder beside the output."
+        )
+    return notes
 
 
 def check_hashes(folder: Path) -> None:

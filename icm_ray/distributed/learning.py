@@ -13,7 +13,8 @@ from typing import Any
 import ray
 import torch
 
-from icm_ray.distributed.cluster import MAX_RETRIES, fetch, worker_count, worker_options
+from icm_ray.distributed.cluster import fetch, worker_count, worker_options
+from icm_ray.distributed.faults import MAX_RETRIES
 from icm_ray.distributed.progress import Bar, bar
 from icm_ray.distributed.session import Session
 from icm_ray.errors import ClusterError

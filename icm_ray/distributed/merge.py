@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 
 from icm_ray.adapters import AdapterFile
 from icm_ray.config import Resources
-from icm_ray.distributed.cluster import MAX_RETRIES, run_bounded, worker_count, worker_options
-from icm_ray.distributed.progress import bar
+from icm_ray.distributed.cluster import run_bounded, worker_count, worker_options
+from icm_ray.distributed.faults import MAX_RETRIES, LostWork
+from icm_ray.distributed.poison import Work, poisoned
+from icm_ray.distributed.progress import Bar, bar
 from icm_ray.merging.folder import Origin, write_merged
 from icm_ray.merging.merge import MergedModule, assemble, merge_as_asked, merge_modules
 from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
@@ -47,38 +51,77 @@ def merge_on_ray(
         shard_bytes: Factors that one task reads at least.
     """
     order = plan_merge(files, request)
-    shards = shard_modules(order, files, shard_bytes)
-    by_name = ray.put({file.name: file for file in files})
-    options = worker_options(resources)
-    slots = [None] * worker_count(resources, len(shards))
+    modules = shard_modules(order, files, shard_bytes)
     passes = len(passes_of(order))
-
-    with bar((passes + 1) * len(shards), f"merge {order.method}") as drawn:
-
-        def everywhere(
-            start: Callable[[Sequence[str]], Any], done: Callable[[Any], None] = lambda _part: None
-        ) -> list[Any]:
-            def finished(_key: int, part: Any) -> None:
-                done(part)
-                drawn.add()
-
-            calls = {
-                i: lambda _slot, modules=modules: start(modules) for i, modules in enumerate(shards)
-            }
-            timeout = resources.timeout_seconds
-            return list(run_bounded(slots, calls, timeout=timeout, done=finished).values())
-
+    with bar((passes + 1) * len(modules), f"merge {order.method}") as drawn:
+        shards = _Shards(modules, ray.put({file.name: file for file in files}), resources, drawn)
         for number in range(passes):
-            shared = ray.put(order)
-            measure, total = _measure_shard.options(**options), Measured()
-            parts = everywhere(
-                lambda m, s=shared, n=number, f=measure: f.remote(s, n, m, by_name), total.take
-            )
+            total = Measured()
+            work = partial(measure_modules, order, number)
+            parts = shards.run(_measure_shard, (ray.put(order), number), work, total.take)
             order = concluded(order, number, [total, *parts])
-        shared, merge = ray.put(order), _merge_shard.options(**options)
-        parts = everywhere(lambda modules: merge.remote(shared, modules, by_name))
+        parts = shards.run(_merge_shard, (ray.put(order),), partial(merge_modules, order))
     merged = {m: _unship(item) for part in parts for m, item in part.items()}
     return assemble(order, merged, files)
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """Runs of modules that one task each works on.
+
+    Attributes:
+        modules: Of each.
+        files: Reference to the adapters by name.
+        resources: What each task gets.
+        drawn: The progress bar.
+    """
+
+    modules: Sequence[Sequence[str]]
+    files: Any
+    resources: Resources
+    drawn: Bar
+
+    def run(
+        self,
+        task: Any,
+        shared: tuple[Any, ...],
+        work: Work,
+        done: Callable[[Any], None] = lambda _part: None,
+    ) -> list[Any]:
+        """Return what a task makes of every shard, in order.
+
+        Args:
+            task: Remote; gets `shared`, a shard's modules and the adapters.
+            shared: What every task gets.
+            work: What the task does, to find out what kills it if something does.
+            done: Given each part at once, in order of completion.
+
+        Raises:
+            ClusterError: workers died each time; it names the module and the adapter.
+        """
+        remote = task.options(**worker_options(self.resources)).remote
+        slots = [None] * worker_count(self.resources, len(self.modules))
+        named = {_name_of(modules): modules for modules in self.modules}
+
+        def finished(_name: str, part: Any) -> None:
+            done(part)
+            self.drawn.add()
+
+        def call(modules: Sequence[str]) -> Callable[[Any], Any]:
+            return lambda _slot: remote(*shared, modules, self.files)
+
+        calls = {name: call(modules) for name, modules in named.items()}
+        timeout = self.resources.timeout_seconds
+        try:
+            return list(run_bounded(slots, calls, timeout=timeout, done=finished).values())
+        except LostWork as error:
+            lost = [named[str(name)] for name in error.lost]
+            raise poisoned(work, lost, self.files, self.resources) or error from None
+
+
+def _name_of(modules: Sequence[str]) -> str:
+    first, last = modules[0], modules[-1]
+    return f"module {first!r}" if first == last else f"modules {first!r} to {last!r}"
 
 
 def shard_modules(

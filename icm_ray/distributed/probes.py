@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from icm_ray.distributed.cluster import MAX_RETRIES, run_tasks
+from icm_ray.distributed.cluster import run_tasks
+from icm_ray.distributed.faults import MAX_RETRIES
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.answers import head_features

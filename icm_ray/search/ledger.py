@@ -77,8 +77,13 @@ class Ledger:
             (folder / TRIALS).mkdir(parents=True, exist_ok=True)
             write_json(header, {"format": FORMAT, "key": key})
         stored = read_json(header)
-        if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        if not isinstance(stored, dict) or "format" not in stored:
             raise InputError(f"{header}: not a search's header. Choose a new folder.")
+        if (found := stored["format"]) != FORMAT:
+            raise InputError(
+                f"{header}: search of format {found} but {FORMAT} is expected. Go on with the "
+                "version of icm_ray that began it, or choose a new folder."
+            )
         if stored.get("key") != key:
             raise RecipeError(
                 f"output: {folder} holds another search, but its memory only serves the same "

@@ -7,7 +7,6 @@ import ray
 
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import (
-    MAX_RETRIES,
     check_fits,
     connected,
     fetch,
@@ -15,6 +14,7 @@ from icm_ray.distributed.cluster import (
     worker_count,
     worker_options,
 )
+from icm_ray.distributed.faults import MAX_RETRIES
 from icm_ray.errors import ClusterError, ICMRayError, InputError
 
 

@@ -21,7 +21,7 @@ from icm_ray.command import run_job
 from icm_ray.config import EngineSpec, FusionSpec, LearnRecipe, Resources, TrainFusionRecipe
 from icm_ray.distributed import fusion_worker
 from icm_ray.distributed.fusion_trainer import train_fusion_on_ray
-from icm_ray.distributed.fusion_worker import FusionOrder, check_hashes
+from icm_ray.distributed.fusion_worker import FusionOrder, check_hashes, read_progress
 from icm_ray.errors import ClusterError, InputError, RecipeError
 from icm_ray.evidence.learned import load_learned
 from icm_ray.fusion.data import FusionTable
@@ -224,6 +224,15 @@ def test_a_changed_checkpoint_is_not_unpickled(tmp_path):
     (tmp_path / "hashes-0.json").write_text("{}")
     with pytest.raises(InputError, match=r"shard\.pt"):
         check_hashes(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_its_number(tmp_path):
+    notes = tmp_path / "progress-0.json"
+    notes.write_text(json.dumps({"history": []}))  # as before there was a number
+    assert read_progress(notes) == {"history": []}
+    notes.write_text(json.dumps({"format": 2, "history": []}))
+    with pytest.raises(InputError, match=r"progress-0\.json: checkpoint of format 2 but 1 is"):
+        read_progress(notes)
 
 
 def test_checkpoints_are_not_resumed_from_a_folder_that_others_can_use(material, tmp_path):

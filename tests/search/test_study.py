@@ -194,3 +194,13 @@ def test_half_a_write_is_no_trial(tmp_path):
     half.write_text("{")
     assert len(study_at(tmp_path).finished()) == 1
     assert not half.exists()
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_search_of_another_version_is_refused_by_its_number(tmp_path, number):
+    advance(study_at(tmp_path), 1)
+    header = json.loads((tmp_path / "search.json").read_text())
+    (tmp_path / "search.json").write_text(json.dumps({**header, "format": number}))
+    with pytest.raises(InputError, match=rf"search of format {number} but 1 is expected"):
+        study_at(tmp_path)
+    assert list((tmp_path / "trials").iterdir())
