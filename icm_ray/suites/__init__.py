@@ -12,6 +12,7 @@ from icm_ray.suites.folder import load_folder
 from icm_ray.suites.generation import GENERATION
 from icm_ray.suites.lm import LM
 from icm_ray.suites.opening import SUITE_FILE, checked_suite, open_suite
+from icm_ray.suites.remote import fetched
 from icm_ray.suites.suite import Suite
 from icm_ray.suites.tasks import SPLITS, Examples, Task
 from icm_ray.suites.text import TEXT
@@ -29,7 +30,7 @@ _opened: dict[tuple[object, ...], Suite] = {}
 
 
 def find_suite(name: str, key: str = "suite") -> Suite:
-    """Return a suite by its name in `SUITES`, or a user's by its folder, checked row by row.
+    """Return a suite by its name in `SUITES`, or a user's by its folder or address, checked whole.
 
     Raises:
         RecipeError: at the recipe's `key`, there is no such suite; or all that is wrong with its
@@ -38,7 +39,7 @@ def find_suite(name: str, key: str = "suite") -> Suite:
     """
     if name in SUITES:
         return SUITES[name]
-    folder = Path(name).expanduser()
+    folder = fetched(name) if "://" in name else Path(name).expanduser()
     if not folder.is_dir():
         raise RecipeError(
             f"{key}: {name!r} but a folder with {SUITE_FILE}, or one of {', '.join(SUITES)} is "

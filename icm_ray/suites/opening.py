@@ -9,9 +9,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from icm_ray.config import SuiteFile, TaskFile
+from icm_ray.config import HubData, SuiteFile, TaskFile
 from icm_ray.config.loading import checked, read_yaml
 from icm_ray.errors import ICMRayError, InputError, RecipeError, did_you_mean
+from icm_ray.suites.hub_source import open_hub
 from icm_ray.suites.source import find_table
 from icm_ray.suites.suite import Suite
 from icm_ray.suites.table import Table
@@ -45,7 +46,10 @@ def open_suite(folder: Path, *, is_packaged: bool = False) -> Suite:
     tables, missing = {}, []
     for name, task in said.tasks.items():
         try:
-            source = find_table(folder, name, task.data if isinstance(task.data, str) else None)
+            if isinstance(task.data, HubData):
+                source = open_hub(folder, f"{path}: tasks.{name}.data", task.data)
+            else:
+                source = find_table(folder, name, task.data)
             tables[name] = Table(name, task, source, said.seed, known, is_packaged)
         except InputError as error:
             missing += error.problems
@@ -88,13 +92,10 @@ def _problems(name: str, task: TaskFile) -> list[str]:
             f"{where}.metric: {task.metric} but {package} is not installed. Run pip install "
             f"'icm-ray[{extra}]'."
         )
-    if task.data is not None and not isinstance(task.data, str):
-        lines.append(
-            f"{where}.data: a data set of the hub but a table is read. Save it as Parquet beside "
-            "suite.yaml."
-        )
     asked = [key for key in ("text", "image", "prompt", "messages") if getattr(task, key)]
-    if len(asked) > 1 and set(asked) != {"image", "prompt"}:
+    if isinstance(task.image, list):
+        lines.append(f"{where}.image: a list but one column is read. Name one.")
+    if len(asked) > 1:
         lines.append(f"{where}: {' and '.join(asked)} but one of them is read. Keep one.")
     if task.text_pair and not task.text:
         lines.append(f"{where}.text_pair: without text but both are read together. Set text.")

@@ -5,6 +5,7 @@ Between the two nothing is held of a row but two hashes, so a table may be large
 
 import io
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from icm_ray.files import sha256_of
 from icm_ray.inputs import Prompt, Text, Turn
 from icm_ray.suites.columns import Columns, Record, columns_of
 from icm_ray.suites.drawing import Key, draw, key_of
+from icm_ray.suites.hub_source import HubSource
 from icm_ray.suites.source import Source
 from icm_ray.suites.tasks import Examples
 
@@ -60,7 +62,7 @@ class Table:
 
     name: str
     task: TaskFile
-    source: Source
+    source: Source | HubSource
     seed: int = 0
     known: tuple[str, ...] = ()
     is_packaged: bool = False
@@ -90,7 +92,7 @@ class Table:
         targets = [self._target(record.answer) for record in records]
         images = None
         if "image" in self.found.columns.names:
-            images = np.stack([pixels(self._bytes(record.asked)) for record in records])
+            images = np.stack(self._images(records))
         return Examples(
             texts=() if images is not None else tuple(_asked(r.asked, choices) for r in records),
             targets=np.asarray(targets, dtype=np.float64),
@@ -162,6 +164,28 @@ class Table:
             return float(self.found.classes.index(answer))
         return answer
 
+    def _images(self, records: Sequence[Record]) -> "list[np.ndarray]":
+        """Return the rows' images, all of one size.
+
+        Raises:
+            InputError: a row's is none, or of another size than the first.
+        """
+        images, problems = [], []
+        for record in records:
+            try:
+                images.append(pixels(self._bytes(record.asked)))
+            except (OSError, ValueError) as error:  # what Pillow says of damaged or huge ones
+                problems.append(f"{self.source}: {record.where}: no readable image ({error}).")
+            if images and images[-1].shape != images[0].shape:
+                sizes = [f"{one.shape[1]} x {one.shape[0]}" for one in (images.pop(), images[0])]
+                problems.append(
+                    f"{self.source}: {record.where}: an image of {sizes[0]} but {sizes[1]} as in "
+                    "the first row is expected. Resize it."
+                )
+        if problems:
+            raise InputError(_told(problems))
+        return images
+
     def _bytes(self, image: Text | bytes) -> bytes:
         return image if isinstance(image, bytes) else self.source.beside(str(image))
 
@@ -177,7 +201,7 @@ class _Seen:
         self.highest = -1
 
     def add(self, record: Record, seed: int) -> None:
-        """Take note of a row: where it may be drawn to, and what it was answered."""
+        """Look at one more row."""
         content = repr((record.asked, record.answer))
         self.keys.append(key_of(seed, record.split, record.document, content))
         answers = record.answer if isinstance(record.answer, list) else [record.answer]
@@ -191,11 +215,11 @@ class _Seen:
 
     @property
     def labelled(self) -> bool:
-        """Say whether every row has an answer."""
+        """Whether every row had an answer."""
         return self.columns.is_labelled and not self.bare
 
     def class_names(self, known: Sequence[str]) -> tuple[str, ...]:
-        """Return the classes in the head's order; empty where none are predicted."""
+        """Return the classes as the suite, the base or their indices name them."""
         if self.task.classes is not None:
             return tuple(self.task.classes)
         if not self.task.kind.endswith("classification"):
@@ -247,5 +271,6 @@ def pixels(data: bytes) -> "np.ndarray":
     import numpy as np
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         return np.asarray(image.convert("RGB"))

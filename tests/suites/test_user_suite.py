@@ -255,3 +255,54 @@ def test_a_name_that_leaves_the_folder_is_no_image(tmp_path: Path) -> None:
     suite = checked_suite(write(tmp_path, task, rows))
     with pytest.raises(InputError, match="no file in its folder"):
         suite.load("mood", "test")
+
+
+def test_a_local_copy_of_a_hub_data_set_is_read_by_its_splits(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("ICM_RAY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "copy").mkdir()
+    for split, count in (("train", 30), ("test", 8)):
+        rows = labelled(count)
+        table = pa.table({name: [row[name] for row in rows] for name in ("text", "answer")})
+        pq.write_table(table, tmp_path / "copy" / f"{split}-00000-of-00001.parquet")
+    write(tmp_path, {**CLASSES, "data": {"hub": "copy"}}, [])
+    suite = checked_suite(tmp_path)
+    assert suite.load("mood", "test").texts == tuple(f"text {i}" for i in range(8))
+    assert suite.count("mood", "calibration") == 4
+    before = suite.fingerprint("mood")
+    (tmp_path / "copy" / "README.md").write_text("another one")
+    assert checked_suite(tmp_path).fingerprint("mood") != before
+    (problem,) = problems_of(write(tmp_path, {**CLASSES, "data": {"hub": "org/name"}}, []))
+    assert "tasks.mood.data.revision: missing. Name a commit" in problem
+
+
+def test_a_suite_may_be_at_an_address(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("ICM_RAY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine", CLASSES, labelled(40))
+    suite = find_suite((tmp_path / "mine").as_uri())
+    assert suite.name == "mine"
+    assert suite.count("mood", "test") == 12
+    with pytest.raises(InputError, match="a file:// address that cannot be read"):
+        find_suite((tmp_path / "nowhere").as_uri())
+
+
+def test_images_are_of_one_size_and_can_be_opened(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rows = []
+    for number, side in enumerate((8, 8, 9, 8)):
+        Image.new("RGB", (side, 8)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "answer": number % 2, "split": "test"})
+    suite = checked_suite(write(tmp_path, CLASSES, rows))
+    assert suite.load("mood", "test", 2).images.shape == (2, 8, 8, 3)
+    (tmp_path / "3.png").write_bytes(b"no image")
+    with pytest.raises(InputError) as caught:
+        suite.load("mood", "test")
+    first, second = caught.value.problems
+    assert "line 3: an image of 9 x 8 but 8 x 8 as in the first row" in first
+    assert "line 4: no readable image" in second
+    task = {**CLASSES, "image": "image", "prompt": "{answer}"}
+    assert "image and prompt but one of them is read" in str(
+        problems_of(write(tmp_path, task, rows))
+    )
