@@ -87,7 +87,9 @@ def _first(lines: Sequence[str], error: BaseException) -> str:
 
 def _spilling() -> str:
     """Return where this node's store goes when memory is full, and what is free there."""
-    node = ray._private.worker._global_node
+    from ray._private import worker
+
+    node = worker._global_node
     if node is None:
         return " Use fewer adapters at once, or a larger object store."
     folder = Path(node.get_session_dir_path())

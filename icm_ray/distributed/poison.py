@@ -60,7 +60,7 @@ def poisoned(
         resources: What a worker gets.
     """
     places = [_place(work, modules, files, resources) for modules in lost]
-    adapters = ray.get(files)
+    adapters: Any = ray.get(files)
     problems = [_told(*place, adapters) for place in dict.fromkeys(places) if place]
     return ClusterError(problems) if problems else None
 

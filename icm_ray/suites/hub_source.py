@@ -61,7 +61,7 @@ class HubSource:
     @cached_property
     def _splits(self) -> dict[str, Any]:
         """Open the data set; no code of it is run, and images stay as they are stored."""
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports] - an extra
 
         try:
             found: Any = datasets.load_dataset(
