@@ -18,11 +18,12 @@ import ray
 from job_runs import DATA, TASKS, recipe_of_job, wide_adapters
 from ray.cluster_utils import Cluster
 from ray_samples import hashes, save_peft, save_tiny_bert
-from two_nodes import HEALTH
 
 from icm_ray import config
 
 NODE = {"num_cpus": 1, "object_store_memory": 200_000_000}
+HEALTH = {"health_check_initial_delay_ms": 30_000, "health_check_timeout_ms": 10_000}
+"""A busy machine must not lose nodes by itself; of a killed one the broken connection tells."""
 KINDS = {
     "merge": config.MergeRecipe,
     "learn": config.LearnRecipe,
