@@ -43,7 +43,8 @@ def offer_rows(table: Table, pool: Pool) -> None:
     if kept.get("key") == key:
         plan = kept
     else:
-        data = task_data(table.suite, one.experts, "validation", PROBED, one.unseen)
+        few = min(PROBED, *(table.suite.count(task, "validation") for task in one.scored))
+        data = task_data(table.suite, one.experts, "validation", few, one.unseen)
         plan = planned(table, one, seconds_an_example(pool, data), budget, pool.size)
         write_json(table.offer.path, {"key": key, "budget_seconds": budget, **plan})
     rows = {row.name: row for row in USUAL}
@@ -57,6 +58,7 @@ def offer_rows(table: Table, pool: Pool) -> None:
 def allowed(table: Table, one: SetResults) -> tuple[list[MethodRow], dict[str, str]]:
     """Return the usual rows that the data allow, and why the others are not among them."""
     tasks = [table.suite.tasks[task] for task in one.experts]
+    bare = [task.name for task in tasks if not task.labelled]
     blind, left_out = ", ".join(one.unproven), dict(NEVER)
     rows = []
     for row in USUAL:
@@ -64,6 +66,8 @@ def allowed(table: Table, one: SetResults) -> tuple[list[MethodRow], dict[str, s
             left_out[row.name] = f"no inputs of {blind}"
         elif row.method == "adamerging" and not any(t.kind == "classification" for t in tasks):
             left_out[row.name] = "no task with a head that classifies"
+        elif row.method == "atlas" and bare:
+            left_out[row.name] = f"no labels of {', '.join(bare)}"
         elif row.method == "icm_fusion" and len(one.experts) < 2:
             left_out[row.name] = "one adapter is not fused"
         else:
@@ -88,15 +92,15 @@ def planned(
 
 def _seconds(table: Table, one: SetResults, row: MethodRow, forward: float) -> float:
     """Return what a row takes of one worker: gathering, learning, merging and scoring."""
-    sizes, tasks, files = table.recipe.sizes, len(one.scored), one.files(row.tasks)
+    tasks, files = len(one.scored), one.files(row.tasks)
     request = MergeRequest(row.method, row.params, None, row.rank, table.session.seed)
     settings = list(variants(row))
     merge = merge_seconds(files, request) + SECONDS_A_MERGE
-    scored = len(settings) * sizes.scored("validation") + 2 * sizes.scored("test")
-    seconds = merge * len(settings) + scored * tasks * forward
+    validation, test = (_examples(table, one, split) for split in ("validation", "test"))
+    seconds = merge * len(settings) + (len(settings) * validation + 2 * test) * forward
     needs = METHODS[row.method].needs
     if needs is not None and needs != "fusion_model":
-        seconds += sizes.calibration * tasks * forward
+        seconds += _examples(table, one, "calibration") * forward
     if needs == "learned_merge":
         how = spec_of(row.method, row.learn).optimisation
         seconds += BACKWARD * how.steps * how.batch * tasks * forward
@@ -105,6 +109,13 @@ def _seconds(table: Table, one: SetResults, row: MethodRow, forward: float) -> f
         seconds += INNER * spec.meta_steps * FUSION_BATCH * tasks * forward
         seconds += VAE_STEP_SECONDS * spec.vae_steps
     return seconds
+
+
+def _examples(table: Table, one: SetResults, split: str) -> int:
+    """Return how many examples of a split all tasks use together."""
+    sizes = table.recipe.sizes
+    asked = sizes.calibration if split == "calibration" else sizes.scored(split)
+    return sum(asked or table.suite.count(task, split) for task in one.scored)
 
 
 def affords(table: Table, row: MethodRow) -> bool:

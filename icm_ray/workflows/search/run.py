@@ -20,6 +20,7 @@ from icm_ray.distributed.session import Session, opened
 from icm_ray.distributed.trials import share_material
 from icm_ray.distributed.tune import Bench, Looks, TrialsOrder, run_trials, wait_for_actors
 from icm_ray.errors import InputError
+from icm_ray.evaluation.experts import heads_of
 from icm_ray.learning.recipes import spec_of
 from icm_ray.merging.estimate import unproven_lines, warn, warnings_of
 from icm_ray.search.ledger import Ledger
