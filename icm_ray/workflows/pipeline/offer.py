@@ -43,7 +43,8 @@ def offer_rows(table: Table, pool: Pool) -> None:
     if kept.get("key") == key:
         plan = kept
     else:
-        data = task_data(table.suite, one.experts, "validation", PROBED, one.unseen)
+        few = min(PROBED, *(table.suite.count(task, "validation") for task in one.scored))
+        data = task_data(table.suite, one.experts, "validation", few, one.unseen)
         plan = planned(table, one, seconds_an_example(pool, data), budget, pool.size)
         write_json(table.offer.path, {"key": key, "budget_seconds": budget, **plan})
     rows = {row.name: row for row in USUAL}
@@ -57,6 +58,7 @@ def offer_rows(table: Table, pool: Pool) -> None:
 def allowed(table: Table, one: SetResults) -> tuple[list[MethodRow], dict[str, str]]:
     """Return the usual rows that the data allow, and why the others are not among them."""
     tasks = [table.suite.tasks[task] for task in one.experts]
+    bare = [task.name for task in tasks if not task.labelled]
     blind, left_out = ", ".join(one.unproven), dict(NEVER)
     rows = []
     for row in USUAL:
@@ -64,6 +66,8 @@ def allowed(table: Table, one: SetResults) -> tuple[list[MethodRow], dict[str, s
             left_out[row.name] = f"no inputs of {blind}"
         elif row.method == "adamerging" and not any(t.kind == "classification" for t in tasks):
             left_out[row.name] = "no task with a head that classifies"
+        elif row.method == "atlas" and bare:
+            left_out[row.name] = f"no labels of {', '.join(bare)}"
         elif row.method == "icm_fusion" and len(one.experts) < 2:
             left_out[row.name] = "one adapter is not fused"
         else:
@@ -86,32 +90,32 @@ def planned(
     return {"seconds": list(seconds.items()), "left_out": left_out}
 
 
-def _examples(table: Table, one: SetResults, split: str, size: int | None) -> int:
-    """Return how many examples of a split are used over all tasks; None: whatever they hold."""
-    suite = table.suite
-    return sum(suite.count(task, split) if size is None else size for task in one.scored)
-
-
 def _seconds(table: Table, one: SetResults, row: MethodRow, forward: float) -> float:
     """Return what a row takes of one worker: gathering, learning, merging and scoring."""
-    sizes, files = table.recipe.sizes, one.files(row.tasks)
+    tasks, files = len(one.scored), one.files(row.tasks)
     request = MergeRequest(row.method, row.params, None, row.rank, table.session.seed)
     settings = list(variants(row))
     merge = merge_seconds(files, request) + SECONDS_A_MERGE
-    validation = _examples(table, one, "validation", sizes.scored("validation"))
-    scored = len(settings) * validation + 2 * _examples(table, one, "test", sizes.test)
-    seconds = merge * len(settings) + scored * forward
+    validation, test = (_examples(table, one, split) for split in ("validation", "test"))
+    seconds = merge * len(settings) + (len(settings) * validation + 2 * test) * forward
     needs = METHODS[row.method].needs
     if needs is not None and needs != "fusion_model":
-        seconds += _examples(table, one, "calibration", sizes.calibration) * forward
+        seconds += _examples(table, one, "calibration") * forward
     if needs == "learned_merge":
         how = spec_of(row.method, row.learn).optimisation
-        seconds += BACKWARD * how.steps * how.batch * len(one.scored) * forward
+        seconds += BACKWARD * how.steps * how.batch * tasks * forward
     if needs == "fusion_model":
         spec = fusion_spec_of(row.fusion)
-        seconds += INNER * spec.meta_steps * FUSION_BATCH * len(one.scored) * forward
+        seconds += INNER * spec.meta_steps * FUSION_BATCH * tasks * forward
         seconds += VAE_STEP_SECONDS * spec.vae_steps
     return seconds
+
+
+def _examples(table: Table, one: SetResults, split: str) -> int:
+    """Return how many examples of a split all tasks use together."""
+    sizes = table.recipe.sizes
+    asked = sizes.calibration if split == "calibration" else sizes.scored(split)
+    return sum(asked or table.suite.count(task, split) for task in one.scored)
 
 
 def affords(table: Table, row: MethodRow) -> bool:

@@ -43,7 +43,7 @@ def check_search(row: MethodRow) -> None:
 def _found(table: Table, one: SetResults, row: MethodRow) -> Variant:
     recipe, folder = table.recipe, table.root / "search" / one.label / row.name
     asked = SearchRecipe(
-        base=recipe.base or table.suite.base or "",
+        base=str(recipe.base or table.suite.base),
         suite=recipe.suite,
         adapters=[
             AdapterRef(name=task, path=str(expert.adapter))
