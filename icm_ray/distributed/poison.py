@@ -29,9 +29,11 @@ class _Notes:
     last: tuple[str, str | None] | None = None
 
     def begin(self, module: str, task: str | None) -> None:
+        """Note what is begun."""
         self.last = module, task
 
     def read(self) -> tuple[str, str | None] | None:
+        """Return what was begun last."""
         return self.last
 
 
