@@ -40,16 +40,27 @@ def join(address: str) -> None:
 
 
 def start_local(resources: Resources) -> None:
-    """Start a Ray that asks for a token, listens on the loopback interface and ends with us."""
+    """Start a Ray that asks for a token, listens on the loopback interface and ends with us.
+
+    Raises:
+        ClusterError: it does not come up, as on a machine that is too busy.
+    """
     cpus = os.cpu_count() or 1
     wanted = (resources.workers or 1) * resources.cpus_per_worker
-    ray.init(
-        address="local",
-        num_cpus=max(cpus, int(wanted)),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, int(wanted)),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
+    except Exception as error:  # Ray has no class of its own for this
+        reason = str(error).partition("\n")[0]
+        raise ClusterError(
+            f"Ray: no local cluster came up ({type(error).__name__}: {reason}). Nothing was done; "
+            "run the same command again, on a less busy machine if it goes on."
+        ) from error
 
 
 def _refuse_open_cluster(address: str) -> None:

@@ -61,6 +61,26 @@ def test_the_setting_that_keeps_ray_at_home_is_one_that_ray_knows():
     assert ray.util.get_node_ip_address() in LOOPBACK
 
 
+def test_a_local_ray_that_does_not_come_up_is_a_fault_of_the_cluster(tmp_path):
+    """Ray's temporary folder is a file here."""
+    (tmp_path / "file").touch()
+    script = (
+        "import sys; from icm_ray.command import guarded; from icm_ray.config import Resources; "
+        "from icm_ray.distributed.cluster import connected\n"
+        "def work():\n  with connected(Resources()):\n    return {}\n"
+        "sys.exit(guarded(work, debug=False)[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(RAY_TMPDIR=str(tmp_path / "file")),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 5, done.stderr
+    assert "error: Ray: no local cluster came up (" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("value", "joins"),
     [(None, False), ("", False), ("local", False), ("auto", True), ("h:1", True)],
