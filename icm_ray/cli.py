@@ -19,7 +19,7 @@ from rich.table import Table
 from icm_ray.command import guarded, quiet_libraries, run_recipe
 from icm_ray.config import MergeRecipe
 from icm_ray.config.loading import load_recipe
-from icm_ray.errors import RecipeError, did_you_mean, one_line
+from icm_ray.errors import InputError, RecipeError, did_you_mean, one_line
 from icm_ray.jobs import JOBS
 from icm_ray.methods import METHODS
 
@@ -143,12 +143,14 @@ def inspect(
         found = inspect_adapters(folders)
         if as_json:
             print(json.dumps(found, indent=2))
+            _refuse(found["problems"])
             return
         _console().print(adapter_table(found["adapters"]))
         warn(found["warnings"])
         for a, others in found["cosines"].items():
             shown = "  ".join(f"{b} {value:+.3f}" for b, value in others.items())
             print(f"cosine of deltas, {a}: {shown}")
+        _refuse(found["problems"])
 
     _finish(work, debug)
 
@@ -344,6 +346,11 @@ def _cells(row: dict[str, Any]) -> dict[str, object]:
         "MB": f"{row['bytes'] / 1e6:.2f}",
         "norm": f"{row['norm']:.4g}",
     }
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise InputError(problems)
 
 
 def _of_them(experts: int) -> str:

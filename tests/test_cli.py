@@ -90,6 +90,17 @@ def test_inspect_warns_of_what_is_odd(cli, two, tmp_path):
     assert "warning: lacking: lacks 2 of 4 modules" in err
 
 
+def test_inspect_shows_adapters_that_do_not_fit_together_and_why(cli, two, tmp_path):
+    other = save_lora(tmp_path / "other", 3, base_model_name_or_path="org/another")
+    code, out, err = cli("inspect", two["a"], other)
+    assert code == 3
+    assert "another" in out
+    assert "same_base: true" in errors(err)[0]
+    code, out, _ = cli("inspect", "--json", two["a"], other)
+    assert code == 3
+    assert len(json.loads(out)["adapters"]) == 2
+
+
 def test_inspect_of_what_is_no_adapter(cli, tmp_path):
     code, _, err = cli("inspect", tmp_path / "nowhere")
     assert code == 3

@@ -10,6 +10,9 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 _QUANTISED = re.compile(r"-(?:unsloth-)?bnb-4bit$")
 """How 4-bit copies are named by those who keep them beside the original."""
 
+_COPY = re.compile(r"[-_.](?:[2-8]-?bit|bnb|awq|gptq|gguf|fp8|nf4|int[48])(?=$|[-_.])")
+"""How anybody names a quantised copy; never taken for the original without the user's word."""
+
 
 def bare_name(base: str | None) -> str:
     """Return a base's name so that spellings of certainly one model are equal; "" if there is none.
@@ -33,7 +36,7 @@ def chosen_name(names: Iterable[str | None]) -> str | None:
         return names[0] if names else None
     known = [_hub_id(name) for name in names]
     ids = [name for name in known if "/" in name and _HUB_ID.fullmatch(name)]
-    plain = [name for name in ids if not _QUANTISED.search(name.lower())]
+    plain = [name for name in ids if not _COPY.search(name.lower())]
     return [*plain, *ids, *known][0]
 
 

@@ -10,7 +10,7 @@ from icm_ray.adapters import AdapterFile, check_together, delta_cosines, open_al
 from icm_ray.adapters.base_folder import BaseFolder, open_base
 from icm_ray.adapters.fused import is_expert
 from icm_ray.config import MergeRecipe, folder_names
-from icm_ray.errors import RecipeError, one_line
+from icm_ray.errors import InputError, RecipeError, one_line
 from icm_ray.files import refuse_inputs
 from icm_ray.linalg.radix import digits_for
 from icm_ray.merging.cut import serving_rank
@@ -32,14 +32,18 @@ WRITER_BYTES = 400_000_000
 
 
 def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
-    """Return each adapter's facts, warnings about them together, and cosines of their deltas.
+    """Return each adapter's facts, and of them together warnings, problems and deltas' cosines.
 
     Raises:
-        InputError: every problem of every folder.
+        InputError: every problem of every folder by itself.
     """
     names = folder_names(map(str, folders))
     files = open_all(list(zip(names, folders, strict=True)), "keep")
-    warnings = warnings_of(files)
+    warnings, problems = [], []
+    try:
+        warnings += warnings_of(files)
+    except InputError as error:  # what keeps them apart is shown beside what each of them is
+        problems += error.problems
     warnings += [
         f"{file.name}: modules_to_save: {len(file.saved)} whole layers, such as "
         f"{file.saved_names[0]}; the recipe's modules_to_save says what becomes of them."
@@ -49,7 +53,8 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
     return {
         "adapters": [_facts(file) for file in files],
         "warnings": warnings,
-        "cosines": delta_cosines(files) if len(files) > 1 else {},
+        "problems": problems,
+        "cosines": delta_cosines(files) if len(files) > 1 and not problems else {},
     }
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from icm_ray.adapters import load_adapter
 
-diffusers = pytest.importorskip("diffusers", reason="held against diffusers where it is installed")
+diffusers = pytest.importorskip("diffusers", reason="in the extra dev")
 
 
 @pytest.fixture
