@@ -109,7 +109,8 @@ def check_rows(recipe: PipelineRecipe) -> None:
         problems += error.problems
     if recipe.adapters:
         problems += adapter_problems(recipe)
-    tasks = [ref.name for ref in recipe.adapters]
+    one = ready_set(recipe) if recipe.adapters else None
+    tasks = [*one.experts, *one.unproven] if one else []
     tasks = tasks or list(recipe.tasks or find_suite(recipe.suite).tasks)
     names = [row.name for row in recipe.methods]
     for name in sorted(set(names)):
