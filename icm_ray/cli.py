@@ -110,6 +110,26 @@ def import_recipe(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with <task>.jsonl files.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapters.")],
+    debug: Debug = False,
+) -> None:
+    """Write a suite.yaml and a recipe to start from, out of adapters and data files."""
+    from icm_ray.importing.first_files import look, write_first_files
+    from icm_ray.merging.estimate import warn
+
+    def work() -> None:
+        found = look(folder, adapters)
+        suite, recipe = write_first_files(found)
+        warn(found.notes)
+        print(f"{suite}: written; look at what is marked as guessed.")
+        print(f"{recipe}: written. Next: icm-ray run pipeline -c {recipe}")
+
+    _finish(work, debug)
+
+
+@app.command()
 def inspect(
     folders: Annotated[list[Path], typer.Argument(help="Adapter folders.")],
     as_json: AsJson = False,

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "search": BASICS
     | {"adapters", "base_model", "config", "evaluation", "evidence", "fusion", "fusion_vae"}
     | {"learning", "merging", "methods", "suites"},
-    "importing": BASICS | {"config", "methods"},
+    "importing": BASICS | {"adapters", "config", "methods", "suites"},
     "exporting": BASICS | {"adapters"},
     "storage": {"config", "errors", "files", "suites"},
     "interruption": set(),

@@ -26,6 +26,8 @@ def user_folder(
     """A folder with the README's two adapters and its recipe."""
     for seed, name in enumerate(("legal", "medical")):
         icm_ray.save_adapter(make_adapter(name, seed=seed), tmp_path / "adapters" / name)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text('{"prompt": "why", "answer": "so"}\n')
     (tmp_path / "my_merge.yaml").write_text(blocks("yaml")[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -38,7 +40,9 @@ def test_the_merge_commands_run_in_their_order(user_folder: Path) -> None:
         for line in block.splitlines()
         if line.startswith("icm-ray ")
     ]
-    assert [words[0] for words in commands] == ["inspect", "plan", "merge", "verify", "reproduce"]
+    first = ["merge", "inspect", "plan", "merge", "verify", "reproduce", "init", "run"]
+    assert [words[0] for words in commands] == first
+    assert commands.pop()[1] == "pipeline"  # what it runs is proven by the jobs' own tests
     for words in commands:
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, (words, result.output)
@@ -68,3 +72,15 @@ def test_every_method_is_listed() -> None:
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", README, flags=re.MULTILINE)
     listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert set(icm_ray.METHODS) <= listed
+
+
+def test_the_first_screen_has_two_lines_that_stand_alone() -> None:
+    lines = blocks("sh")[0].splitlines()
+    setup = 'python3 -m venv .venv && .venv/bin/pip install -e ".[dev]" && .venv/bin/'
+    assert [line.startswith(setup) for line in lines] == [True, True]
+    job, tests = (line.removeprefix(setup) for line in lines)
+    assert job == "python -m jobs.pipeline -c configs/pipeline/quickstart.yaml"
+    assert tests == "pytest"
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert job in ci
+    assert "pytest" in ci

@@ -54,7 +54,7 @@ from icm_ray.config.parts import (
     changed,
     folder_names,
 )
-from icm_ray.config.pipeline import MethodRow, PipelineRecipe
+from icm_ray.config.pipeline import Budget, MethodRow, PipelineRecipe
 from icm_ray.config.search import (
     Halving,
     Searched,
@@ -72,6 +72,7 @@ __all__ = [
     "AdapterRef",
     "Adapters",
     "BenchmarkRecipe",
+    "Budget",
     "DataSpec",
     "EngineSpec",
     "EvaluateRecipe",

@@ -1,14 +1,16 @@
 """Recipe of `jobs.pipeline`: one table of methods over sets of experts."""
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from icm_ray.config.experts import FinetuneRecipe
-from icm_ray.config.fusion import FusionChanges, InContext
+from icm_ray.config.fusion import EngineSpec, FusionChanges, InContext
 from icm_ray.config.learning import Overrides
-from icm_ray.config.parts import Name, Part, Positive, ReadyAdapters
+from icm_ray.config.parts import Name, Part, Positive, ReadyAdapters, Resources
+from icm_ray.config.search import Searched
 
 
 def _setting(value: float | str) -> float | str:
@@ -42,11 +44,33 @@ class MethodRow(Part):
     grid: dict[str, list[Annotated[float | str, AfterValidator(_setting)]]] = Field(
         default={}, description="Tried on validation data only."
     )
+    search: Searched = Field(
+        default={},
+        description="Parameters and weights that Ray Tune searches on validation data instead.",
+    )
+    trials: Positive = Field(default=12, description="Of `search`.")
 
     @property
     def name(self) -> str:
         """Label of the row; the method's name unless given."""
         return self.label or self.method
+
+
+class Budget(Part):
+    """How long a pipeline may try methods: the smallest of what is set."""
+
+    minutes: float | None = Field(default=None, gt=0, description="Of the clock.")
+    cpu_hours: float | None = Field(default=None, gt=0, description="CPUs held, times hours.")
+    gpu_hours: float | None = Field(default=None, gt=0, description="GPUs held, times hours.")
+
+    def seconds(self, workers: int, resources: Resources) -> float:
+        """Return how long `workers` of these resources may run side by side."""
+        held = [
+            (self.cpu_hours, workers * resources.cpus_per_worker),
+            (self.gpu_hours, workers * resources.gpus_per_worker),
+        ]
+        limits = [3600 * hours / amount for hours, amount in held if hours and amount]
+        return min([*limits, 60 * self.minutes if self.minutes else math.inf])
 
 
 class PipelineRecipe(FinetuneRecipe):
@@ -60,7 +84,18 @@ class PipelineRecipe(FinetuneRecipe):
     experts: str | None = Field(
         default=None, description="Ready experts of this very recipe, if any."
     )
-    methods: list[MethodRow] = Field(min_length=1)
+    methods: list[MethodRow] | None = Field(
+        default=None,
+        min_length=1,
+        description="None: all that give one adapter and that the data allow, cheapest first.",
+    )
+    budget: Budget | None = Field(
+        default=None, description="What methods that were not named may cost together."
+    )
+    engine: EngineSpec | None = Field(
+        default=None,
+        description="How DeepSpeed trains the rows' Fusion-VAEs; None: each whole in one task.",
+    )
     tune: Literal["each set", "once an init"] = Field(
         default="each set",
         description="Choose settings for each set of experts, or with the first of each init.",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from icm_ray.config import Resources
-from icm_ray.distributed.progress import bar
+from icm_ray.distributed.progress import bar, calm_progress
 from icm_ray.errors import ClusterError, ICMRayError
 
 Key = TypeVar("Key", bound=Hashable)
@@ -39,6 +39,7 @@ def connected(resources: Resources) -> Iterator[None]:
             # Ray's own handler of SIGTERM would end the process with code 1 and tell nobody.
             with _signals_kept():
                 _join(joined) if joined else _start_local(resources)
+            calm_progress()
             stack.enter_context(_ended_by_us())
         check_fits(resources)
         yield

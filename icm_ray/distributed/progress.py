@@ -1,8 +1,45 @@
-"""Progress bars that driver and workers draw on one terminal."""
+"""Progress that driver and workers show on one terminal: bars, or lines where it is a file."""
 
 import contextlib
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
+
+QUIET_SECONDS = 60.0
+"""A line says how far a long stage is; between two of them so much time passes."""
+
+
+class Lines:
+    """Takes the place of Ray's manager of bars: one line a stage, when it ends."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[float, float]] = {}  # by bar: its start, and its last line
+
+    def process_state_update(self, state: dict[str, Any]) -> None:
+        """Tell what Ray has heard of a bar, if it is time to."""
+        now, bar = time.monotonic(), state["uuid"]
+        started, told = self._known.setdefault(bar, (now, now))
+        if state["closed"] or now - told >= QUIET_SECONDS:
+            self._known[bar] = (started, now)
+            done = f"{state['x']} of {state['total']}"
+            print(f"{state['desc']}: {done}, {now - started:.0f} s", file=sys.stderr, flush=True)
+        if state["closed"]:
+            del self._known[bar]
+
+    def hide_bars(self) -> None:
+        """Lines need not make way for others."""
+
+    def unhide_bars(self) -> None:
+        """They never went."""
+
+
+def calm_progress() -> None:
+    """Let this driver write lines instead of bars, if nobody looks at a terminal."""
+    from ray.experimental import tqdm_ray
+
+    if not sys.stderr.isatty():
+        tqdm_ray._manager = Lines()  # type: ignore[assignment]
 
 
 class Bar:

@@ -65,14 +65,18 @@ class Pool:
         """Take what actors will be started with; none is yet."""
         self.session, self.items = session, items
 
+    @property
+    def size(self) -> int:
+        """How many actors it lends."""
+        return worker_count(self.session.resources, self.items)
+
     @cached_property
     def actors(self) -> list[Any]:
         """Their handles; asking for them starts them."""
         session = self.session
         kind: Any = AdapterActor  # what `ray.remote` returns is not what type checkers see
         start = kind.options(**worker_options(session.resources)).remote
-        count = worker_count(session.resources, self.items)
-        return [start(session.shared, session.resources) for _ in range(count)]
+        return [start(session.shared, session.resources) for _ in range(self.size)]
 
     def map(
         self,

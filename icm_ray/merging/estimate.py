@@ -147,6 +147,12 @@ def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
     }
 
 
+def merge_seconds(files: Sequence[AdapterFile], request: MergeRequest) -> float:
+    """Return about how long one core takes to merge open files as asked."""
+    *_, flops, _ = _sizes(plan_merge(files, request, is_gathered_later=True), files)
+    return flops / FLOPS_PER_SECOND
+
+
 def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
     """Refuse a recipe whose evidence is missing, doubled, useless or cannot be gathered here.
 

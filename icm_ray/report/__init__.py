@@ -2,6 +2,7 @@
 
 data.py              the plain values the page of a pipeline is made from
 summary.py           mean and worst task, per expert set and per init
+choice.py            the merge that is recommended, in words
 findings.py          who won, and whether the experts beat a linear probe
 tables.py            Parquet, JSON, Markdown and terminal tables
 html.py              the page of a pipeline or of a learned merge, from template.html
@@ -20,7 +21,18 @@ text.py              numbers and names as they are shown
 
 from pathlib import Path
 
-from icm_ray.report.data import BASE, EXPERT, PROBE, Gap, LearnedRow, ReportData, ScoreRow
+from icm_ray.report.choice import choice_lines
+from icm_ray.report.data import (
+    BASE,
+    EXPERT,
+    PROBE,
+    Choice,
+    Difference,
+    Gap,
+    LearnedRow,
+    ReportData,
+    ScoreRow,
+)
 from icm_ray.report.html import learned_page, page
 from icm_ray.report.model_card import model_card
 from icm_ray.report.summary import Summary, summarise
@@ -31,12 +43,15 @@ __all__ = [
     "BASE",
     "EXPERT",
     "PROBE",
+    "Choice",
+    "Difference",
     "Gap",
     "LearnedRow",
     "ReportData",
     "ScoreRow",
     "Summary",
     "Usage",
+    "choice_lines",
     "console_table",
     "learned_page",
     "markdown_table",

@@ -116,6 +116,50 @@ class Gap:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A mean over tasks of the difference of normalised scores, with its paired 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which merge a run recommends, and why.
+
+    Attributes:
+        method: Label of the row.
+        tuned: Whether its setting was chosen, too.
+        params: The setting, in short.
+        compared: How many rows it was chosen from, on validation data; 0: nothing was compared.
+        mean: Its mean normalised validation score.
+        second: Label of the next best row, if there is one.
+        ahead: Beside that one, on validation data.
+        apart: Beside the adapters served apart, on test data.
+        base: Beside the base alone, on test data.
+        losses: The same as `apart`, by task.
+        left_out: Methods that were not tried, each with the reason.
+        unproven: Merged adapters that no task asks for.
+        unseen: Scored tasks without an adapter.
+    """
+
+    method: str
+    tuned: bool
+    params: str
+    compared: int
+    mean: float | None
+    second: str | None
+    ahead: Difference | None
+    apart: Difference | None
+    base: Difference | None
+    losses: Mapping[str, Difference]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    unproven: Sequence[str] = ()
+    unseen: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportData:
     """What one pipeline run found out. Whatever is left empty is left out of the report.
 
@@ -140,6 +184,7 @@ class ReportData:
             null-space ratios to that of the highest.
         training_ratios: By task: ratio of the expert at each kept step of its training.
         gaps: Learned rows beside the best that learns nothing.
+        choice: What the run recommends, if it was told to choose.
         notes: What a reader must know to read the numbers rightly.
     """
 
@@ -158,4 +203,5 @@ class ReportData:
     quartiles: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     training_ratios: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     gaps: Sequence[Gap] = ()
+    choice: Choice | None = None
     notes: Sequence[str] = ()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icm_ray.report.choice import choice_lines
 from icm_ray.report.data import BASE, EXPERT, REFERENCES, LearnedRow, ReportData, ScoreRow, Split
 from icm_ray.report.findings import ExpertCheck, check_experts, headline
 from icm_ray.report.summary import Summary, init_of, summarise
@@ -46,6 +47,7 @@ def page(data: ReportData) -> str:
     summary = test if main == "test" else validation
     return templates.get_template("template.html").render(
         data=data,
+        choice=choice_lines(data.choice) if data.choice else [],
         main=main,
         summary=summary,
         folded=validation if main == "test" else None,

@@ -9,6 +9,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from icm_ray.files import write_json
+from icm_ray.report.choice import choice_lines
 from icm_ray.report.data import SPLITS, ReportData, ScoreRow, Split
 from icm_ray.report.summary import InitSummary, SetSummary, Spread, Summary, summarise
 from icm_ray.report.text import clip, is_number, markdown, number, percent, plain
@@ -35,6 +36,7 @@ def write_summary(data: ReportData, path: Path) -> None:
         "command": data.command,
         "base": dict(data.base),
         "tasks": {name: dict(facts) for name, facts in data.tasks.items()},
+        **({"choice": asdict(data.choice)} if data.choice else {}),
         "notes": list(data.notes),
         "summary": {split: _summary_json(summarise(data.scores, split)) for split in SPLITS},
     }
@@ -54,6 +56,8 @@ def markdown_table(data: ReportData, split: Split = "test") -> str:
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         names = sorted({one.expert_set for row in merges + references for one in row.sets})
         parts.append(f"{split}, experts: {markdown(', '.join(names))}\n\n{table}\n")
+    if data.choice:
+        parts.append("".join(f"- {markdown(line)}\n" for line in choice_lines(data.choice)))
     return "\n".join(parts)
 
 

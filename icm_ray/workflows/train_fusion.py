@@ -9,7 +9,7 @@ from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.base_model.loading import load_reader
-from icm_ray.config import FusionSpec, TrainFusionRecipe
+from icm_ray.config import EngineSpec, FusionSpec, TrainFusionRecipe
 from icm_ray.distributed.cluster import worker_count
 from icm_ray.distributed.evidence import checkpoints_on_ray
 from icm_ray.distributed.fusion_trainer import check_resources, train_fusion_on_ray
@@ -29,10 +29,12 @@ from icm_ray.fusion.meta import MetaTraining
 from icm_ray.fusion.serial import Checkpoints, check_joins, join, objectives_of, runs_base
 from icm_ray.fusion.store import load_fusion, save_fusion
 from icm_ray.fusion.train import finished
+from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.report.fusion_page import write_fusion_page
+from icm_ray.types import Adapter
 from icm_ray.workflows.prepared import data_of, heads_in, prepared_base
 
 VERSION = 3
@@ -145,15 +147,42 @@ def _train(
     session: Session, training: Training, known: Checkpoints, target: Path, origin: dict[str, str]
 ) -> None:
     recipe, adapters = training.recipe, [file.load() for file in training.files]
-    with kernel_threads(session.resources.threads):  # or bits depend on the driver's threads
-        layout, table = known.encoded(recipe.fusion.representation, adapters)
-    tasks, shared = [], None
+    tasks = []
     if runs_base(recipe.fusion):
-        reader, shared = load_reader(session.base), session.shared
-        tasks = training.data.batched(adapters, reader, recipe.input_batch)
-    order = FusionOrder(
-        recipe.fusion, recipe.engine, layout, tasks, shared, session.resources, session.seed
-    )
+        tasks = training.data.batched(adapters, load_reader(session.base), recipe.input_batch)
+    material = FusionMaterial(recipe.fusion, recipe.engine, adapters, known, tasks)
+    train_with_engine(session, material, target, origin)
+
+
+@dataclass(frozen=True)
+class FusionMaterial:
+    """What DeepSpeed trains a Fusion-VAE with.
+
+    Attributes:
+        spec: Representation, network, losses and stages.
+        engine: DeepSpeed's part.
+        adapters: The finished adapter of every task.
+        known: Their checkpoints and task vectors.
+        tasks: Inputs of every task; empty if no step runs the base.
+    """
+
+    spec: FusionSpec
+    engine: EngineSpec
+    adapters: Sequence[Adapter]
+    known: Checkpoints
+    tasks: Sequence[TaskInputs]
+
+
+def train_with_engine(
+    session: Session, material: FusionMaterial, target: Path, origin: dict[str, str]
+) -> None:
+    """Train by Ray Train and DeepSpeed, and write the model; resumable by `origin["key"]`."""
+    spec, adapters = material.spec, material.adapters
+    with kernel_threads(session.resources.threads):  # or bits depend on the driver's threads
+        layout, table = material.known.encoded(spec.representation, adapters)
+    shared = session.shared if runs_base(spec) else None
+    resources, seed = session.resources, session.seed
+    order = FusionOrder(spec, material.engine, layout, material.tasks, shared, resources, seed)
     world = worker_count(session.resources, len(adapters))
     stem = f".{target.name}.training-{origin['key'][:12]}-"
     scratch = _scratch(target, stem, world)
@@ -162,7 +191,7 @@ def _train(
     except RecipeError:  # of other settings there is nothing to resume
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    meta = MetaTraining(trained.vae, recipe.fusion, layout, table, None, session.seed)
+    meta = MetaTraining(trained.vae, spec, layout, table, None, session.seed)
     model = finished(meta, trained.history, adapters)
     report = {**model.report, "optimizer_bytes": trained.optimizer_bytes}
     save_fusion(replace(model, report=report), target, origin)

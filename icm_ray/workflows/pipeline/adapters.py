@@ -67,7 +67,7 @@ def adapter_problems(recipe: PipelineRecipe) -> list[str]:
             f"adapters: {', '.join(names)}: none is called as a task ({known}). Name each by its "
             "task."
         )
-    for row in recipe.methods:
+    for row in recipe.methods or []:
         blind = [name for name in one.unproven if row.tasks is None or name in row.tasks]
         if blind and row.method in METHODS and METHODS[row.method].needs:
             problems.append(

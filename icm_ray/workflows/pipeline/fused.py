@@ -8,34 +8,38 @@ fusion/<set>/<recipe's hash>/   the Fusion-VAE
 learned/<set>/<row>/            what a row with `in_context` adapted from it
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from icm_ray.base_model.loading import load_reader
-from icm_ray.config import INPUT_BATCH, FusionSpec, MethodRow
+from icm_ray.config import INPUT_BATCH, EngineSpec, FusionSpec, MethodRow
+from icm_ray.distributed.cluster import worker_count
 from icm_ray.distributed.fusion_tasks import FusionTask, train_fusions
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import TRAJECTORIES
 from icm_ray.evidence.store import load_evidence
-from icm_ray.files import is_done, sha256_of
+from icm_ray.files import RUN_FILE, is_done, sha256_of, write_json
 from icm_ray.fusion.in_context import Context, context_specs
 from icm_ray.fusion.latent import check_beneath
 from icm_ray.fusion.material import content_of
-from icm_ray.fusion.serial import fusion_spec_of, objectives_of, runs_base
+from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, objectives_of, runs_base
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.tasks import LearnerData, learner_data
 from icm_ray.merging.estimate import warn
 from icm_ray.methods import find_method
 from icm_ray.workflows.pipeline.learned import learn_row
+from icm_ray.workflows.pipeline.offer import affords
 from icm_ray.workflows.pipeline.table import SetResults, Table
+from icm_ray.workflows.train_fusion import FusionMaterial, train_with_engine
 
 VERSION = 3
 
 
 def fuse_rows(table: Table) -> None:
     """Make what each fusion row merges with: its Fusion-VAE, and what it adapts from it."""
-    rows = table.rows_that_need("fusion_model")
+    rows = [row for row in table.rows_that_need("fusion_model") if affords(table, row)]
     trained = _train_all(table)
     for one in table.sets:
         for row in rows:
@@ -81,8 +85,23 @@ def _train_all(table: Table) -> dict[tuple[str, str], Path]:
                 missing[folder] = replace(training, tasks=_tasks(table, training, data))
                 if not training.trajectories:
                     warn([f"fusion {one.label}: no trajectories, so from the adapters alone."])
-    train_fusions(table.session, missing)
+    engine = table.engine
+    if engine is None:
+        train_fusions(table.session, missing)
+    for folder, training in missing.items() if engine else ():
+        assert engine is not None
+        _train_with(engine, table, training, folder)
     return folders
+
+
+def _train_with(engine: EngineSpec, table: Table, training: FusionTask, folder: Path) -> None:
+    """Train one Fusion-VAE by Ray Train and DeepSpeed, over as many workers as there are."""
+    started, adapters = time.monotonic(), [file.load() for file in training.files]
+    known = Checkpoints.read(adapters, training.trajectories, training.vectors)
+    material = FusionMaterial(training.spec, engine, adapters, known, training.tasks)
+    train_with_engine(table.session, material, folder, {"key": training.key})
+    workers = worker_count(table.session.resources, len(adapters))
+    write_json(folder / RUN_FILE, {"cpu_seconds": (time.monotonic() - started) * workers})
 
 
 def _training(table: Table, one: SetResults, spec: FusionSpec, data: LearnerData) -> FusionTask:
@@ -94,6 +113,7 @@ def _training(table: Table, one: SetResults, spec: FusionSpec, data: LearnerData
         "base": session.key,
         "seed": session.seed,
         "threads": session.resources.threads,
+        **({"engine": table.engine.model_dump()} if table.engine else {}),
     }
     assert one.evidence is not None, "gathered before"
     vectors = load_evidence(one.evidence)[0].vectors

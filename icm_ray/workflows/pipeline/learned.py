@@ -7,6 +7,7 @@ from icm_ray.fusion.in_context import Context
 from icm_ray.learning.recipes import needs_grams, spec_of
 from icm_ray.learning.tasks import learner_data
 from icm_ray.workflows.learn import LearnRequest, learn_to_folder
+from icm_ray.workflows.pipeline.offer import affords
 from icm_ray.workflows.pipeline.table import SetResults, Table
 
 
@@ -14,6 +15,8 @@ def learn_rows(table: Table) -> None:
     """Learn what each learned row merges with, from each set's experts."""
     for one in table.sets:
         for row in table.rows_that_need("learned_merge"):
+            if not affords(table, row):
+                continue
             one.learned[row.name] = learn_row(table, one, row, spec_of(row.method, row.learn))
 
 

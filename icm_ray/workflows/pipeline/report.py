@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import delta_cosines
-from icm_ray.config import MethodRow
 from icm_ray.distributed.probes import read_probe
 from icm_ray.evaluation.metrics import Score, difference_interval, score
 from icm_ray.evaluation.scoring import TaskScore, standing
@@ -21,14 +20,15 @@ from icm_ray.report import (
     PROBE,
     ReportData,
     ScoreRow,
+    choice_lines,
     console_table,
-    summarise,
     write_report,
 )
 from icm_ray.report.data import OF_TASKS
 from icm_ray.suites import BASES
+from icm_ray.workflows.pipeline.choice import best_row, choice_of
 from icm_ray.workflows.pipeline.learned_report import learned_report
-from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table, Variant, variants
+from icm_ray.workflows.pipeline.table import SetResults, Table, Variant
 
 VERSION = 1
 
@@ -68,6 +68,7 @@ def report_data(table: Table) -> ReportData:
         },
         expert_gains={one.label: _expert_gains(table, one) for one in table.sets},
         **learned_report(table),
+        choice=choice_of(table, rows) if table.validates_all else None,
         notes=NOTES,
     )
 
@@ -77,7 +78,7 @@ def publish(table: Table, data: ReportData) -> dict[str, str]:
     with whole_folder(table.root / "report") as folder:
         write_report(data, folder)
     outputs = {"report": str(table.root / "report" / "index.html")}
-    best = _best_row(table, data)
+    best = best_row(table, data.scores)
     if best is not None:
         outputs["adapter"] = str(_publish_adapter(table, data, *best))
     return outputs
@@ -95,10 +96,12 @@ def probe_scores(table: Table) -> dict[str, TaskScore]:
 
 
 def console(data: ReportData) -> None:
-    """Print the table of test scores."""
+    """Print the table of test scores, and what is recommended."""
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 160).print(console_table(data))
+    for line in choice_lines(data.choice) if data.choice else ():
+        print(line)
 
 
 def _rows(table: Table, one: SetResults) -> list[ScoreRow]:
@@ -214,26 +217,6 @@ def _base(table: Table) -> dict[str, str]:
 def _cosines(vectors: Any) -> dict[str, dict[str, float]]:
     unit = {task: v.double() / v.double().norm().clamp(min=1e-12) for task, v in vectors.items()}
     return {t: {o: float(unit[t] @ unit[o]) for o in sorted(unit)} for t in sorted(unit)}
-
-
-def _best_row(table: Table, data: ReportData) -> tuple[SetResults, Variant, bool] | None:
-    """Return set, setting and whether tuned of the best row by validation, else the first row."""
-    rows = {row.name: row for row in table.rows}
-    merges = [row for row in summarise(data.scores, "validation").sets if row.method in rows]
-    if merges:
-        best = max(merges, key=lambda row: row.mean if row.mean is not None else float("-inf"))
-        one = next(one for one in table.sets if one.label == best.expert_set)
-        name = one.chosen[best.method] if best.tuned else DEFAULT
-        return one, _variant(rows[best.method], name), best.tuned
-    if rows:
-        # Without a grid nothing is scored on validation data; the first method is published
-        # rather than one picked by looking at test scores.
-        return table.sets[0], _variant(table.rows[0], DEFAULT), False
-    return None
-
-
-def _variant(row: MethodRow, name: str) -> Variant:
-    return next(variant for variant in variants(row) if variant.name == name)
 
 
 def _publish_adapter(

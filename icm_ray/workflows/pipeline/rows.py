@@ -20,7 +20,7 @@ from icm_ray.evaluation.scoring import TaskScore, standing, task_data
 from icm_ray.files import is_done
 from icm_ray.merging.folder import PER_TASK, read_merged
 from icm_ray.report.data import BASE, EXPERT, OF_TASKS
-from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table, variants
+from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table
 
 
 def merge_rows(table: Table, which: Literal["default", "chosen"]) -> None:
@@ -34,7 +34,7 @@ def merge_rows(table: Table, which: Literal["default", "chosen"]) -> None:
         for row in table.rows:
             files = one.files(row.tasks)
             wanted = DEFAULT if which == "default" else one.chosen.get(row.name)
-            for variant in (v for v in variants(row) if v.name == wanted):
+            for variant in (v for v in one.variants(row) if v.name == wanted):
                 place = (index, row.name, variant.name)
                 folder = table.root / "merged" / one.label / row.name / variant.name
                 request = table.request(one, variant)
@@ -48,12 +48,12 @@ def merge_rows(table: Table, which: Literal["default", "chosen"]) -> None:
 
 
 def choose(table: Table, one: SetResults, pool: Pool) -> None:
-    """Score every grid on validation data and note the best setting of each row."""
-    tuned = [row for row in table.rows if row.grid]
+    """Score settings on validation data and note the best one of each row that has several."""
+    tuned = [row for row in table.rows if row.grid or row.search]
     items, labels = [], {}
-    for row in tuned:
+    for row in table.rows if table.validates_all else tuned:
         files = one.files(row.tasks)
-        for variant in variants(row):
+        for variant in one.variants(row):
             source = MergeSource.of(files, table.request(one, variant))
             labels[row.name, variant.name] = f"{row.name}/{variant.name}"
             items.append(ScoreItem(labels[row.name, variant.name], source, one.scored))
@@ -101,7 +101,7 @@ def _best(one: SetResults, row: MethodRow) -> str:
     base = one.scores[BASE, DEFAULT, "validation"]
     means = {
         v.name: standing(one.scores[row.name, v.name, "validation"], expert, base).mean
-        for v in variants(row)
+        for v in one.variants(row)
     }
     # NaN: an expert scored nothing, so nothing can be compared with it.
     return max(means, key=lambda v: -math.inf if math.isnan(means[v]) else means[v])

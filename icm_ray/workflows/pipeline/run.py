@@ -1,5 +1,6 @@
 """`jobs.pipeline`: every missing stage, then the report and the best adapter."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     console(data)
     for name, where in outputs.items():
         print(f"{name}: {where}")
-    return {"outputs": outputs, "scores": _scores(data)}
+    chosen = {"choice": asdict(data.choice)} if data.choice else {}
+    return {"outputs": outputs, "scores": _scores(data), **chosen}
 
 
 def _scores(data: ReportData) -> dict[str, Any]:

@@ -8,7 +8,9 @@ learned/<set>/<row>/        what learned rows learned
 fusion/<set>/<hash>/        Fusion-VAEs
 ratios/<set>/<row>/         ratios of the first set's learned rows, on test inputs
 probes/<task>/              the refitted linear probe and its test predictions
+search/<set>/<row>/         what Ray Tune tried for a row with `search`
 scores/<set>-<split>/       scores by content
+plan.json                   what is tried if the recipe names no methods
 report/                     the page, the table, Parquet and JSON
 """
 
@@ -39,8 +41,10 @@ from icm_ray.workflows.experts import find_or_train, probes_of
 from icm_ray.workflows.pipeline.adapters import adapter_problems, ready_set
 from icm_ray.workflows.pipeline.fused import check_fusion_row, fuse_rows
 from icm_ray.workflows.pipeline.learned import learn_rows
+from icm_ray.workflows.pipeline.offer import offer_rows
 from icm_ray.workflows.pipeline.ratios import ratios_of_rows, training_ratios
 from icm_ray.workflows.pipeline.rows import choose, merge_rows, score_test
+from icm_ray.workflows.pipeline.searched import check_search, search_rows
 from icm_ray.workflows.pipeline.table import SetResults, Table, variants
 
 
@@ -55,11 +59,14 @@ def run_stages(table: Table) -> None:
         experts = find_or_train(session, recipe, table.root, ready)
         table.sets.extend(SetResults(label, of_set) for label, of_set in experts.items())
     with session.pool(len(table.suite.tasks)) as pool:
+        if isinstance(recipe, PipelineRecipe) and recipe.methods is None:
+            offer_rows(table, pool)
         for one in table.sets:
             _gather(table, one, pool)
     learn_rows(table)
     fuse_rows(table)
     merge_rows(table, "default")
+    search_rows(table)
     with session.pool(len(table.suite.tasks)) as pool:
         _choose_all(table, pool)
     merge_rows(table, "chosen")
@@ -112,13 +119,16 @@ def check_rows(recipe: PipelineRecipe) -> None:
     one = ready_set(recipe) if recipe.adapters else None
     tasks = [*one.experts, *one.unproven] if one else []
     tasks = tasks or list(recipe.tasks or find_suite(recipe.suite).tasks)
-    names = [row.name for row in recipe.methods]
+    given = recipe.methods or []
+    names = [row.name for row in given]
+    if recipe.budget and recipe.methods is not None:
+        problems.append("budget: chooses among methods, but they are named. Leave one out.")
     for name in sorted(set(names)):
         if name in REFERENCES:
             problems.append(f"methods: {name!r} is a reference of the table. Set another label.")
         if names.count(name) > 1:
             problems.append(f"methods: {name!r} names {names.count(name)} rows. Set labels.")
-    for row in recipe.methods:
+    for row in given:
         strange = sorted(set(row.tasks or ()) - set(tasks))
         problems += [
             f"methods.{row.name}.tasks: {task!r} has no expert.{did_you_mean(task, tasks)}"
@@ -134,6 +144,7 @@ def check_rows(recipe: PipelineRecipe) -> None:
             else:
                 objectives = []
             problems += _label_problems(recipe, row, objectives)
+            check_search(row)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
             for variant in variants(row):
                 method.bind(variant.params, row.tasks or tasks)

@@ -1,5 +1,6 @@
 """One results table while it is made: its recipe, its experts, and what was measured so far."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
-from icm_ray.config import DataSpec, FinetuneRecipe, MethodRow, PipelineRecipe
+from icm_ray.config import DataSpec, EngineSpec, FinetuneRecipe, MethodRow, PipelineRecipe
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.experts import Expert
 from icm_ray.evaluation.scoring import TaskScore
@@ -36,6 +37,25 @@ class Variant:
 
 
 @dataclass
+class Offer:
+    """Methods that were chosen for a recipe that names none.
+
+    Attributes:
+        rows: What is tried, cheapest first.
+        left_out: What is not, by name, with the reason.
+        seconds: What each row should take on all workers together.
+        ends: When the budget is used up, by the monotonic clock.
+        path: Where it is kept.
+    """
+
+    rows: list[MethodRow] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    ends: float = math.inf
+    path: Path | None = None
+
+
+@dataclass
 class SetResults:
     """One set of experts and all that was made of it and measured with it, stage by stage.
 
@@ -50,6 +70,7 @@ class SetResults:
         learned: By learned row: the folder of what it learned.
         fused: By fusion row: the folder of its Fusion-VAE, or of what was adapted from it.
         merged: Merged folders by (row, variant): default settings and chosen ones.
+        searched: By row that searches: the setting that Ray Tune found.
         chosen: By row that has a grid: the variant that was best on validation data.
         scores: By (row or reference, variant, split): scores by task.
     """
@@ -64,6 +85,7 @@ class SetResults:
     learned: dict[str, Path] = field(default_factory=dict)
     fused: dict[str, Path] = field(default_factory=dict)
     merged: dict[tuple[str, str], MergedFolder] = field(default_factory=dict)
+    searched: dict[str, Variant] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], dict[str, TaskScore]] = field(default_factory=dict)
 
@@ -79,9 +101,19 @@ class SetResults:
         refs = [(t, path) for t, path in known.items() if tasks is None or t in tasks]
         return open_all(refs, self.modules_to_save, heads=True)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return what identifies each adapter."""
+        return {file.name: file.fingerprint for file in self.files()}
+
     def proven(self) -> list[AdapterFile]:
         """Return the experts' adapters alone."""
         return self.files(tuple(self.experts))
+
+    def variants(self, row: MethodRow) -> Iterator[Variant]:
+        """Yield a row's settings, what was found for this set among them."""
+        yield from variants(row)
+        if row.name in self.searched:
+            yield self.searched[row.name]
 
     def evidence_for(self, row: MethodRow) -> Path | None:
         """Return the evidence that a row merges with."""
@@ -106,6 +138,7 @@ class Table:
         probes: Folder of each headed task's linear probe.
         ratios: Folders of ratios by learned row, of the first set.
         training_ratios: Mean expert ratio at kept steps of training, by task, of the first set.
+        offer: The methods of a recipe that names none.
     """
 
     recipe: FinetuneRecipe
@@ -116,11 +149,24 @@ class Table:
     probes: dict[str, Path] = field(default_factory=dict)
     ratios: dict[str, Path] = field(default_factory=dict)
     training_ratios: dict[str, dict[int, float]] = field(default_factory=dict)
+    offer: Offer = field(default_factory=Offer)
 
     @property
     def rows(self) -> list[MethodRow]:
-        """The table's methods."""
-        return self.recipe.methods if isinstance(self.recipe, PipelineRecipe) else []
+        """The table's methods: the recipe's, or those that were offered."""
+        named = self.recipe.methods if isinstance(self.recipe, PipelineRecipe) else []
+        return self.offer.rows if named is None else named
+
+    @property
+    def engine(self) -> EngineSpec | None:
+        """How DeepSpeed trains the Fusion-VAEs, if it does."""
+        return self.recipe.engine if isinstance(self.recipe, PipelineRecipe) else None
+
+    @property
+    def validates_all(self) -> bool:
+        """Whether rows without a grid are scored on validation data too, to choose the best."""
+        recipe = self.recipe
+        return isinstance(recipe, PipelineRecipe) and (bool(recipe.adapters) or not recipe.methods)
 
     @property
     def name(self) -> str:
@@ -148,9 +194,12 @@ def variants(row: MethodRow) -> Iterator[Variant]:
     yield Variant(row, row.params, DEFAULT)
     for point in product(*row.grid.values()) if row.grid else ():
         settings = dict(zip(row.grid, point, strict=True))
-        name = ",".join(f"{key}={_as_text(value)}" for key, value in settings.items())
-        yield Variant(row, {**row.params, **settings}, name)
+        yield Variant(row, {**row.params, **settings}, variant_name(settings))
 
 
-def _as_text(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+def variant_name(settings: Mapping[str, Any]) -> str:
+    """Return a setting in short, such as "scale=0.3,density=0.5"."""
+    return ",".join(
+        f"{key}={value:g}" if isinstance(value, int | float) else f"{key}={value}"
+        for key, value in settings.items()
+    )

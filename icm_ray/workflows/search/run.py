@@ -20,6 +20,7 @@ from icm_ray.distributed.session import Session, opened
 from icm_ray.distributed.trials import share_material
 from icm_ray.distributed.tune import Bench, Looks, TrialsOrder, run_trials, wait_for_actors
 from icm_ray.errors import InputError
+from icm_ray.evaluation.experts import heads_of
 from icm_ray.learning.recipes import spec_of
 from icm_ray.merging.estimate import unproven_lines, warn, warnings_of
 from icm_ray.search.ledger import Ledger
@@ -51,11 +52,11 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     studies = [study_of(plan, s, ledger) for s, ledger in zip(searches, ledgers, strict=True)]
     pairs = list(zip(searches, studies, strict=True))
     with opened(recipe.resources, base, recipe.seed) as session:
-        _run_all(plan, pairs, session, target)
+        run_missing(plan, pairs, session, target)
         return finish(plan, pairs, session, target)
 
 
-def _run_all(
+def run_missing(
     plan: Plan, pairs: Sequence[tuple[Search, Study]], session: Session, target: Path
 ) -> None:
     """Run the missing trials of every search on one set of actors."""

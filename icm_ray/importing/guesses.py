@@ -1,0 +1,80 @@
+"""What a data file says of its task: columns by their names and first rows, each a guess."""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from icm_ray.suites.rows import json_rows, table_rows, table_schema
+
+LOOKED_AT = 200
+"""Rows that are read of a file."""
+MAX_CLASSES = 50
+MESSAGES = ("messages", "conversation", "conversations", "chat")
+PROMPTS = ("prompt", "question", "instruction", "query", "input", "source")
+ANSWERS = ("answer", "response", "completion", "reply", "output", "target", "label", "labels")
+TEXTS = ("text", "sentence", "sentence1", "premise", "content", "document_text", "body")
+PAIRS = ("text_pair", "sentence2", "hypothesis")
+SCORES = ("target", "label", "labels", "answer", "class", "score", "similarity")
+
+
+def first_rows(file: Path) -> tuple[list[str], list[Mapping[str, Any]]]:
+    """Return a file's columns, and its first rows as far as they hold plain values."""
+    if file.suffix != ".parquet":
+        rows = [row for _, row in islice(json_rows(file), LOOKED_AT)]
+        return list(dict.fromkeys(name for row in rows for name in row)), rows
+    schema = table_schema(file)
+    flat = [name for name in schema.names if schema.field(name).type.num_fields == 0]
+    return schema.names, [row for _, row in islice(table_rows(file, flat), LOOKED_AT)]
+
+
+def guessed_task(file: Path, *, is_language_model: bool) -> dict[str, Any]:
+    """Return what `suite.yaml` says of a task whose data are in `file`: kind and columns.
+
+    Args:
+        file: JSON lines or Parquet.
+        is_language_model: Whether the task's adapter is of a causal language model.
+    """
+    columns, rows = first_rows(file)
+    if name := _first(columns, MESSAGES):
+        return {"kind": "generation", "messages": name}
+    text, prompt = _first(columns, TEXTS), _first(columns, PROMPTS)
+    if prompt and not text:
+        answer = _first([c for c in columns if c != prompt], ANSWERS)
+        asked = {"kind": "generation", "prompt": f"{{{prompt}}}"}
+        return {**asked, "answer": answer} if answer else asked
+    text = text or _longest(columns, rows)
+    if text is None:
+        return {"kind": "language_modelling", "text": "FILL_IN"}
+    found: dict[str, Any] = {"text": text}
+    if pair := _first(columns, PAIRS):
+        found["text_pair"] = pair
+    score = _first([c for c in columns if c != text], SCORES)
+    values = [row[score] for row in rows if row.get(score) is not None] if score else []
+    if score and values:
+        return {"kind": _kind_of(values), **found, "answer": score}
+    return {"kind": "language_modelling" if is_language_model else "classification", **found}
+
+
+def _first(columns: Sequence[str], known: Sequence[str]) -> str | None:
+    """Return the column whose name stands first among known ones, in any case of letters."""
+    by_name = {name.lower(): name for name in columns}
+    return next((by_name[name] for name in known if name in by_name), None)
+
+
+def _longest(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the column with the longest texts."""
+    sizes = {
+        name: sum(len(row[name]) for row in rows if isinstance(row.get(name), str))
+        for name in columns
+    }
+    best = max(sizes, key=lambda name: sizes[name], default=None)
+    return best if best is not None and sizes[best] else None
+
+
+def _kind_of(values: Sequence[Any]) -> str:
+    if all(isinstance(value, str) for value in values):
+        few = len(set(values)) <= min(MAX_CLASSES, max(2, len(values) // 2))
+        return "classification" if few else "generation"
+    whole = all(isinstance(value, int) and 0 <= value < MAX_CLASSES for value in values)
+    return "classification" if whole else "regression"

@@ -1,0 +1,143 @@
+"""The methods of a recipe that names none: what the data allow, cheapest first, in the budget.
+
+plan.json in the output holds what was planned, so that a second run tries the same.
+"""
+
+import time
+from typing import Any
+
+from icm_ray.config import MethodRow, PipelineRecipe
+from icm_ray.distributed.scores import seconds_an_example
+from icm_ray.distributed.session import Pool
+from icm_ray.evaluation.scoring import task_data
+from icm_ray.files import read_json, sha256_of, write_json
+from icm_ray.fusion.serial import fusion_spec_of
+from icm_ray.learning.recipes import spec_of
+from icm_ray.merging.estimate import merge_seconds
+from icm_ray.merging.order import MergeRequest
+from icm_ray.methods import METHODS
+from icm_ray.workflows.pipeline.table import Offer, SetResults, Table, variants
+from icm_ray.workflows.pipeline.usual import NEVER, USUAL
+
+PLAN = "plan.json"
+PROBED = 16
+"""Examples of a task whose forward pass is timed."""
+BACKWARD = 4.0
+"""Forward passes that a learner's step is worth, its expert's own among them."""
+INNER = 5.0
+"""The same of an inner step of a Fusion-VAE."""
+SECONDS_A_MERGE = 1.0
+"""What writing and checking a folder takes beside the arithmetic."""
+FUSION_BATCH = 16
+VAE_STEP_SECONDS = 0.04
+
+
+def offer_rows(table: Table, pool: Pool) -> None:
+    """Plan which methods are tried, and say it in one line; a plan that is there holds."""
+    recipe, one = table.recipe, table.sets[0]
+    assert isinstance(recipe, PipelineRecipe)
+    budget = recipe.budget.seconds(pool.size, recipe.resources) if recipe.budget else None
+    content = [recipe.model_dump(exclude={"storage", "output"}), one.fingerprints()]
+    table.offer.path, key = table.root / PLAN, sha256_of(content)
+    kept = read_json(table.offer.path) if table.offer.path.is_file() else {}
+    if kept.get("key") == key:
+        plan = kept
+    else:
+        few = min(PROBED, *(table.suite.count(task, "validation") for task in one.scored))
+        data = task_data(table.suite, one.experts, "validation", few, one.unseen)
+        plan = planned(table, one, seconds_an_example(pool, data), budget, pool.size)
+        write_json(table.offer.path, {"key": key, "budget_seconds": budget, **plan})
+    rows = {row.name: row for row in USUAL}
+    table.offer.rows = [rows[name] for name, _ in plan["seconds"]]
+    table.offer.seconds, table.offer.left_out = dict(plan["seconds"]), dict(plan["left_out"])
+    if budget is not None:
+        table.offer.ends = time.monotonic() + budget
+    print(_line(table.offer, budget))
+
+
+def allowed(table: Table, one: SetResults) -> tuple[list[MethodRow], dict[str, str]]:
+    """Return the usual rows that the data allow, and why the others are not among them."""
+    tasks = [table.suite.tasks[task] for task in one.experts]
+    bare = [task.name for task in tasks if not task.labelled]
+    blind, left_out = ", ".join(one.unproven), dict(NEVER)
+    rows = []
+    for row in USUAL:
+        if METHODS[row.method].needs and blind:
+            left_out[row.name] = f"no inputs of {blind}"
+        elif row.method == "adamerging" and not any(t.kind == "classification" for t in tasks):
+            left_out[row.name] = "no task with a head that classifies"
+        elif row.method == "atlas" and bare:
+            left_out[row.name] = f"no labels of {', '.join(bare)}"
+        elif row.method == "icm_fusion" and len(one.experts) < 2:
+            left_out[row.name] = "one adapter is not fused"
+        else:
+            rows.append(row)
+    return rows, left_out
+
+
+def planned(
+    table: Table, one: SetResults, forward: float, budget: float | None, workers: int
+) -> dict[str, Any]:
+    """Return the seconds of each row that fits into the budget, and why others are left out."""
+    rows, left_out = allowed(table, one)
+    costs = {row.name: _seconds(table, one, row, forward) / workers for row in rows}
+    seconds: dict[str, float] = {}
+    for name in sorted(costs, key=lambda name: costs[name]):
+        if budget is not None and sum(seconds.values()) + costs[name] > budget:
+            left_out[name] = f"the budget: about {costs[name]:.0f} s more"
+        else:
+            seconds[name] = round(costs[name], 1)
+    return {"seconds": list(seconds.items()), "left_out": left_out}
+
+
+def _seconds(table: Table, one: SetResults, row: MethodRow, forward: float) -> float:
+    """Return what a row takes of one worker: gathering, learning, merging and scoring."""
+    tasks, files = len(one.scored), one.files(row.tasks)
+    request = MergeRequest(row.method, row.params, None, row.rank, table.session.seed)
+    settings = list(variants(row))
+    merge = merge_seconds(files, request) + SECONDS_A_MERGE
+    validation, test = (_examples(table, one, split) for split in ("validation", "test"))
+    seconds = merge * len(settings) + (len(settings) * validation + 2 * test) * forward
+    needs = METHODS[row.method].needs
+    if needs is not None and needs != "fusion_model":
+        seconds += _examples(table, one, "calibration") * forward
+    if needs == "learned_merge":
+        how = spec_of(row.method, row.learn).optimisation
+        seconds += BACKWARD * how.steps * how.batch * tasks * forward
+    if needs == "fusion_model":
+        spec = fusion_spec_of(row.fusion)
+        seconds += INNER * spec.meta_steps * FUSION_BATCH * tasks * forward
+        seconds += VAE_STEP_SECONDS * spec.vae_steps
+    return seconds
+
+
+def _examples(table: Table, one: SetResults, split: str) -> int:
+    """Return how many examples of a split all tasks use together."""
+    sizes = table.recipe.sizes
+    asked = sizes.calibration if split == "calibration" else sizes.scored(split)
+    return sum(asked or table.suite.count(task, split) for task in one.scored)
+
+
+def affords(table: Table, row: MethodRow) -> bool:
+    """Say whether there is time left for a row; if not, it is left out from now on."""
+    offer = table.offer
+    needed = offer.seconds.get(row.name, 0.0)
+    if time.monotonic() + needed <= offer.ends:
+        return True
+    offer.rows.remove(row)
+    offer.left_out[row.name] = f"the budget: {needed:.0f} s were planned and less was left"
+    assert offer.path is not None
+    del offer.seconds[row.name]
+    left = {"seconds": list(offer.seconds.items()), "left_out": offer.left_out}
+    write_json(offer.path, {**read_json(offer.path), **left})
+    print(f"left out: {row.name}: {offer.left_out[row.name]}")
+    return False
+
+
+def _line(offer: Offer, budget: float | None) -> str:
+    within = f"budget {budget:.0f} s" if budget is not None else "no budget"
+    total = sum(offer.seconds.values())
+    shares = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in offer.seconds.items())
+    out = [name for name, why in offer.left_out.items() if why.startswith("the budget")]
+    rest = f"; left out for the budget: {', '.join(out)}" if out else ""
+    return f"plan: {len(offer.rows)} methods, about {total:.0f} s ({within}): {shares}{rest}"

@@ -1,0 +1,103 @@
+"""What `icm-ray init` says of a stranger's adapters and data files."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from command_samples import save_lora
+
+from icm_ray.config import PipelineRecipe
+from icm_ray.config.loading import load_recipe
+from icm_ray.importing.first_files import GUESS
+from icm_ray.importing.guesses import guessed_task
+
+
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "language", "expected"),
+    [
+        (
+            [{"messages": [{"role": "user", "content": "hi"}]}],
+            True,
+            {"kind": "generation", "messages": "messages"},
+        ),
+        (
+            [{"id": 1, "question": "why", "reply": "so"}],
+            True,
+            {"kind": "generation", "prompt": "{question}", "answer": "reply"},
+        ),
+        ([{"Prompt": "why"}], True, {"kind": "generation", "prompt": "{Prompt}"}),
+        (
+            [{"premise": "a", "hypothesis": "b", "label": n % 3} for n in range(9)],
+            False,
+            {"kind": "classification", "text": "premise", "text_pair": "hypothesis"}
+            | {"answer": "label"},
+        ),
+        (
+            [{"sentence1": "a", "sentence2": "b", "score": 2.5}, {"sentence1": "c", "score": 1}],
+            False,
+            {"kind": "regression", "text": "sentence1", "text_pair": "sentence2"}
+            | {"answer": "score"},
+        ),
+        (
+            [{"text": "a", "label": name} for name in ("good", "bad") * 3],
+            False,
+            {"kind": "classification", "text": "text", "answer": "label"},
+        ),
+        ([{"text": "words"}], True, {"kind": "language_modelling", "text": "text"}),
+        ([{"text": "words"}], False, {"kind": "classification", "text": "text"}),
+        (
+            [{"id": "7", "abstract": "a long text"}],
+            True,
+            {"kind": "language_modelling", "text": "abstract"},
+        ),
+    ],
+)
+def test_columns_are_guessed_by_name_and_values(tmp_path, rows, language, expected):
+    file = lines(tmp_path / "task.jsonl", *rows)
+    assert guessed_task(file, is_language_model=language) == expected
+
+
+def test_a_nested_column_of_a_table_is_a_chat(tmp_path):
+    turns = [[{"role": "user", "content": "hi"}]]
+    pq.write_table(pa.table({"id": [1], "conversation": turns}), tmp_path / "t.parquet")
+    found = guessed_task(tmp_path / "t.parquet", is_language_model=True)
+    assert found == {"kind": "generation", "messages": "conversation"}
+
+
+def test_what_it_writes_loads_and_marks_its_guesses(cli, tmp_path):
+    data = tmp_path / "my data"
+    data.mkdir()
+    lines(data / "year.jsonl", {"text": "a", "target": 1.5}, {"text": "b", "target": 2})
+    lines(data / "poems.jsonl", {"text": "a"})
+    adapters = [save_lora(tmp_path / name, seed) for seed, name in enumerate(("lora-year", "x"))]
+    code, _, err = cli("init", data, *adapters)
+    assert code == 0, err
+    assert "warning: x: no data of that name" in err
+    assert "warning: poems: no adapter of that name" in err
+    recipe = load_recipe(PipelineRecipe, data / "pipeline.yaml")
+    assert {ref.name: ref.path for ref in recipe.adapters} == {
+        "year": str(adapters[0]),
+        "x": str(adapters[1]),
+    }
+    assert (recipe.suite, recipe.methods) == (str(data), None)
+    assert recipe.budget is not None
+    text = (data / "suite.yaml").read_text()
+    tasks = yaml.safe_load(text)["tasks"]
+    assert tasks["year"] == {"kind": "regression", "text": "text", "answer": "target"}
+    assert all(GUESS in line for line in text.splitlines() if line.startswith("    "))
+    code, _, err = cli("init", data, *adapters)
+    assert code == 2
+    assert err.count("exists") == 2
+
+
+def test_a_folder_without_data_is_refused(cli, tmp_path):
+    code, _, err = cli("init", tmp_path, save_lora(tmp_path / "a"))
+    assert code == 3
+    assert "no data" in err
