@@ -197,3 +197,15 @@ def cli() -> Callable[..., tuple[int, str, str]]:
         return done.exit_code, done.stdout, done.stderr
 
     return invoke
+
+
+@pytest.fixture(scope="session", params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
+def accelerator(request):
+    """A GPU: one made of processor memory, and with `-m gpu` a real one."""
+    from fake_gpu import REAL, STAND_IN
+
+    if request.param == "stand-in":
+        return STAND_IN
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return REAL

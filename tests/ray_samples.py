@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import yaml
 
+from icm_ray.base_model.shared_base import share_base
 from icm_ray.config import FinetuneRecipe, Resources
 from icm_ray.distributed.session import Session
-from icm_ray.distributed.shared_base import share_base
 from icm_ray.files import RUN_FILE, sha256_of_file
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "icm_ray"
 
 # Each room and the rooms it may import. Leaves come first; a new arrow is a decision.
-BASICS = {"errors", "types", "files", "seeding", "checkpoint", "inputs"}
+BASICS = {"errors", "types", "files", "seeding", "checkpoint", "devices", "inputs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
+    "devices": {"errors"},
     "checkpoint": set(),
     "inputs": set(),
     "linalg": set(),

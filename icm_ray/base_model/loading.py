@@ -1,24 +1,33 @@
-"""The base model: loaded from a folder, or rebuilt around weights that are already in memory."""
+"""The base model: mapped from its folder in the precision it is stored in."""
 
+import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from icm_ray.adapters.base_folder import named, open_base, require_weights
-from icm_ray.adapters.base_skeleton import is_finite, missing_lines, missing_weights, own_class
+from icm_ray.adapters.base_folder import BaseFolder, named, open_base, require_weights
+from icm_ray.adapters.base_skeleton import (
+    build,
+    is_finite,
+    missing_lines,
+    missing_weights,
+    own_class,
+)
+from icm_ray.adapters.contents import DTYPES
 from icm_ray.base_model.prompts import UNBOUNDED
 from icm_ray.base_model.readers import ImageReader, Reader, TextReader
 from icm_ray.errors import InputError
 
-Weights = Mapping[str, np.ndarray]
-"""A base's tensors as numpy arrays: what the object store shares without a copy."""
+Weights = Mapping[str, Tensor]
+"""A base's tensors by parameter name, as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,16 @@ class Base:
         return _distinct(self.whole.state_dict())
 
 
-def load_weights(path: Path) -> dict[str, np.ndarray]:
-    """Read a base's weights as float32 numpy arrays, by parameter name.
+def load_weights(path: Path, *, is_known: bool = False) -> Weights:
+    """Return a base's weights in the precision they are stored in.
 
-    What the files lack is told through Python's `warnings`.
+    Where the files hold them under the model's own names they are mapped, not read: processes of
+    one machine share their pages, and what nobody touches stays on disk.
+
+    Args:
+        path: The base's folder.
+        is_known: Somebody has looked at the values of this folder before: what the files lack
+            is not told again through Python's `warnings`, and no value is read.
 
     Raises:
         InputError: the folder holds no model that transformers can load from safetensors, or
@@ -65,26 +80,65 @@ def load_weights(path: Path) -> dict[str, np.ndarray]:
     """
     base = open_base(path)
     require_weights(base)
-    for line in missing_lines(path, missing_weights(base)):
+    for line in [] if is_known else missing_lines(path, missing_weights(base)):
         warnings.warn(line, stacklevel=2)
-    # A weight the folder lacks (BERT's pooler, often) is drawn, by everybody alike.
-    with named(path, "no loadable base model"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = own_class(base.config).from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
-    weights = _distinct(model.state_dict())
-    bad = [name for name, tensor in weights.items() if not is_finite(tensor)]
+    weights = _mapped(base) or _converted(base)
+    bad = [] if is_known else [name for name, tensor in weights.items() if not is_finite(tensor)]
     if bad:
         raise InputError(
             f"{path}: {bad[0]}: NaN or infinity in {len(bad)} of {len(weights)} tensors but finite "
             "ones are expected. Download the base again."
         )
-    return {name: tensor.numpy() for name, tensor in weights.items()}
+    return weights
+
+
+def _mapped(base: BaseFolder) -> Weights | None:
+    """Return the files' own tensors if they are the model's, name by name and in one precision."""
+    model = build(base, own_class(base.config))
+    wanted = {**dict(model.named_parameters()), **_kept_buffers(model)}
+    stored = {name: info.shape for name, (_, info) in base.tensors.items()}
+    if any(stored.get(name) != tuple(tensor.shape) for name, tensor in wanted.items()):
+        return None
+    files = sorted({base.tensors[name][0] for name in wanted})
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            mine = [name for name in wanted if base.tensors[name][0] == file]
+            weights |= {name: handle.get_tensor(name) for name in mine}
+    return weights if len(_precisions(weights)) <= 1 else None
+
+
+def _converted(base: BaseFolder) -> Weights:
+    """Return what transformers makes of the files: under new names, in one precision, or drawn."""
+    # A weight the folder lacks (BERT's pooler, often) is drawn, by everybody alike.
+    with named(base.path, "no loadable base model"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = own_class(base.config).from_pretrained(
+            base.path,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=stored_dtype(base),
+            trust_remote_code=False,
+        )
+    return _distinct(model.state_dict())
+
+
+def stored_dtype(base: BaseFolder) -> torch.dtype:
+    """Return the precision that most numbers of a base are stored in."""
+    sizes: Counter[torch.dtype] = Counter()
+    for _, info in base.tensors.values():
+        if info.dtype in DTYPES:
+            sizes[DTYPES[info.dtype]] += math.prod(info.shape)
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def _precisions(weights: Weights) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
 
 
 def _config(path: Path) -> Any:
@@ -101,27 +155,27 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name] for name in state if name in set(first.values())}
 
 
-def build_base(path: Path, weights: Weights, *, device: str, dtype: str) -> Base:
-    """Return a Base around `weights` without copying them (on CPU, in float32).
+def build_base(path: Path, weights: Weights, *, device: str, dtype: str | None = None) -> Base:
+    """Return a Base around `weights`, without copying them where device and precision allow.
 
-    The modules are created empty and the arrays become their storage, so any number of processes
-    on a node hold one copy between them.
+    Args:
+        path: Folder with config and tokenizer.
+        weights: As `load_weights` returns them; never written to.
+        device: Where the model goes.
+        dtype: What its floats become; None: as they are stored.
     """
     from accelerate import init_empty_weights
 
     config = _config(path)
     with init_empty_weights(include_buffers=False):
         whole = own_class(config).from_config(config, trust_remote_code=False)
-    with warnings.catch_warnings():
-        # The arrays are read-only on purpose, and torch says so once.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-    found = whole.load_state_dict(tensors, strict=False, assign=True)
+    found = whole.load_state_dict(weights, strict=False, assign=True)
     whole.tie_weights()
     empty = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
     if empty or found.unexpected_keys:
         raise InputError(f"{path}: other weights than its config says ({empty[:1]}).")
-    whole = whole.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    precision = getattr(torch, dtype) if dtype else next(iter(_precisions(weights)), None)
+    whole = whole.to(device=device, dtype=precision).eval().requires_grad_(False)
     return Base(whole.base_model, load_reader(path), path, whole)
 
 
@@ -145,18 +199,19 @@ def _longest(config: Any, tokenizer: Any) -> int:
     return min([UNBOUNDED, *said])
 
 
-def load_base(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Base:
-    """Load a base model and its tokenizer from a folder."""
+def load_base(path: Path, *, device: str = "cpu", dtype: str | None = None) -> Base:
+    """Load a base model and its tokenizer from a folder; see `build_base`."""
     return build_base(path, load_weights(path), device=device, dtype=dtype)
 
 
 def fingerprint_weights(weights: Weights) -> str:
     """Return the sha256 over names, shapes and bytes of a base's weights."""
     digest = sha256()
-    for name in sorted(weights):
-        array = np.ascontiguousarray(weights[name])
-        digest.update(f"{name}{array.shape}{array.dtype}".encode())
-        digest.update(array.data if array.size else b"")
+    for name, tensor in sorted(weights.items()):
+        plain = tensor.detach().contiguous()
+        kind = str(plain.dtype).removeprefix("torch.")
+        digest.update(f"{name}{tuple(plain.shape)}{kind}".encode())
+        digest.update(plain.view(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
     return digest.hexdigest()
 
 

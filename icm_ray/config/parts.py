@@ -59,8 +59,14 @@ class Resources(Part):
     threads: Positive = Field(
         default=1, description="Kernel threads; part of what makes bytes equal."
     )
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?|mps|xpu)$")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field(
+        default="cpu",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="cpu or cuda; float64 is computed, which mps has not.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="Precision the base runs in; None: as it is stored."
+    )
     backend: Literal["gloo", "nccl"] = "gloo"
     timeout_seconds: Positive = Field(
         default=1800, description="Longest wait for one piece of work."

@@ -11,10 +11,10 @@ import torch
 from icm_ray.adapters import AdapterFile
 from icm_ray.adapters.saving import as_stored
 from icm_ray.base_model.readers import Inputs
+from icm_ray.base_model.shared_base import SharedBase
 from icm_ray.base_model.states import batches_of
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import MAX_RETRIES
-from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.distributed.trials import measure, measurer_of
 from icm_ray.errors import InputError
 from icm_ray.evaluation.scoring import Memory, TaskData, TaskScore, evaluate
@@ -127,7 +127,7 @@ class AdapterActor:
 
     def __init__(self, shared: SharedBase, resources: Resources) -> None:
         torch.set_num_threads(resources.threads)
-        self.base = rebuild(shared, resources)
+        self.base = shared.load(resources.device, resources.dtype)
         self.threads = resources.threads
         self.held: tuple[Source, Adapter] | None = None
         self.measurer: tuple[Any, Measurer] | None = None

@@ -12,7 +12,6 @@ from icm_ray.checkpoint import scratch_folder
 from icm_ray.distributed.cluster import MAX_RETRIES, run_tasks
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session
-from icm_ray.distributed.shared_base import rebuild
 from icm_ray.evaluation.experts import ADAPTER, HEAD, METRICS, TRAJECTORIES
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import whole_folder, write_json
@@ -68,7 +67,7 @@ def _train(session: Session, order: ExpertOrder, folder: Path) -> None:
         bar(job.training.steps, name, every=3.0) as drawn,
         kernel_threads(session.resources.threads),
     ):
-        base = rebuild(session.shared, session.resources)
+        base = session.load_base()
         trained = train_expert(
             base, job, order.train, order.head, scratch, lambda step, _loss: drawn.reach(step)
         )

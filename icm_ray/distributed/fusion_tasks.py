@@ -15,7 +15,6 @@ from icm_ray.config import FusionSpec
 from icm_ray.distributed.cluster import MAX_RETRIES, run_tasks
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session
-from icm_ray.distributed.shared_base import rebuild
 from icm_ray.errors import RecipeError
 from icm_ray.files import RUN_FILE, write_json
 from icm_ray.fusion.serial import Checkpoints, runs_base, train_fusion
@@ -66,7 +65,7 @@ def _train(session: Session, task: FusionTask, folder: Path) -> None:
     ):
         through = None
         if runs_base(task.spec):
-            through = rebuild(session.shared, session.resources), task.tasks
+            through = session.load_base(), task.tasks
         run = Run(session.seed, threads, scratch, task.key)
         try:
             model = train_fusion(

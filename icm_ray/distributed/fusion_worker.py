@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from icm_ray.base_model.shared_base import SharedBase
 from icm_ray.config import EngineSpec, FusionSpec, Resources
 from icm_ray.distributed.progress import bar
-from icm_ray.distributed.shared_base import SharedBase, rebuild
 from icm_ray.errors import InputError
 from icm_ray.files import read_json, sha256_of_file, write_json
 from icm_ray.fusion.base_side import BaseSide
@@ -93,7 +93,8 @@ def _table(shard: Any) -> FusionTable:
 def _meta(order: FusionOrder, table: FusionTable) -> MetaTraining:
     side = None
     if order.base is not None:
-        side = BaseSide(rebuild(order.base, order.resources), order.tasks)
+        device, dtype = order.resources.device, order.resources.dtype
+        side = BaseSide(order.base.load(device, dtype), order.tasks)
     return MetaTraining.build(order.spec, order.layout, table, side, order.seed)
 
 

@@ -16,7 +16,6 @@ import torch
 from icm_ray.distributed.cluster import MAX_RETRIES, fetch, worker_count, worker_options
 from icm_ray.distributed.progress import Bar, bar
 from icm_ray.distributed.session import Session
-from icm_ray.distributed.shared_base import rebuild
 from icm_ray.errors import ClusterError
 from icm_ray.evidence.learned import LearnedMerge
 from icm_ray.learning.descent import Descent
@@ -56,7 +55,7 @@ class TaskActor:
 
     def __init__(self, session: Session, order: LearnOrder, groups: Sequence[Group]) -> None:
         torch.set_num_threads(order.run.threads)
-        base = rebuild(session.shared, session.resources)
+        base = session.load_base()
         mine = {task for group in groups for task in group}
         self.groups, self.threads = groups, order.run.threads
         with kernel_threads(self.threads):

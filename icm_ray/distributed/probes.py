@@ -12,7 +12,6 @@ import ray
 from icm_ray.distributed.cluster import MAX_RETRIES, run_tasks
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session
-from icm_ray.distributed.shared_base import rebuild
 from icm_ray.evaluation.answers import head_features
 from icm_ray.evaluation.experts import HEAD
 from icm_ray.evaluation.heads import Head
@@ -68,7 +67,7 @@ def _fit(session: Session, order: ProbeOrder, folder: Path, key: str) -> None:
         bar(len(order.splits), f"probe {task.name}") as drawn,
         kernel_threads(session.resources.threads),
     ):
-        base = rebuild(session.shared, session.resources)
+        base = session.load_base()
         for name, examples in order.splits.items():
             read[name] = (head_features(base, examples, task, BATCH), examples.targets.flatten())
             drawn.add()

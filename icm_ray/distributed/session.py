@@ -9,10 +9,11 @@ from typing import Any
 
 import ray
 
+from icm_ray.base_model.loading import Base
+from icm_ray.base_model.shared_base import Prepare, SharedBase, share_base
 from icm_ray.config import Resources
 from icm_ray.distributed.actors import AdapterActor
 from icm_ray.distributed.cluster import Key, connected, run_bounded, worker_count, worker_options
-from icm_ray.distributed.shared_base import SharedBase, share_base
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Session:
     Attributes:
         resources: What each actor or worker gets.
         base: The base's folder, for its tokenizer.
-        shared: Its weights, which every worker of a node shares.
+        shared: What its workers need to map it on their nodes.
         seed: Keys every draw.
     """
 
@@ -34,8 +35,13 @@ class Session:
     @property
     def key(self) -> str:
         """What identifies the base as workers run it: its weights, and their dtype."""
-        dtype, fingerprint = self.resources.dtype, self.shared.fingerprint
-        return fingerprint if dtype == "float32" else f"{fingerprint} {dtype}"
+        stored, fingerprint = self.shared.dtype, self.shared.fingerprint
+        dtype = self.resources.dtype or stored
+        return fingerprint if dtype == stored else f"{fingerprint} {dtype}"
+
+    def load_base(self) -> Base:
+        """Return the base as workers run it."""
+        return self.shared.load(self.resources.device, self.resources.dtype)
 
     @contextlib.contextmanager
     def pool(self, items: int) -> Iterator["Pool"]:
@@ -52,10 +58,13 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(resources: Resources, base: Path, seed: int = 0) -> Iterator[Session]:
-    """Join or start a cluster, and put a base on it once; see `cluster.connected`."""
+def opened(
+    resources: Resources, base: Path, seed: int = 0, prepare: Prepare | None = None
+) -> Iterator[Session]:
+    """Join or start a cluster for work on a base; see `cluster.connected` and `SharedBase`."""
+    shared = share_base(base, prepare)
     with connected(resources):
-        yield Session(resources, base, share_base(base), seed)
+        yield Session(resources, base, shared, seed)
 
 
 class Pool:

@@ -109,6 +109,7 @@ def target_scale(task: Task, targets: np.ndarray) -> tuple[float, float]:
 
 def loss(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
     """Return cross-entropy, or the squared error of standardised targets."""
+    targets = targets.to(logits.device)
     if task.is_class:
         return nn.functional.cross_entropy(logits, targets.long())
     return nn.functional.mse_loss(logits[:, 0], targets.float())

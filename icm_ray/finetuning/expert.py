@@ -114,7 +114,8 @@ def train_expert(
             report(step + 1, losses[-1])
     final = None
     if head is not None:
-        final = Head(head.weight.detach().clone(), head.bias.detach().clone(), *scale)
+        weight, bias = (part.detach().cpu().clone() for part in (head.weight, head.bias))
+        final = Head(weight, bias, *scale)
     return TrainedExpert(model, final, losses)
 
 
@@ -136,6 +137,7 @@ def _start(base: Base, job: ExpertJob, start: Head | None) -> tuple[Any, nn.Line
     head = nn.Linear(base.d_model, job.task.outputs, device="meta").to_empty(device="cpu")
     head.weight.data.copy_(start.weight)
     head.bias.data.copy_(start.bias)
+    head = head.to(next(base.model.parameters()).device)
     # Evaluation mode turns dropout off, so training has no draws beyond the batches.
     return model.eval(), head
 

@@ -51,7 +51,8 @@ class Trajectory:
         if step not in self.steps:
             return
         layout = layout_of(parameters)
-        flat = np.concatenate([parameters[e["name"]].detach().numpy().ravel() for e in layout])
+        parts = [parameters[entry["name"]].detach().cpu().numpy().ravel() for entry in layout]
+        flat = np.concatenate(parts)
         adapter = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), flat.size)
         columns = {"step": pa.array([step]), "loss": pa.array([loss]), "adapter": adapter}
         table = pa.table(columns).replace_schema_metadata({"layout": json.dumps(layout)})

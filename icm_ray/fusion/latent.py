@@ -196,7 +196,7 @@ def latent_plan(
         constant = -model.decoded(point.z, point.v)
     elif residual and model.layout.gauge == "core":
         constant = -model.decoded(point.z, point.v) + model.fused(point, residual=True)
-        for adapter in adapters:
+        for adapter in sorted(adapters, key=lambda adapter: adapter.name):  # one order of the sum
             weight = point.weights[adapter.name]
             constant = constant + weight * model.layout.encode(adapter.modules)
     terms = own_terms(adapters)

@@ -44,7 +44,8 @@ def _update(
     frame: Frame, core: Tensor, module: nn.Module
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     weight = next(module.parameters())
-    right, left, core = (t.to(weight.device, weight.dtype) for t in (frame.right, frame.left, core))
+    right, left = (t.to(weight.device, weight.dtype) for t in (frame.right, frame.left))
+    core = core.to(weight.device)
     learned = right.shape[0]
     if frame.residual is not None:  # one product for both on either side
         right = torch.cat([right, frame.residual.a.to(right)])
@@ -62,7 +63,10 @@ def _update(
 
 
 def _times(inside: Tensor, core: Tensor) -> Tensor:
-    return inside * core if core.ndim == 1 else inside @ core.T
+    """Multiply in the core's precision: half a base's would swallow the steps it learns by."""
+    precise = inside.to(core.dtype)
+    product = precise * core if core.ndim == 1 else precise @ core.T
+    return product.to(inside.dtype)
 
 
 def _check_shape(path: str, module: nn.Module, frame: Frame) -> None:

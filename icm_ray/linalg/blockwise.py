@@ -102,7 +102,7 @@ def _randomised(
     shape: tuple[int, int], blocks: Blocks, choose: Callable[[Tensor], int], width: int
 ) -> Truncation:
     draw = torch.Generator().manual_seed(shape[0] * 1_000_003 + shape[1])
-    z, total, spans = torch.randn(shape[1], width, generator=draw), 0.0, []
+    z, total, spans = torch.randn(shape[1], width, generator=draw, device="cpu"), 0.0, []
     for turn in range(ITERATIONS + 1):
         y, row = torch.empty(shape[0], width), 0
         for block in blocks():

@@ -22,7 +22,7 @@ def spread_out(
     fewer are distinct.
     """
     squares = gram.diagonal()
-    chosen = [int(torch.randint(len(squares), (), generator=draw))]
+    chosen = [int(torch.randint(len(squares), (), generator=draw, device="cpu"))]
     nearest = torch.full_like(squares, torch.inf)
     while len(chosen) < count:
         latest = chosen[-1]
@@ -31,7 +31,8 @@ def spread_out(
         reached = nearest.cumsum(0)
         if reached[-1] == 0:
             break
-        target = reached[-1] * torch.rand((), generator=draw, dtype=torch.float64)
+        share = torch.rand((), generator=draw, dtype=torch.float64, device="cpu")
+        target = reached[-1] * share
         chosen.append(int(torch.searchsorted(reached, target, right=True)))
     return torch.tensor(chosen)
 

@@ -50,7 +50,7 @@ def vote(
         how: The election and what comes after it.
     """
     out = torch.empty(values.shape[1:])
-    loop = kernels.compiled(kernels.vote)
+    loop = kernels.loop_for(values, kernels.vote)
     if loop is not None:
         numbers = (least.numpy(), how.before.numpy(), how.after.numpy(), how.shares.numpy())
         rest = (how.by == "signs", np.float32(how.zero), out.view(-1).numpy())
@@ -75,7 +75,7 @@ def sum_of_signs(
     by: Election = "values",
 ) -> int:
     """Return the sum of the signs that `vote` elects, 0 where tasks cancel."""
-    loop = kernels.compiled(kernels.sum_of_signs)
+    loop = kernels.loop_for(values, kernels.sum_of_signs)
     if loop is not None:
         numbers = (least.numpy(), before.numpy())
         return int(loop(values.flatten(1).numpy(), *numbers, by == "signs"))

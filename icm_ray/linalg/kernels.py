@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 CHUNK = 1024  # entries whose sums stay in the first-level cache
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -31,6 +32,11 @@ def compiled(loop: Callable[..., Any]) -> Callable[..., Any] | None:
         return numba.njit(cache=True)(plain)
     except RuntimeError:  # no folder it may write to: compile again in every process
         return numba.njit(plain)
+
+
+def loop_for(values: Tensor, loop: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return a loop's machine code where it can run: over values in the processor's memory."""
+    return compiled(loop) if values.device.type == "cpu" else None
 
 
 def count_high(bits: NDArray[Any], counts: NDArray[Any]) -> None:

@@ -33,7 +33,7 @@ def no_counts(tasks: int, bins: int) -> Int[Tensor, "tasks bins"]:
 def count_high(values: Float[Tensor, "tasks ..."], counts: Int[Tensor, "tasks high"]) -> None:
     """Add each task's magnitudes, by their upper 15 bits, to `counts`."""
     bits = _bits(values)
-    loop = kernels.compiled(kernels.count_high)
+    loop = kernels.loop_for(bits, kernels.count_high)
     if loop is not None:
         loop(bits.numpy(), counts.numpy())
         return
@@ -48,14 +48,15 @@ def count_low(
 ) -> None:
     """Add each task's magnitudes with the upper bits `high`, by their lower 16 bits."""
     bits = _bits(values)
-    loop = kernels.compiled(kernels.count_low)
+    loop = kernels.loop_for(bits, kernels.count_low)
     if loop is not None:
         loop(bits.numpy(), high.numpy(), counts.numpy())
         return
-    # numpy selects by a mask several times faster than torch.
-    for row, upper, count in zip(bits.numpy(), high.tolist(), counts, strict=True):
+    # numpy selects by a mask several times faster than torch does on a processor.
+    rows = bits.numpy() if bits.device.type == "cpu" else bits
+    for row, upper, count in zip(rows, high.tolist(), counts, strict=True):
         inside = row[(row & UPPER) == upper << LOW_BITS] & (LOW_BINS - 1)
-        count += torch.bincount(torch.from_numpy(inside), minlength=LOW_BINS)
+        count += torch.bincount(torch.as_tensor(inside), minlength=LOW_BINS)
 
 
 def pick(

@@ -2,10 +2,13 @@
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt32
+from jaxtyping import Bool, Float, Int, UInt32
 from torch import Tensor
 
 from icm_ray.linalg import kernels
+
+WORD = 2**32 - 1
+"""Keeps the lower 32 bits, which products of int64 have right whatever overflows above them."""
 
 
 def threshold(values: Float[Tensor, "..."], density: float) -> float:
@@ -63,6 +66,20 @@ def draws(keys: UInt32[np.ndarray, "rows 2"], d_in: int) -> UInt32[np.ndarray, "
     return x
 
 
+def draws_on(
+    device: torch.device, keys: UInt32[np.ndarray, "rows 2"], d_in: int
+) -> Int[Tensor, "rows d_in"]:
+    """Return the whole numbers of `draws` as int64 on a device, which has no unsigned ones."""
+    if device.type == "cpu":
+        return torch.from_numpy(draws(keys, d_in).astype(np.int64))
+    first, second, third = kernels.MIX.tolist()
+    key = torch.from_numpy(keys.astype(np.int64)).to(device)
+    x = (torch.arange(d_in, device=device) * first + key[:, :1]) & WORD
+    x = ((x ^ (x >> 16)) * second) & WORD
+    x = ((x ^ (x >> 15) ^ key[:, 1:]) * third) & WORD
+    return x ^ (x >> 16)
+
+
 def drop(
     values: Float[Tensor, "rows d_in"],
     keys: UInt32[np.ndarray, "rows 2"],
@@ -78,9 +95,13 @@ def drop(
         factor: 1 / density keeps the expected value.
     """
     bound = np.uint32(min(round(density * 2**32), 2**32 - 1))
-    loop = kernels.compiled(kernels.drop)
+    loop = kernels.loop_for(values, kernels.drop)
     if loop is not None:
         loop(values.numpy(), keys, bound, np.float32(factor))
+        return
+    if values.device.type != "cpu":
+        kept = draws_on(values.device, keys, values.shape[1]) < int(bound)
+        values.mul_(factor).mul_(kept)
         return
     kept = draws(keys, values.shape[1]) < bound
     values *= factor
@@ -103,5 +124,5 @@ def drop_by_rank(
     chances = (density + spread * (0.5 - torch.arange(n) / n)).clamp(max=1)
     ranking = values.abs().argsort(dim=1, descending=True, stable=True)
     chance = torch.empty_like(values).scatter_(1, ranking, chances.expand_as(values))
-    uniform = torch.from_numpy((draws(keys, n) >> 8).astype(np.float32) * np.float32(2**-24))
+    uniform = (draws_on(values.device, keys, n) >> 8).float() * 2**-24
     values.div_(chance).masked_fill_(uniform >= chance, 0.0)

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 
+from icm_ray.devices import CPU, find_device
 from icm_ray.errors import InputError
 from icm_ray.linalg import lowrank
 from icm_ray.merging.order import MergeOrder
@@ -26,9 +27,16 @@ class Inputs(Sequence[LoRAFactors]):
     """
 
     def __init__(
-        self, tasks: Sequence[str], module: str, read: ReadFactors, *, with_norms: bool
+        self,
+        tasks: Sequence[str],
+        module: str,
+        read: ReadFactors,
+        *,
+        with_norms: bool,
+        device: torch.device = CPU,
     ) -> None:
         self.tasks, self.module, self.read, self.with_norms = tasks, module, read, with_norms
+        self.device = device
         self.norms: dict[str, float] = {}
 
     def refuse_not_finite(self) -> None:
@@ -51,7 +59,7 @@ class Inputs(Sequence[LoRAFactors]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         task = self.tasks[index]
-        factors = _plain(self.read(task, self.module))
+        factors = _plain(self.read(task, self.module), self.device)
         if self.with_norms and task not in self.norms:
             self.norms[task] = lowrank.norm(factors.b, factors.a)
         return factors
@@ -60,11 +68,11 @@ class Inputs(Sequence[LoRAFactors]):
         return (self[index] for index in range(len(self)))
 
 
-def _plain(factors: LoRAFactors) -> LoRAFactors:
-    """Return float32 factors on the CPU, where merges run; adapters from files are that already."""
-    if all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (factors.a, factors.b)):
+def _plain(factors: LoRAFactors, device: torch.device) -> LoRAFactors:
+    """Return float32 factors on a device; adapters from files are that already on the CPU."""
+    if all(x.dtype == torch.float32 and x.device == device for x in (factors.a, factors.b)):
         return factors
-    a, b = (x.detach().to("cpu", torch.float32) for x in (factors.a, factors.b))
+    a, b = (x.detach().to(device, torch.float32) for x in (factors.a, factors.b))
     return LoRAFactors(a, b, factors.scaling)
 
 
@@ -72,14 +80,16 @@ def inputs_of(
     order: MergeOrder, module: str, read: ReadFactors, *, with_norms: bool
 ) -> tuple[Inputs, ModuleContext, dict[str, Any]]:
     """Return a module's factors, its context, and `evidence=` if the method takes any."""
-    tasks = order.present[module]
-    context = ModuleContext(module, tasks, order.tasks, order.seed, order.statistics)
+    tasks, device = order.present[module], find_device(order.device)
+    statistics = {name: tensor.to(device) for name, tensor in order.statistics.items()}
+    context = ModuleContext(module, tasks, order.tasks, order.seed, statistics)
     row = METHODS[order.method]
     extra: dict[str, Any] = {}
     if "evidence" in inspect.signature(row.function).parameters:
         found = order.evidence and order.evidence.of(module, row.takes, order.tasks)
-        extra["evidence"] = found or None
-    return Inputs(tasks, module, read, with_norms=with_norms), context, extra
+        known = {name: tensor.to(device) for name, tensor in found.items()} if found else None
+        extra["evidence"] = known
+    return Inputs(tasks, module, read, with_norms=with_norms, device=device), context, extra
 
 
 @contextlib.contextmanager

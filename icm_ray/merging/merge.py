@@ -9,6 +9,7 @@ import torch
 
 from icm_ray.adapters import AdapterFile, fingerprint_of, with_common_names
 from icm_ray.adapters.base_names import chosen_name
+from icm_ray.devices import find_device, made_on, to_cpu
 from icm_ray.linalg import lowrank
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.cut import cut
@@ -95,7 +96,7 @@ def merge_modules(
     order: MergeOrder, modules: Sequence[str] | Mapping[str, Any], read: ReadFactors
 ) -> dict[str, MergedModule]:
     """Merge some modules of an order; any split over workers gives the same bytes."""
-    with kernel_threads(1), torch.no_grad():
+    with kernel_threads(1), torch.no_grad(), made_on(find_device(order.device)):
         merged = {}
         for module in modules:
             with finite_only(order.method, module):
@@ -125,9 +126,13 @@ def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedMo
         cut=done.route,
     )
     _refuse_not_finite(order, module, report.output_norm)
-    tasks = {task: one.factors for task, one in of_tasks.items()}
+    tasks = {task: _home(one.factors) for task, one in of_tasks.items()}
     energies = {task: one.retained_energy for task, one in of_tasks.items()}
-    return MergedModule(done.factors, replace(report, task_energy=energies), tasks)
+    return MergedModule(_home(done.factors), replace(report, task_energy=energies), tasks)
+
+
+def _home(factors: LoRAFactors) -> LoRAFactors:
+    return LoRAFactors(to_cpu(factors.a), to_cpu(factors.b), factors.scaling)
 
 
 def _refuse_not_finite(order: MergeOrder, module: str, norm: float) -> None:

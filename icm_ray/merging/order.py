@@ -26,18 +26,21 @@ class MergeRequest:
     evidence: object | None = None
     output_rank: RankPolicy = None
     seed: int = 0
+    device: str = "cpu"
 
     @classmethod
     def of(cls, recipe: MergeRecipe) -> "MergeRequest":
         """Return what a recipe asks for; evidence as the path it names."""
         evidence = Path(recipe.evidence) if recipe.evidence else None
-        return cls(recipe.method, recipe.params, evidence, recipe.output.rank, recipe.seed)
+        where = recipe.resources.device
+        return cls(recipe.method, recipe.params, evidence, recipe.output.rank, recipe.seed, where)
 
     def key(self, adapters: Sequence[Any]) -> str:
         """Return what identifies the result: the same request of the same adapters."""
         evidence = as_evidence(self.evidence)
         prints = {adapter.name: adapter.fingerprint for adapter in adapters}
         asked = [self.method, dict(self.params or {}), self.output_rank, self.seed]
+        asked += [self.device] if self.device != "cpu" else []  # kinds of devices round differently
         return sha256_of(["merge", asked, evidence.identity if evidence else None, prints])
 
 
@@ -55,6 +58,7 @@ class MergeOrder:
         seed: Seed of the merge.
         evidence: What the method is told, opened and checked.
         statistics: What the passes over all modules concluded so far.
+        device: Where the arithmetic is done.
     """
 
     method: str
@@ -66,6 +70,7 @@ class MergeOrder:
     seed: int
     evidence: Evidence | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    device: str = "cpu"
 
 
 def plan_merge(
@@ -101,7 +106,15 @@ def plan_merge(
     if evidence or not is_gathered_later:
         _check_evidence(row, evidence, present, adapters)
     return MergeOrder(
-        row.name, bound, rule, request.output_rank, present, tasks, request.seed, evidence
+        row.name,
+        bound,
+        rule,
+        request.output_rank,
+        present,
+        tasks,
+        request.seed,
+        evidence,
+        device=request.device,
     )
 
 

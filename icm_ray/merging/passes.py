@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from icm_ray.devices import find_device, made_on, to_cpu
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.inputs import ReadFactors, finite_only, inputs_of
 from icm_ray.merging.order import MergeOrder
@@ -50,11 +51,12 @@ def measure_modules(
     """Measure some modules for pass `number`; any split over workers gives the same sums."""
     sums = Measured()
     measure = passes_of(order)[number].measure
-    with kernel_threads(1), torch.no_grad():
+    with kernel_threads(1), torch.no_grad(), made_on(find_device(order.device)):
         for module in modules:
             factors, context, extra = inputs_of(order, module, read, with_norms=False)
             with finite_only(order.method, module):
                 measured = measure(factors, context=context, **extra, **order.params)
+            measured = {name: to_cpu(tensor) for name, tensor in measured.items()}
             floats = {n: t for n, t in measured.items() if t.is_floating_point()}
             if floats:
                 sums.floats[module] = floats

@@ -11,6 +11,8 @@ import torch
 from icm_ray.adapters import AdapterFile, fit_base
 from icm_ray.adapters.base_folder import open_base, require_weights
 from icm_ray.config import MergeRecipe
+from icm_ray.devices import find_device
+from icm_ray.errors import RecipeError
 from icm_ray.evidence.tensors import as_evidence
 from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
 from icm_ray.merging.estimate import check_sources, warn, warnings_of
@@ -45,6 +47,11 @@ def merge_recipe(
     """
     refuse_inputs(target, sources_of(recipe))
     refuse_foreign(target)
+    if recipe.resources.dtype and recipe.data is None:
+        raise RecipeError(
+            f"resources.dtype: {recipe.resources.dtype} but merges compute in float32 and no base "
+            "is run without data. Leave it out; output.dtype is what is written."
+        )
     check_sources(recipe, can_gather=gatherer is not None)
     files = open_inputs(recipe)
     request = MergeRequest.of(recipe)
@@ -84,6 +91,7 @@ def merge_recipe(
 
 def merge_here(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
     """Merge in this process, with what needs no base to be run; see `merge_recipe`."""
+    find_device(recipe.resources.device)
     return merge_recipe(recipe, target, _serial)
 
 

@@ -14,7 +14,7 @@ from icm_ray.evaluation.scoring import idle_lines, task_data, values
 from icm_ray.learning.tasks import headless
 from icm_ray.merging.estimate import warn
 from icm_ray.suites import find_suite
-from icm_ray.workflows.prepared import check_counts, prepared_base, with_base
+from icm_ray.workflows.prepared import check_counts, fetching, prepared_base, with_base
 
 
 def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
@@ -41,10 +41,12 @@ def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     limit = suite.limit(recipe.examples, USUAL_SIZES[recipe.split])
     check_counts(suite, experts, {recipe.split: limit})
     heads = heads_of(suite, experts)[1]
-    base = prepared_base(with_base(recipe, suite, own), suite, heads, [recipe.split])
+    recipe = with_base(recipe, suite, own)
+    base = prepared_base(recipe, suite, heads, [recipe.split])
+    prepare = fetching(recipe)
     data = task_data(suite, experts, recipe.split, limit)
     with (
-        opened(recipe.resources, base, recipe.seed) as session,
+        opened(recipe.resources, base, recipe.seed, prepare) as session,
         session.pool(len(items) + len(own) + 1) as pool,
     ):
         everything = [*references(own), *items]

@@ -11,7 +11,7 @@ from icm_ray.evidence.store import save_evidence
 from icm_ray.files import refuse_foreign
 from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.estimate import warn, warnings_of
-from icm_ray.workflows.prepared import data_of, prepared_base
+from icm_ray.workflows.prepared import data_of, fetching, prepared_base
 
 
 def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
@@ -22,9 +22,10 @@ def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     warn(warnings_of(files))
     inputs = load_inputs(recipe.data, [file.name for file in files])
     base = prepared_base(recipe, data_of(recipe.data), splits=[recipe.data.split])
+    prepare = fetching(recipe)
     outputs = {"outputs": {"evidence": str(target)}}
     with (
-        opened(recipe.resources, base, recipe.seed) as session,
+        opened(recipe.resources, base, recipe.seed, prepare) as session,
         session.pool(len(files)) as pool,
     ):
         if recipe.kind == "gram_statistics":

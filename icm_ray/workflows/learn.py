@@ -36,7 +36,7 @@ from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.methods import find_method
 from icm_ray.report import LearnedRow, learned_page
-from icm_ray.workflows.prepared import data_of, heads_in, prepared_base
+from icm_ray.workflows.prepared import data_of, fetching, heads_in, prepared_base
 
 VERSION = 2
 
@@ -92,7 +92,8 @@ def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     warn(warnings_of(files))
     suite, heads = data_of(recipe.data), heads_in(request.data)
     base = prepared_base(recipe, suite, heads, [recipe.data.split])
-    with opened(recipe.resources, base, recipe.seed) as session:
+    prepare = fetching(recipe)
+    with opened(recipe.resources, base, recipe.seed, prepare) as session:
         learn_with_grams(session, request, target, recipe.method)
     report = load_learned(target).report
     losses = _summary(report)

@@ -18,6 +18,7 @@ from icm_ray.merging.recipe import merge_recipe
 from icm_ray.methods import find_method
 from icm_ray.types import MergeResult
 from icm_ray.workflows.learn import LearnRequest, learn_with_grams
+from icm_ray.workflows.prepared import fetching
 
 
 def run(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
@@ -47,15 +48,16 @@ def _gathered(
     assert recipe.data is not None, "asked for by recipes with data alone"
     folder = target.with_name(f"{target.name}.evidence")
     tasks = [file.name for file in files]
+    prepare = fetching(recipe)
     if find_method(recipe.method).needs == "learned_merge":
         spec = spec_of(recipe.method, recipe.learn)
         refs = [ref.pair for ref in recipe.adapters]
         experts = experts_for(spec.objective, None, recipe.data, refs)
         data = learner_data(recipe.data, tasks, [spec.objective], experts)
         request = LearnRequest(recipe.method, spec, files, data)
-        session = stack.enter_context(opened(recipe.resources, base, recipe.seed))
+        session = stack.enter_context(opened(recipe.resources, base, recipe.seed, prepare))
         return learn_with_grams(session, request, folder, recipe.method)
     data = learner_data(recipe.data, tasks)
-    session = stack.enter_context(opened(recipe.resources, base, recipe.seed))
+    session = stack.enter_context(opened(recipe.resources, base, recipe.seed, prepare))
     with session.pool(len(files)) as pool:
         return grams_on_ray(pool, files, data.inputs, folder)

@@ -1,6 +1,7 @@
 """What jobs settle before anything is spent: the base, how much of the data, and what they lack."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,6 +76,12 @@ def check_counts(suite: Suite, tasks: Iterable[str], sizes: Mapping[str, int | N
         raise InputError(lines)
 
 
+def fetching(recipe: Recipe) -> Callable[..., Path]:
+    """Return what brings a recipe's base to a node that lacks it."""
+    named = getattr(recipe, "base", None), getattr(recipe, "revision", None)
+    return partial(prepare_base, str(named[0]), recipe.cache, named[1])
+
+
 def prepared_base(
     recipe: Recipe,
     suite: Suite | None = None,
@@ -94,8 +101,7 @@ def prepared_base(
     Raises:
         InputError: a head, a chat template or a row does not go with the base.
     """
-    named = getattr(recipe, "base", None), getattr(recipe, "revision", None)
-    base = prepare_base(str(named[0]), recipe.cache, named[1], progress=print)
+    base = fetching(recipe)(progress=print)
     if suite is not None and not suite.is_packaged:
         check_heads(heads or {}, base)
         warn(cut_lines(suite, base, splits))

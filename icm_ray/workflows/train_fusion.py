@@ -35,7 +35,7 @@ from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.report.fusion_page import write_fusion_page
 from icm_ray.types import Adapter
-from icm_ray.workflows.prepared import data_of, heads_in, prepared_base
+from icm_ray.workflows.prepared import data_of, fetching, heads_in, prepared_base
 
 VERSION = 3
 KEPT = ("reconstruction_error", "kl_total", "against_soup", "bytes", "optimizer_bytes")
@@ -92,7 +92,8 @@ def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
     warn(warnings_of(files))
     suite, heads = data_of(recipe.data), heads_in(training.data)
     base = prepared_base(recipe, suite, heads, [recipe.data.split])
-    with opened(recipe.resources, base, recipe.seed) as session:
+    prepare = fetching(recipe)
+    with opened(recipe.resources, base, recipe.seed, prepare) as session:
         key = training.key(session)
         if not is_done(target, key):
             _make(session, training, target, key)

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,22 +11,48 @@ from safetensors.torch import load_file, save_file
 from icm_ray.base_model.loading import build_base, fingerprint_weights, load_base, load_weights
 from icm_ray.errors import InputError
 
+WEIGHTS = "model.safetensors"
+
 
 @pytest.fixture
 def copy(tiny_bert, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bert, tmp_path / "base"))
 
 
-def test_rebuilding_shares_the_memory(tiny_bert) -> None:
-    weights = load_weights(tiny_bert)
-    for array in weights.values():
-        array.flags.writeable = False  # as the object store hands them out
-    base = build_base(tiny_bert, weights, device="cpu", dtype="float32")
+def save(folder: Path, dtype: torch.dtype) -> None:
+    stored = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_base_is_mapped_in_the_precision_it_is_stored_in(copy, dtype) -> None:
+    save(copy, dtype)
+    weights, again = load_weights(copy), load_weights(copy, is_known=True)
+    base = build_base(copy, weights, device="cpu")
     for name, tensor in base.model.state_dict().items():
-        assert tensor.data_ptr() == weights[name].ctypes.data, name
+        assert tensor.dtype == dtype, name
+        assert tensor.data_ptr() == weights[name].data_ptr(), name
+        assert torch.equal(tensor, again[name]), name
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(copy / WEIGHTS) in maps.read_text(), "read instead of mapped"
     assert base.d_model == 16
     assert not base.model.training
     assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def test_mixed_precisions_become_the_one_of_most_numbers(copy) -> None:
+    save(copy, torch.bfloat16)
+    stored = load_file(copy / WEIGHTS)
+    name = "embeddings.LayerNorm.weight"
+    save_file({**stored, name: stored[name].float()}, copy / WEIGHTS, metadata={"format": "pt"})
+    assert {tensor.dtype for tensor in load_weights(copy).values()} == {torch.bfloat16}
+
+
+def test_other_names_of_the_files_are_converted(copy) -> None:
+    plain = load_weights(copy)
+    stored = {f"bert.{name}": tensor for name, tensor in load_file(copy / WEIGHTS).items()}
+    save_file(stored, copy / WEIGHTS, metadata={"format": "pt"})
+    assert fingerprint_weights(load_weights(copy)) == fingerprint_weights(plain)
 
 
 def test_a_rebuilt_base_computes_the_same(tiny_bert) -> None:
@@ -47,9 +72,9 @@ def test_fingerprints_are_of_names_shapes_and_bytes(tiny_bert) -> None:
     known = fingerprint_weights(weights)
     assert fingerprint_weights(dict(reversed(weights.items()))) == known
     name = next(iter(weights))
-    for change in (weights[name].T, weights[name] + np.float32(1), weights[name].astype("float64")):
+    for change in (weights[name].T, weights[name] + 1, weights[name].double()):
         assert fingerprint_weights({**weights, name: change}) != known
-    assert fingerprint_weights({**weights, "more": np.zeros(0, np.float32)}) != known
+    assert fingerprint_weights({**weights, "more": torch.zeros(0)}) != known
 
 
 def test_weights_the_folder_lacks_are_the_same_every_time(copy) -> None:

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import ray
 import torch
 from ray_samples import finetune_recipe, hashes, session_on, stamps
 
 from icm_ray.adapters import load_adapter
-from icm_ray.base_model.loading import fingerprint_weights, load_base
+from icm_ray.base_model.loading import fingerprint_weights, load_base, load_weights
 from icm_ray.base_model.states import features, make_batches, tokenize
 from icm_ray.distributed.probes import read_probe
 from icm_ray.evaluation.experts import Expert
@@ -137,9 +136,9 @@ def test_every_hyper_parameter_counts_but_how_often_the_state_is_saved(tiny_bert
     assert len(keys) == 14
 
 
-def test_training_leaves_the_base_in_the_store_alone(experts, session):
+def test_training_leaves_the_base_alone(experts, session):
     shared = session.shared
-    assert fingerprint_weights(ray.get(shared.weights)) == shared.fingerprint
+    assert fingerprint_weights(load_weights(shared.path)) == shared.fingerprint
 
 
 def test_probes_are_the_serial_ones_and_kept_by_content(tiny_bert, session, tmp_path):

@@ -17,11 +17,11 @@ from ray.cluster_utils import Cluster
 
 from icm_ray.adapters import load_adapter, open_all
 from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.shared_base import share_base
 from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.config import Resources
 from icm_ray.distributed.evidence import gather_on_ray
 from icm_ray.distributed.session import Pool, Session
-from icm_ray.distributed.shared_base import share_base
 from icm_ray.evidence.gather import gather
 from icm_ray.suites import SUITES
 

@@ -97,6 +97,11 @@ def spec_of(**changes: Any) -> FusionSpec:
 
 
 @pytest.fixture(scope="session")
+def fusion_spec() -> Callable[..., FusionSpec]:
+    return spec_of
+
+
+@pytest.fixture(scope="session")
 def build(samples, vectors, tiny, tasks) -> Callable[..., MetaTraining]:
     """A training with changes to the small recipe."""
 

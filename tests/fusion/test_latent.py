@@ -1,5 +1,7 @@
 """F3: the latent and then the LoRA adapt to inputs, resume, and merge as what was learned."""
 
+import itertools
+
 import pytest
 import torch
 from learning_samples import merged_factors
@@ -45,6 +47,14 @@ def test_it_starts_at_the_average(model, adapters) -> None:
     bent = model.fused(model.point(list(model.tasks)), residual=True)
     expected = norm(model.layout.decode(bent))
     assert distance(merged, average) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_the_start_is_the_same_in_any_order_of_the_adapters(model, adapters) -> None:
+    starts = [
+        latent_plan(model, [adapters[i] for i in order]).constant
+        for order in itertools.permutations(range(len(adapters)))
+    ]
+    assert all(torch.equal(start, starts[0]) for start in starts)
 
 
 def test_losses_fall_in_both_stages(fused) -> None:

@@ -4,6 +4,7 @@ Properties a row may name in `exempt`: identity, homogeneity, scaling. Everythin
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 import icm_ray
 from icm_ray import METHODS, RecipeError
-from icm_ray.merging.merge import assemble, merge_modules
+from icm_ray.merging import inputs, passes
+from icm_ray.merging import merge as merging
+from icm_ray.merging.merge import assemble, merge_as_asked, merge_modules
 from icm_ray.merging.order import MergeRequest, plan_merge
 from icm_ray.merging.passes import concluded, measure_modules, passes_of
 from icm_ray.seeding import generator
@@ -462,3 +465,18 @@ def test_every_exemption_is_needed(abc, adapter_around, method: str, exempt: str
     assert not all(
         holds(exempt, method, params, abc, adapter_around) for params in PARAMS.get(method, [{}])
     )
+
+
+@each_row()
+def test_on_another_device_nothing_stays_behind(
+    method, params, abc, accelerator, monkeypatch
+) -> None:
+    for module in (inputs, merging, passes):
+        monkeypatch.setattr(module, "find_device", accelerator.find)
+    request = MergeRequest(method, three(params, method), evidence_for(abc, method), seed=3)
+    here = merge_as_asked(abc, request)
+    with accelerator.on():
+        there = merge_as_asked(abc, replace(request, device="cuda"))
+    for factors in there.adapter.modules.values():
+        assert factors.a.device.type == factors.b.device.type == "cpu"
+    assert_close(deltas(there), deltas(here))

@@ -15,7 +15,7 @@ from icm_ray.workflows.pipeline.adapters import check_ready, ready_set
 from icm_ray.workflows.pipeline.report import console, publish, report_data
 from icm_ray.workflows.pipeline.stages import check_rows, check_tasks, run_stages
 from icm_ray.workflows.pipeline.table import DEFAULT, Table
-from icm_ray.workflows.prepared import prepared_base, with_base, with_sizes
+from icm_ray.workflows.prepared import fetching, prepared_base, with_base, with_sizes
 
 
 def run(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
@@ -35,8 +35,9 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     heads = heads_of(suite, one.experts)[1] if one else {}
     splits = SPLITS[1:] if one else SPLITS
     base = prepared_base(recipe, suite, heads, splits)
+    prepare = fetching(recipe)
     target.mkdir(parents=True, exist_ok=True)
-    with opened(recipe.resources, base, recipe.seed) as session:
+    with opened(recipe.resources, base, recipe.seed, prepare) as session:
         table = Table(recipe, suite, target, session)
         run_stages(table)
     for one in table.sets:

@@ -28,7 +28,7 @@ from icm_ray.search.objectives import SCORED, rungs
 from icm_ray.search.plan import Plan, Search, key_of, plan_of, searches_of, study_of, trials_of
 from icm_ray.search.study import Study, optuna
 from icm_ray.suites import SPLITS
-from icm_ray.workflows.prepared import prepared_base
+from icm_ray.workflows.prepared import fetching, prepared_base
 from icm_ray.workflows.search.best import finish, note_best
 from icm_ray.workflows.search.material import gather_material
 
@@ -43,6 +43,7 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     suite = plan.suite if recipe.suite is not None else None
     heads = heads_of(suite, plan.experts)[1] if suite else {}
     base = prepared_base(recipe, suite, heads, SPLITS[1:])
+    prepare = fetching(recipe)
     check_base(plan.files, base)
     warn(warnings_of(plan.files))
     if plan.is_scored:
@@ -51,7 +52,7 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     ledgers = [Ledger(one.folder, key_of(plan, one)) for one in searches]
     studies = [study_of(plan, s, ledger) for s, ledger in zip(searches, ledgers, strict=True)]
     pairs = list(zip(searches, studies, strict=True))
-    with opened(recipe.resources, base, recipe.seed) as session:
+    with opened(recipe.resources, base, recipe.seed, prepare) as session:
         run_missing(plan, pairs, session, target)
         return finish(plan, pairs, session, target)
 
