@@ -333,30 +333,6 @@ def reproduce(folder: Folder, debug: Debug = False) -> None:
     _finish(work, debug)
 
 
-def _cells(row: dict[str, Any]) -> dict[str, object]:
-    """Return one adapter's line of `inspect` by heading."""
-    return {
-        "adapter": row["name"],
-        "format": row["format"],
-        "base": row["base_model"],
-        "modules": f"{row['modules']}{_of_them(row['fused_experts'])}",
-        "rank": _span(row["ranks"]),
-        "scaling": _span(row["scalings"]),
-        "dtype": row["dtype"],
-        "MB": f"{row['bytes'] / 1e6:.2f}",
-        "norm": f"{row['norm']:.4g}",
-    }
-
-
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise InputError(problems)
-
-
-def _of_them(experts: int) -> str:
-    return f", {experts} of them experts" if experts else ""
-
-
-def _span(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -29,13 +29,17 @@ def _cells(row: dict[str, Any]) -> dict[str, object]:
         "adapter": row["name"],
         "format": row["format"],
         "base": row["base_model"],
-        "modules": row["modules"],
+        "modules": f"{row['modules']}{_of_them(row['fused_experts'])}",
         "rank": _span(row["ranks"]),
         "scaling": _span(row["scalings"]),
         "dtype": row["dtype"],
         "MB": f"{row['bytes'] / 1e6:.2f}",
         "norm": f"{row['norm']:.4g}",
     }
+
+
+def _of_them(experts: int) -> str:
+    return f", {experts} of them experts" if experts else ""
 
 
 def _span(values: list[float]) -> str:

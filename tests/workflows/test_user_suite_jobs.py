@@ -20,6 +20,7 @@ TEMPLATE = (
     "{% for turn in messages %}[CLS]{{ turn.content }}[SEP]{% endfor %}"
     "{% if add_generation_prompt %}[CLS]{% endif %}"
 )
+OWN_RAY = True  # what is refused starts none
 RESOURCES = {"workers": 2, "cpus_per_worker": 0.5}
 SHORT = {"optimisation": {"steps": 2, "batch": 4}}
 FUSION = {"vae": {"hidden": 8, "latent": 2}, "vae_steps": 3, "meta_steps": 1, "batch": 2}

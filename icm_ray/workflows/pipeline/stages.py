@@ -116,7 +116,8 @@ def check_rows(recipe: PipelineRecipe) -> None:
         problems += error.problems
     if recipe.adapters:
         problems += adapter_problems(recipe)
-    tasks = [ref.name for ref in recipe.adapters]
+    one = ready_set(recipe) if recipe.adapters else None
+    tasks = [*one.experts, *one.unproven] if one else []
     tasks = tasks or list(recipe.tasks or find_suite(recipe.suite).tasks)
     given = recipe.methods or []
     names = [row.name for row in given]
