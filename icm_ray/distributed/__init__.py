@@ -15,5 +15,3 @@ if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # By default Ray hides GPUs from workers that ask for none and warns that it will stop doing so.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray's own lines ("core_worker.cc: ...") are for its developers; what fails is raised in Python.
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

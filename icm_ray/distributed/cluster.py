@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from icm_ray.backend_lines import without_backend_lines
 from icm_ray.config import Resources
 from icm_ray.distributed.progress import bar, calm_progress
 from icm_ray.errors import ClusterError, ICMRayError
@@ -36,6 +37,7 @@ def connected(resources: Resources) -> Iterator[None]:
     joined = os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
+            stack.enter_context(without_backend_lines())
             # Ray's own handler of SIGTERM would end the process with code 1 and tell nobody.
             with _signals_kept():
                 _join(joined) if joined else _start_local(resources)
