@@ -49,10 +49,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporting": BASICS | {"adapters"},
     "storage": {"config", "errors", "files", "locks", "suites"},
     "interruption": set(),
+    "backend_lines": set(),
     "command": {"config", "errors", "files", "interruption", "locks", "storage"},
     "distributed": BASICS
-    | {"adapters", "base_model", "config", "evaluation", "evidence", "finetuning", "fusion"}
-    | {"fusion_vae", "learning", "linalg", "merging", "search", "suites"},
+    | {"adapters", "backend_lines", "base_model", "config", "evaluation", "evidence"}
+    | {"finetuning", "fusion", "fusion_vae", "learning", "linalg", "merging", "search", "suites"},
     "workflows": BASICS
     | {"adapters", "base_model", "config", "distributed", "evaluation", "evidence", "finetuning"}
     | {"fusion", "learning", "linalg", "merging", "methods", "report", "search", "suites"},

@@ -32,5 +32,3 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # What runs out of memory each time would otherwise be tried again for ever.
 os.environ.setdefault("RAY_task_oom_retries", "3")
-# Ray's own lines ("core_worker.cc: ...") are for its developers; what fails is raised in Python.
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from icm_ray.backend_lines import without_backend_lines
 from icm_ray.config import Resources
 from icm_ray.distributed import is_joining
 from icm_ray.distributed.faults import MAX_LOST, as_ours, lost_work
@@ -33,6 +34,7 @@ def connected(resources: Resources) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
+            stack.enter_context(without_backend_lines())
             # Ray's own handler of SIGTERM would end the process with code 1 and tell nobody.
             with _signals_kept():
                 join(os.environ["RAY_ADDRESS"]) if is_joining() else start_local(resources)

@@ -12,6 +12,7 @@ from icm_ray.config import PipelineRecipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.importing.first_files import GUESS
 from icm_ray.importing.guesses import guessed_task
+from icm_ray.suites import find_suite
 
 
 def lines(path, *rows):
@@ -74,8 +75,8 @@ def test_a_nested_column_of_a_table_is_a_chat(tmp_path):
 def test_what_it_writes_loads_and_marks_its_guesses(cli, tmp_path):
     data = tmp_path / "my data"
     data.mkdir()
-    lines(data / "year.jsonl", {"text": "a", "target": 1.5}, {"text": "b", "target": 2})
-    lines(data / "poems.jsonl", {"text": "a"})
+    lines(data / "year.jsonl", *({"text": f"a{n}", "target": n + 0.5} for n in range(40)))
+    lines(data / "poems.jsonl", *({"text": f"a{n}"} for n in range(40)))
     adapters = [save_lora(tmp_path / name, seed) for seed, name in enumerate(("lora-year", "x"))]
     code, _, err = cli("init", data, *adapters)
     assert code == 0, err
@@ -91,6 +92,14 @@ def test_what_it_writes_loads_and_marks_its_guesses(cli, tmp_path):
     text = (data / "suite.yaml").read_text()
     tasks = yaml.safe_load(text)["tasks"]
     assert tasks["year"] == {"kind": "regression", "text": "text", "answer": "target"}
+    suite = find_suite(str(data))
+    assert suite.base == "tiny"
+    assert {name: task.kind for name, task in suite.tasks.items()} == {
+        "year": "regression",
+        "poems": "classification",
+    }
+    assert suite.tasks["year"].labelled
+    assert not suite.tasks["poems"].labelled
     assert all(GUESS in line for line in text.splitlines() if line.startswith("    "))
     code, _, err = cli("init", data, *adapters)
     assert code == 2
