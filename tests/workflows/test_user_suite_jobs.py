@@ -28,7 +28,8 @@ FUSION = {"vae": {"hidden": 8, "latent": 2}, "vae_steps": 3, "meta_steps": 1, "b
 
 def word(number: int) -> str:
     letters = "abcdefghijklmnopqrstuvwxyz"
-    return "".join(letters[(number * k + k) % 26] for k in (1, 3, 5, 7, 11))
+    mixed = "".join(letters[(number * k + k) % 26] for k in (3, 5, 7))
+    return letters[number % 26] + letters[number // 26] + mixed
 
 
 def chat(number: int) -> dict[str, Any]:
