@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from fake_gpu import REAL, STAND_IN  # before any backward pass: torch counts its devices there
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
@@ -202,8 +203,6 @@ def cli() -> Callable[..., tuple[int, str, str]]:
 @pytest.fixture(scope="session", params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
 def accelerator(request):
     """A GPU: one made of processor memory, and with `-m gpu` a real one."""
-    from fake_gpu import REAL, STAND_IN
-
     if request.param == "stand-in":
         return STAND_IN
     if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import icm_ray
 from icm_ray.errors import InputError
 from icm_ray.evaluation.experts import HEAD, METRICS, find_experts
 from icm_ray.evaluation.heads import Head, loss, target_scale
@@ -108,9 +109,9 @@ def test_a_class_that_training_lacks_is_never_predicted(absent: int) -> None:
     assert absent not in head.predict(features, THREE)
 
 
-def test_experts_are_found_by_their_heads(tmp_path: Path) -> None:
+def test_experts_are_found_by_their_heads(make_adapter, tmp_path: Path) -> None:
     for name in ("b", "a"):
-        (tmp_path / name / "adapter").mkdir(parents=True)
+        icm_ray.save_adapter(make_adapter(name), tmp_path / name / "adapter")
         Head(torch.ones(1, 2), torch.zeros(1)).save(tmp_path / name / HEAD)
         (tmp_path / name / METRICS).write_text(json.dumps({"losses": [1.0]}))
     (tmp_path / "no expert").mkdir()
