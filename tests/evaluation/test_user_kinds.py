@@ -152,7 +152,7 @@ def test_heads_that_peft_trained_read_as_transformers_does(
     head = expert.head()
     assert head is not None
     base = load_base(folder)
-    (file,) = open_all([("pairs", tmp_path / "pairs")], heads=True)
+    (file,) = open_all([("pairs", tmp_path / "pairs")], run_by="a test")
     task = Task("pairs", "classification", "accuracy", ("a", "b", "c"), 16)
     asked = examples([Pair("the sun", "moon of"), Pair("the cold", "river")], [0.0, 1.0])
     with applied(base.model, file.load()):
