@@ -122,7 +122,8 @@ def held(address: str) -> Iterator[None]:
 
     Raises:
         InputError: another run holds it.
-        ResourceError: the address cannot be opened or written.
+        ResourceError: the address cannot be opened.
+        ClusterError: the address does not answer, or cannot be written.
     """
     filesystem, path = _open(address)
     lock = f"{path.rstrip('/')}.lock"
@@ -137,16 +138,11 @@ def held(address: str) -> Iterator[None]:
             file.write(text)
 
     with contextlib.ExitStack() as stack:
-        try:
+        with _answering("the lock"):
             refuse_living(masked(address), read, BEAT_SECONDS)
             filesystem.create_dir(lock.rpartition("/")[0], recursive=True)
             stack.callback(_forget, filesystem, lock)
             stack.enter_context(beating(write, BEAT_SECONDS))
-        except OSError as error:
-            raise ResourceError(
-                f"storage: {masked(address)}: cannot be written ({type(error).__name__}). Check it "
-                "and its credentials."
-            ) from None
         yield
 
 

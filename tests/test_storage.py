@@ -135,10 +135,10 @@ def test_a_run_holds_its_address_and_another_machine_s_is_refused(
         pass
 
 
-def test_a_lock_that_cannot_be_written_is_told_without_its_password(tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_written_is_a_fault_of_the_storage(tmp_path: Path) -> None:
     (tmp_path / "out.lock").mkdir()
     with (
-        pytest.raises(ResourceError, match="out: cannot be written"),
+        pytest.raises(ClusterError, match="storage: the lock could not be copied"),
         held((tmp_path / "out").as_uri()),
     ):
         pass

@@ -6,7 +6,7 @@ values and step alone, so any number of actors gives the bytes of `learning.lear
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,21 +111,57 @@ def learn_on_ray(session: Session, order: LearnOrder, label: str) -> tuple[Learn
     count = worker_count(session.resources, len(groups))
     held, wants = ray.put(order), worker_options(session.resources)
     kind: Any = TaskActor  # what `ray.remote` returns is not what type checkers see
-    actors = [kind.options(**wants).remote(session, held, groups[i::count]) for i in range(count)]
+    shares = [groups[i::count] for i in range(count)]
+    actors = {
+        ", ".join(task for group in mine for task in group): kind.options(**wants).remote(
+            session, held, mine
+        )
+        for mine in shares
+    }
+    crew = _Crew(actors, session.resources.timeout_seconds)
     try:
         with bar(how.steps, f"learn {label}") as drawn:
-            return _learned(actors, order, covered, session.resources.timeout_seconds, drawn)
+            return _learned(crew, order, covered, drawn)
     finally:
-        for actor in actors:
+        for actor in actors.values():
             ray.kill(actor)
 
 
+@dataclass(frozen=True)
+class _Crew:
+    """The actors of a run, by the names of their tasks.
+
+    Attributes:
+        actors: Handles.
+        timeout: Longest wait for an answer of all of them, seconds.
+    """
+
+    actors: Mapping[str, Any]
+    timeout: float
+
+    def ask(self, what: str, call: Callable[[Any], Any]) -> list[Any]:
+        """Return every actor's answer to a call, in order.
+
+        Raises:
+            ClusterError: some died each time, or gave no answer in time; it names their tasks.
+        """
+        calls = {call(actor): tasks for tasks, actor in self.actors.items()}
+        _, waiting = ray.wait(list(calls), num_returns=len(calls), timeout=self.timeout)
+        if waiting:
+            raise ClusterError(
+                f"{what}: no answer within {self.timeout:g} s about "
+                f"{', '.join(calls[one] for one in waiting)}. Run the same command to resume, or "
+                "raise resources.timeout_seconds."
+            )
+        return [fetch(one, f"{what}: {tasks}") for one, tasks in calls.items()]
+
+
 def _learned(
-    actors: Sequence[Any], order: LearnOrder, covered: Sequence[str], timeout: float, drawn: Bar
+    crew: _Crew, order: LearnOrder, covered: Sequence[str], drawn: Bar
 ) -> tuple[LearnedMerge, float]:
     """Make every step that is missing; the driver's half of `learn_on_ray`."""
     how, checkpoint = order.plan.spec.optimisation, order.run.checkpoint
-    starts = _joined(_all([a.starts.remote() for a in actors], timeout, "start"))
+    starts = _joined(crew.ask("start", _call("starts")))
     # Only the parameters move here: the objective is the actors'.
     learning = Learning(order.plan.parameters(), objective_of(order.plan.spec.objective, None), how)
     descent = Descent(learning.parameters.tensors(), how)
@@ -133,31 +169,22 @@ def _learned(
         descent.resume(checkpoint)
     drawn.reach(descent.step)
     while descent.step < how.steps:
-        values = ray.put(descent.values())
-        calls = [actor.step.remote(values, descent.step) for actor in actors]
-        shares = _all(calls, timeout, f"step {descent.step}")
+        values, number = ray.put(descent.values()), descent.step
+        shares = crew.ask(f"step {number}", _call("step", values, number))
         descent.move([share for mine in shares for share in mine])
         drawn.add()
         if checkpoint and descent.step % how.save_every == 0:
             descent.save(checkpoint)
     values = ray.put(descent.values())
-    ends = _joined(_all([a.ends.remote(values) for a in actors], timeout, "end"))
-    seconds = sum(_all([a.cpu_seconds.remote() for a in actors], timeout, "cost"))
+    ends = _joined(crew.ask("end", _call("ends", values)))
+    seconds = sum(crew.ask("cost", _call("cpu_seconds")))
     before = {task: starts[task] for task in covered}
     outcome = report(descent, before, {task: ends[task] for task in covered})
     return learned_merge(learning, order.tasks, outcome), seconds
 
 
-def _all(calls: Sequence[Any], timeout: float, what: str) -> list[Any]:
-    """Return every result in order; all of them within the time-out."""
-    ready, waiting = ray.wait(list(calls), num_returns=len(calls), timeout=timeout)
-    if waiting:
-        raise ClusterError(
-            f"{what}: {len(waiting)} of {len(calls)} actors gave no answer within {timeout:g} s. "
-            "Run the same command to resume, or raise resources.timeout_seconds."
-        )
-    del ready
-    return [fetch(call, what) for call in calls]
+def _call(method: str, *values: Any) -> Callable[[Any], Any]:
+    return lambda actor: getattr(actor, method).remote(*values)
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
