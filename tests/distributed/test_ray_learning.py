@@ -207,7 +207,7 @@ def test_the_job_s_evidence_and_a_merge_that_gathers_it_are_one(recipe, adapters
             {"method": "icm_fusion", "fusion": "runs/vae", "learn": {"start": {"value": 0.1}}},
             "of start only residual, residual_scale, rho act",
         ),
-        ({"method": "adamerging"}, "heads: objective 'entropy' reads the experts' heads"),
+        ({"method": "adamerging"}, "data.suite: missing but objective 'entropy'"),
     ],
 )
 def test_wrong_recipes_are_named_before_any_work(recipe, capsys, changes, words):

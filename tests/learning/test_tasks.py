@@ -11,7 +11,7 @@ from icm_ray.base_model.loading import load_base
 from icm_ray.base_model.readers import Answered
 from icm_ray.config import DataSpec, InnerLoss, ObjectiveKind, ObjectiveSpec, SearchObjective
 from icm_ray.errors import RecipeError
-from icm_ray.evaluation.experts import find_experts
+from icm_ray.evaluation.experts import ADAPTER, find_experts
 from icm_ray.evaluation.heads import Head
 from icm_ray.learning.objectives import INNER, OBJECTIVES, objective_of, reads_heads
 from icm_ray.learning.tasks import LearnerData, Readable, experts_for, learner_data
@@ -35,7 +35,8 @@ def data_of(suite: str, count: int = 3) -> tuple[DataSpec, str, list[str]]:
 def test_a_search_over_everything_shows_each_objective_what_its_job_shows(suite, name) -> None:
     data, folder, tasks = data_of(suite)
     objective = SPECS[name]
-    job = learner_data(data, tasks, [objective], experts_for(objective, folder, data, tasks))
+    pairs = [(task, Path(folder) / task / ADAPTER) for task in tasks]
+    job = learner_data(data, tasks, [objective], experts_for(objective, folder, data, pairs))
     everything = learner_data(data, tasks, list(SPECS.values()), find_experts(Path(folder)))
     trial = everything.seen_by(objective)
     assert trial.key == job.key
@@ -96,13 +97,20 @@ def test_whatever_changes_what_is_seen_changes_the_key(texts) -> None:
     assert str(data.key) not in keys
 
 
-def test_heads_that_are_read_must_be_named() -> None:
+def test_heads_that_are_read_must_be_there(tmp_path) -> None:
     data, folder, tasks = data_of("text")
-    with pytest.raises(RecipeError, match="heads: objective 'distillation' reads"):
-        experts_for(SPECS["distillation"], None, data, tasks)
+    objective, pairs = SPECS["distillation"], [(task, tmp_path / task) for task in tasks]
     with pytest.raises(RecipeError, match="none for another"):
-        experts_for(SPECS["distillation"], folder, data, [*tasks, "another"])
-    assert experts_for(SPECS["null_space_ratio"], None, data, tasks) == {}
+        experts_for(objective, folder, data, [*pairs, ("another", tmp_path)])
+    with pytest.raises(RecipeError) as caught:  # none lies with the adapters
+        experts_for(objective, None, data, pairs)
+    assert len(caught.value.problems) == len(tasks)
+    plain = DataSpec(path="somewhere", inputs_per_task=3)
+    with pytest.raises(RecipeError, match="missing but objective 'distillation'"):
+        experts_for(objective, folder, plain, pairs)
+    assert experts_for(SPECS["null_space_ratio"], None, data, pairs) == {}
+    beside = [(task, Path(folder) / task / ADAPTER) for task in tasks]
+    assert set(experts_for(objective, None, data, beside)) == set(tasks)
 
 
 def test_recipes_know_the_objectives_there_are() -> None:
