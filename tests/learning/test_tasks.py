@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+import icm_ray
 from icm_ray.base_model.loading import load_base
 from icm_ray.base_model.readers import Answered
 from icm_ray.config import DataSpec, InnerLoss, ObjectiveKind, ObjectiveSpec, SearchObjective
@@ -97,8 +98,10 @@ def test_whatever_changes_what_is_seen_changes_the_key(texts) -> None:
     assert str(data.key) not in keys
 
 
-def test_heads_that_are_read_must_be_there(tmp_path) -> None:
+def test_heads_that_are_read_must_be_there(make_adapter, tmp_path) -> None:
     data, folder, tasks = data_of("text")
+    for task in tasks:
+        icm_ray.save_adapter(make_adapter(task), tmp_path / task)
     objective, pairs = SPECS["distillation"], [(task, tmp_path / task) for task in tasks]
     with pytest.raises(RecipeError, match="none for another"):
         experts_for(objective, folder, data, [*pairs, ("another", tmp_path)])
