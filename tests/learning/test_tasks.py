@@ -101,7 +101,8 @@ def test_whatever_changes_what_is_seen_changes_the_key(texts) -> None:
 def test_heads_that_are_read_must_be_there(make_adapter, tmp_path) -> None:
     data, folder, tasks = data_of("text")
     for task in tasks:
-        icm_ray.save_adapter(make_adapter(task), tmp_path / task)
+        bare = replace(make_adapter(task), config={"task_type": "FEATURE_EXTRACTION"})
+        icm_ray.save_adapter(bare, tmp_path / task)
     objective, pairs = SPECS["distillation"], [(task, tmp_path / task) for task in tasks]
     with pytest.raises(RecipeError, match="none for another"):
         experts_for(objective, folder, data, [*pairs, ("another", tmp_path)])
