@@ -34,7 +34,8 @@ def word(number: int) -> str:
 
 def chat(number: int) -> dict[str, Any]:
     turns = [{"role": "user", "content": word(number)}]
-    return {"talk": [*turns, {"role": "assistant", "content": word(number)[:2]}]}
+    # Words that a random expert happens on: nothing could be compared with a score of 0.
+    return {"talk": [*turns, {"role": "assistant", "content": " ".join(word(number))}]}
 
 
 ROWS: dict[str, list[dict[str, Any]]] = {
