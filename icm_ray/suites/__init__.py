@@ -3,27 +3,37 @@
 `SUITES` is the whole table; importing it loads neither torch nor transformers nor ray.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 
 from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.suites.bases import BASES, PackagedBase, default_cache, prepare_base
 from icm_ray.suites.folder import load_folder
-from icm_ray.suites.generation import GENERATION
-from icm_ray.suites.lm import LM
 from icm_ray.suites.opening import SUITE_FILE, checked_suite, open_suite
 from icm_ray.suites.remote import fetched
 from icm_ray.suites.suite import Suite
 from icm_ray.suites.tasks import SPLITS, Examples, Task
-from icm_ray.suites.text import TEXT
-from icm_ray.suites.vision import VISION
 
-SUITES: Mapping[str, Suite] = {
-    "text": TEXT,
-    "lm": LM,
-    "generation": GENERATION,
-    "vision": VISION,
-}
+
+class _Packaged(Mapping[str, Suite]):
+    """Suites that come with the package, each opened when it is asked for."""
+
+    names = ("text", "lm", "generation", "vision")
+
+    def __getitem__(self, name: str) -> Suite:
+        if name not in self.names:
+            raise KeyError(name)
+        return getattr(import_module(f"icm_ray.suites.{name}"), name.upper())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+SUITES: Mapping[str, Suite] = _Packaged()
 """Every suite that comes with the package, by name."""
 
 _opened: dict[tuple[object, ...], Suite] = {}
