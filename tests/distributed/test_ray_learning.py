@@ -173,6 +173,7 @@ def recipe(adapters, tiny_bert, tmp_path):
     return tmp_path, content
 
 
+@pytest.mark.slow
 def test_the_job_s_evidence_and_a_merge_that_gathers_it_are_one(recipe, adapters):
     root, content = recipe
     path = write_yaml(root / "learn.yaml", {**content, "output": str(root / "learned")})

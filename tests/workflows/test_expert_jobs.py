@@ -66,6 +66,7 @@ def test_the_evaluate_job(experts, tiny_bert, tmp_path, capsys):
     assert "a reference. Choose another name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_finetune_job_reports_experts_without_any_merge(tiny_bert, tmp_path):
     from icm_ray.config import FinetuneRecipe
     from jobs.finetune import work

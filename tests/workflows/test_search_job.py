@@ -110,6 +110,7 @@ def test_the_best_recipe_runs_and_makes_the_same_bytes(out, tmp_path):
     assert hashes(tmp_path / "again") == hashes(out / "adapter")
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_asks_for_the_same_points(out, recipe, tmp_path):
     """As a kill leaves it: trial 2 was chosen and never measured, later ones never chosen."""
     path = write(recipe, tmp_path, trials=6, test=24)
