@@ -135,7 +135,7 @@ def test_two_nodes_share_the_work_and_one_may_be_lost(tiny_bert, adapters):
 @pytest.mark.parametrize(
     "jobs",
     [
-        pytest.param(("merge", "learn", "search"), marks=pytest.mark.cluster),
+        pytest.param(("merge", "learn", "search"), marks=pytest.mark.long),
         pytest.param(("train_fusion",), marks=pytest.mark.long),
     ],
     ids="-".join,

@@ -71,7 +71,7 @@ def bytes_of(job, out):
 
 
 MANY = [pytest.param(job, 3, marks=pytest.mark.long) for job in (*WHOLE, *PARTS)]
-ONCE = [pytest.param(job, 1, marks=pytest.mark.slow) for job in ("merge", "learn")]
+ONCE = [pytest.param("merge", 1, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("job", "kills"), [*ONCE, *MANY])
@@ -118,11 +118,7 @@ def busy(job, made, root, **resources):
     return driver, worker, recipe
 
 
-ONE = pytest.param("learn", marks=pytest.mark.slow)
-OTHERS = [pytest.param(job, marks=pytest.mark.long) for job in TITLES if job != "learn"]
-
-
-@pytest.mark.parametrize("job", [ONE, *OTHERS])
+@pytest.mark.parametrize("job", [pytest.param(job, marks=pytest.mark.long) for job in TITLES])
 def test_a_worker_that_hangs_is_noticed_and_the_job_goes_on_later(job, quiet, made, tmp_path):
     _, expected = quiet(job)
     driver, worker, recipe = busy(job, made, tmp_path, timeout_seconds=TIMEOUT)
@@ -148,7 +144,7 @@ def test_a_worker_that_is_killed_leaves_no_trace(job, quiet, made, tmp_path):
     assert bytes_of(job, tmp_path / "out") == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_without_memory_end_the_job_with_four(made, tmp_path):
     """The node is over Ray's limit at any time, so each worker is killed as soon as it works."""
     recipe = write_recipe(tmp_path, "merge", recipe_of_job("merge", tmp_path / "out", *made))

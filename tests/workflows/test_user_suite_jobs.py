@@ -162,8 +162,16 @@ def test_the_pipeline_proves_every_method_on_it(suite, adapters, tmp_path, capsy
     assert "rows are longer" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["task", "reconstruction", "entropy", "null_space_ratio"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param("task", marks=pytest.mark.slow),
+        *(
+            pytest.param(loss, marks=pytest.mark.long)
+            for loss in ("reconstruction", "entropy", "null_space_ratio")
+        ),
+    ],
+)
 def test_every_inner_loss_runs_on_it(suite, adapters, tmp_path, loss) -> None:
     fused = row("icm_fusion", fusion={**FUSION, "inner": {"loss": loss}})
     some = [ref for ref in adapters if ref["name"] in ("pick", "sort")]
@@ -209,6 +217,7 @@ def test_experts_of_it_are_trained_and_scored(suite, tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*drawn at random:UserWarning")  # the base is saved bare
 def test_pairs_are_scored_through_the_heads_that_peft_saved(tiny_bert, tmp_path) -> None:
     from transformers import AutoModel, AutoModelForSequenceClassification
 
