@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from ray_samples import finetune_recipe, write_yaml
 
 from icm_ray.adapters import load_adapter
