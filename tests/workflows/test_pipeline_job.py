@@ -156,7 +156,6 @@ def test_running_it_again_touches_nothing(out, recipe):
     assert {name: stamps(out / name) for name in KEPT} == before
 
 
-@pytest.mark.slow
 def test_a_new_row_adds_its_own_work_only(out, plain, recipe):
     kept = {name: stamps(out / name) for name in ("experts", "evidence", "probes")}
     merged = stamps(out / "merged" / SET / "svd")
