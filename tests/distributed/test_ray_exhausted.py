@@ -154,7 +154,7 @@ def poisonous(file, module):
     return Poisonous(**{f.name: getattr(file, f.name) for f in fields(file) if f.init})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["soup", "ties"])
 def test_a_poison_shard_names_module_and_adapter(ray_session, adapters, method):
     files = open_all(adapters[:2])
@@ -170,7 +170,7 @@ def test_a_poison_shard_names_module_and_adapter(ray_session, adapters, method):
     assert caught.value.exit_code == 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "settings", "words"),
     [
