@@ -15,6 +15,9 @@ from icm_ray.base_model.states import Pooling
 from icm_ray.errors import InputError
 from icm_ray.suites.tasks import Task
 
+Bend = Literal["tanh", "relu"]
+"""What stands between a dense layer and the map behind it."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -36,7 +39,7 @@ class Head:
     std: float = 1.0
     pooling: Pooling = "mean"
     dense: tuple[Tensor, Tensor] | None = None
-    bend: Literal["tanh", "relu"] = "tanh"
+    bend: Bend = "tanh"
 
     def logits(self, read: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows outputs"]:
         """Return what the head makes of states."""
@@ -67,6 +70,8 @@ class Head:
         if self.dense is not None:
             tensors |= {"dense.weight": self.dense[0], "dense.bias": self.dense[1]}
         metadata = None if self.pooling == "mean" else {"pooling": self.pooling}
+        if self.dense is not None:
+            metadata = {"pooling": self.pooling, "bend": self.bend}
         plain = {name: t.detach().contiguous() for name, t in tensors.items()}
         save_file(plain, path, metadata=metadata)
 
@@ -85,15 +90,17 @@ class Head:
             weight = tensors["weight"]
             dense = tensors.get("dense.weight"), tensors.get("dense.bias")
             pooling: Any = metadata.get("pooling", "mean")
+            bend: Any = metadata.get("bend", "tanh")
             bias = tensors.get("bias", weight.new_zeros(len(weight)))
             if (
                 pooling not in get_args(Pooling)
+                or bend not in get_args(Bend)
                 or weight.ndim != 2
                 or bias.shape != weight.shape[:1]
             ):
                 raise ValueError("a weight (outputs, width) and a bias are expected")
             whole = None if dense[0] is None or dense[1] is None else (dense[0], dense[1])
-            return cls(weight, bias, mean, std, pooling, whole)
+            return cls(weight, bias, mean, std, pooling, whole, bend)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(
                 f"{path}: no head ({error}). Write it as jobs.finetune does."

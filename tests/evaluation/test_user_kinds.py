@@ -162,9 +162,10 @@ def test_heads_that_peft_trained_read_as_transformers_does(
         check_heads({"pairs": head}, folder)
 
 
-def test_heads_are_written_and_read_back(tmp_path) -> None:
+@pytest.mark.parametrize("bend", ["tanh", "relu"])
+def test_heads_are_written_and_read_back(tmp_path, bend) -> None:
     dense = (torch.randn(4, 4), torch.randn(4))
-    head = Head(torch.randn(2, 4), torch.randn(2), 1.0, 2.0, "first", dense)
+    head = Head(torch.randn(2, 4), torch.randn(2), 1.0, 2.0, "first", dense, bend)
     head.save(tmp_path / "head.safetensors")
     again = Head.load(tmp_path / "head.safetensors")
     x = torch.randn(3, 4)
