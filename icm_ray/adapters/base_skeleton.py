@@ -64,8 +64,12 @@ def own_class(config: Any) -> Any:
     """Return what to load a folder with: language models keep their head, others are bare."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    saved = (config.architectures or [""])[0]
-    return AutoModelForCausalLM if saved.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
+    return AutoModelForCausalLM if is_language_model(config) else AutoModel
+
+
+def is_language_model(config: Any) -> bool:
+    """Say whether the saved model has the head of a language model."""
+    return str((config.architectures or [""])[0]).endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def build(base: BaseFolder, model_class: Any) -> nn.Module:

@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
 from icm_ray.adapters import open_adapter
 from icm_ray.adapters.base_folder import open_base
-from icm_ray.adapters.base_skeleton import missing_weights
+from icm_ray.adapters.base_skeleton import is_language_model, missing_weights
 from icm_ray.base_model.states import POOLERS
 from icm_ray.errors import InputError
-from icm_ray.evaluation.heads import Head
+from icm_ray.evaluation.heads import Bend, Head
 
 LAST_TOKEN = "score"
 """The layer of decoders' sequence classifiers, which read the last token."""
-DENSE: Mapping[str, tuple[str, Literal["tanh", "relu"]]] = {
+DENSE: Mapping[str, tuple[str, Bend]] = {
     "classifier.dense": ("classifier.out_proj", "tanh"),  # RoBERTa and its kin
     "pre_classifier": ("classifier", "relu"),  # DistilBERT
 }
@@ -62,7 +61,7 @@ def misfits(heads: Mapping[str, Head | None], base: Path) -> list[str]:
     """
     folder = open_base(base)
     kind, lines = folder.config.model_type, []
-    writes = str((folder.config.architectures or [""])[0]).endswith(("ForCausalLM", "LMHeadModel"))
+    writes = is_language_model(folder.config)
     absent = missing_weights(folder) if any(_reads_own(head) for head in heads.values()) else []
     for task, head in heads.items():
         if head is None and not writes:
