@@ -7,6 +7,7 @@ place of the text, or of the expert's own greedy answer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from icm_ray.base_model.decoding import TOKENS_AT_ONCE, answered, counted, readout_of
 from icm_ray.base_model.loading import Base
 from icm_ray.base_model.prompts import ends_of, is_chat
-from icm_ray.base_model.readers import Batch, Read, by_length
+from icm_ray.base_model.readers import Batch, by_length
 from icm_ray.base_model.states import hidden_states, pooled
 from icm_ray.evaluation.choices import Chosen, choice_batches, choice_scores
 from icm_ray.evaluation.heads import Head
@@ -60,7 +61,10 @@ def said_by(base: Base, asked: Asked) -> Said:
     """Return what the model as it stands, an expert's, says."""
     read = base.reader.read(asked.examples.inputs, asked.task.max_tokens)
     rows = by_length(read, asked.size)
-    batches = [_batch(base, asked, read, own) for own in rows]
+    make = partial(base.reader.batch, read)
+    if asked.task.chooses:
+        make = choice_batches(base.reader, asked.examples.inputs, asked.task.max_tokens)
+    batches = [make(own) for own in rows]
     if asked.task.kind == "generation":
         end = ends_of(base.tokenizer, is_chat(asked.examples.texts[0]))
         longest = asked.task.max_new_tokens
@@ -91,12 +95,6 @@ def fidelity(base: Base, asked: Asked, expert: Said) -> np.ndarray:
         else:
             result[rows, 0] = _agreement(ours, theirs).double().cpu().numpy()
     return result[:, 0] if asked.task.is_class else result
-
-
-def _batch(base: Base, asked: Asked, read: Read, rows: list[int]) -> Batch:
-    if not asked.task.chooses:
-        return base.reader.batch(read, rows)
-    return choice_batches(base.reader, asked.examples.inputs, asked.task.max_tokens)(rows)
 
 
 def _value(base: Base, asked: Asked, batch: Batch) -> Tensor:
