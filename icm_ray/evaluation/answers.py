@@ -93,19 +93,23 @@ class _Headed:
         return hidden_states(model, batch)[:, batch.prefix :]
 
 
-class _NextToken:
+class _Spoken:
+    """The base's own head on tokens, whose loss is all that training sees."""
+
+    def loss(
+        self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
+    ) -> Tensor:
+        """Return the mean loss of a batch on the model as it stands."""
+        return _nats(base, batch).sum() / counted(batch).sum()
+
+
+class _NextToken(_Spoken):
     """The base's own head on every next token of a text, or of what follows a prompt."""
 
     def batches(self, base: Base, examples: Examples, task: Task) -> MakeBatch:
         """Return what makes the batches an expert is trained on."""
         read = base.reader.read(examples.inputs, task.max_tokens)
         return lambda rows: base.reader.batch(read, rows)
-
-    def loss(
-        self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
-    ) -> Tensor:
-        """Return the mean loss of a batch on the model as it stands."""
-        return _mean_nats(base, batch)
 
     @torch.no_grad()
     def predict(
@@ -122,7 +126,7 @@ class _NextToken:
         return np.stack([nats, [float(len(ids)) for ids in shown], characters], 1)
 
 
-class _Decoded:
+class _Decoded(_Spoken):
     """Greedy answers to prompts; training sees the loss of the answer's tokens alone."""
 
     def batches(self, base: Base, examples: Examples, task: Task) -> MakeBatch:
@@ -134,7 +138,7 @@ class _Decoded:
     ) -> Tensor:
         """Return the mean loss of a batch on the model as it stands."""
         assert isinstance(batch, Answered)
-        return _mean_nats(base, batch)
+        return super().loss(base, head, batch, targets, task)
 
     @torch.no_grad()
     def predict(
@@ -158,7 +162,7 @@ def _judged(metric: str, said: str, wanted: str) -> float | list[float]:
     return counts_of(metric, said, wanted) if metric in CORPUS else SCORERS[metric](said, wanted)
 
 
-class _Chooses:
+class _Chooses(_Spoken):
     """Whichever of some texts the base finds likeliest after the prompt."""
 
     def batches(self, base: Base, examples: Examples, task: Task) -> MakeBatch:
@@ -166,12 +170,6 @@ class _Chooses:
         make = choice_batches(base.reader, examples.inputs, task.max_tokens)
         right = examples.targets.astype(int)
         return lambda rows: make(rows, [int(right[row]) for row in rows])
-
-    def loss(
-        self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
-    ) -> Tensor:
-        """Return the mean loss of a batch on the model as it stands."""
-        return _mean_nats(base, batch)
 
     @torch.no_grad()
     def predict(
@@ -200,10 +198,6 @@ def with_answers(reader: Reader, inputs: Inputs, answers: Sequence[str], task: T
 
 def _nats(base: Base, batch: Batch) -> Tensor:
     return next_token_nats(hidden_states(base.model, batch), batch, readout_of(base))
-
-
-def _mean_nats(base: Base, batch: Batch) -> Tensor:
-    return _nats(base, batch).sum() / counted(batch).sum()
 
 
 POOLED, PATCHES, CHOOSES = _Headed(dense=False), _Headed(dense=True), _Chooses()
