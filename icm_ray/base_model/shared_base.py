@@ -45,19 +45,15 @@ class SharedBase:
         """
         # A deprecation inside transformers that its own models trigger; nothing a user can act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        if self.path.is_dir():
-            return build_base(
-                self.path, load_weights(self.path, is_known=True), device=device, dtype=dtype
-            )
-        node = socket.gethostname()
-        path = self.prepare() if self.prepare else self.path
+        node, is_there = socket.gethostname(), self.path.is_dir()
+        path = self.prepare() if self.prepare and not is_there else self.path
         if not path.is_dir():
             raise InputError(
                 f"{path}: not on node {node} but every node maps the base from this folder. Put "
                 "it on storage that all nodes see, or name it by its hub id."
             )
         weights = load_weights(path, is_known=True)
-        if fingerprint_weights(weights) != self.fingerprint:
+        if not is_there and fingerprint_weights(weights) != self.fingerprint:
             raise InputError(
                 f"{path}: another base on node {node} than the driver's. Name a revision, or put "
                 "the base on storage that all nodes see."

@@ -22,15 +22,18 @@ class Session:
 
     Attributes:
         resources: What each actor or worker gets.
-        base: The base's folder, for its tokenizer.
         shared: What its workers need to map it on their nodes.
         seed: Keys every draw.
     """
 
     resources: Resources
-    base: Path
     shared: SharedBase
     seed: int = 0
+
+    @property
+    def base(self) -> Path:
+        """The base's folder on the driver's node, for its tokenizer."""
+        return self.shared.path
 
     @property
     def key(self) -> str:
@@ -64,7 +67,7 @@ def opened(
     """Join or start a cluster for work on a base; see `cluster.connected` and `SharedBase`."""
     shared = share_base(base, prepare)
     with connected(resources):
-        yield Session(resources, base, shared, seed)
+        yield Session(resources, shared, seed)
 
 
 class Pool:

@@ -67,7 +67,7 @@ def main(base: Path, folders: list[Path]) -> None:
     ray.init(address=cluster.address, logging_level="warning", log_to_driver=False)
     try:
         files = open_all(refs)
-        session = Session(Resources(cpus_per_worker=1, timeout_seconds=300), base, share_base(base))
+        session = Session(Resources(cpus_per_worker=1, timeout_seconds=300), share_base(base))
         pool = Pool(session, len(files))
         found = gather_on_ray(pool, files, inputs, batch=8)
         where = [
