@@ -52,11 +52,7 @@ def _data_key(item: TaskData) -> list[Any]:
     task, head = item.task, item.head
     how = [task.kind, task.head, task.metric, task.max_tokens, task.max_new_tokens]
     judge = item.expert.fingerprint if item.expert else None
-    read = None
-    if head is not None:
-        numbers = [head.weight, head.bias, *(head.dense or ())]
-        plain = [t.numpy().tobytes().hex() for t in numbers]
-        read = sha256_of([*plain, head.mean, head.std, head.pooling, head.bend])
+    read = sha256_of(head.described) if head else None
     return [item.examples.fingerprint, how, read, judge]
 
 
