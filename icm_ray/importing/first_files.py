@@ -10,9 +10,10 @@ from icm_ray.config import AdapterRef, folder_names
 from icm_ray.errors import InputError, RecipeError, one_line
 from icm_ray.importing.guesses import guessed_task
 from icm_ray.importing.writing import adapter_names
+from icm_ray.suites import SUITE_FILE
+from icm_ray.suites.source import ENDINGS
 
-SUITE, RECIPE = "suite.yaml", "pipeline.yaml"
-ENDS = (".jsonl", ".parquet")
+RECIPE = "pipeline.yaml"
 MINUTES = 60
 GUESS = "  # guessed"
 
@@ -46,7 +47,7 @@ def look(folder: Path, paths: Sequence[str]) -> FirstFiles:
         raise InputError(f"{folder}: no such folder. Put <task>.jsonl or <task>.parquet into it.")
     names = adapter_names(folder_names(paths))
     files = open_all(list(zip(names, map(Path, paths), strict=True)), "keep")
-    data = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in ENDS}
+    data = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in ENDINGS}
     if not data:
         raise InputError(f"{folder}: no data. Put <task>.jsonl or <task>.parquet into it.")
     named = _by_task(names, list(data))
@@ -115,7 +116,7 @@ def write_first_files(found: FirstFiles) -> list[Path]:
     Raises:
         RecipeError: one is there already.
     """
-    texts = {SUITE: suite_text(found), RECIPE: recipe_text(found)}
+    texts = {SUITE_FILE: suite_text(found), RECIPE: recipe_text(found)}
     for name, path in found.adapters.items():
         AdapterRef(name=name, path=path)  # what no recipe may hold is said here
     places = {found.folder / name: text for name, text in texts.items()}
