@@ -50,8 +50,13 @@ def check_ready(recipe: PipelineRecipe) -> None:
         warn([f"{', '.join(one.unseen)}: no adapter; scored beside the base as unseen."])
 
 
-def adapter_problems(recipe: PipelineRecipe) -> list[str]:
-    """Return what in a recipe does not go with ready adapters, one line each."""
+def adapter_problems(recipe: PipelineRecipe, one: SetResults) -> list[str]:
+    """Return what in a recipe does not go with ready adapters, one line each.
+
+    Args:
+        recipe: The recipe.
+        one: Its adapters by task.
+    """
     problems = [
         f"{key}: would train or find experts, but adapters are ready. Leave one of them out."
         for key in OF_TRAINING
@@ -60,7 +65,6 @@ def adapter_problems(recipe: PipelineRecipe) -> list[str]:
     names = [ref.name for ref in recipe.adapters]
     twice = sorted(name for name in set(names) if names.count(name) > 1)
     problems += [f"adapters: {name!r} twice. Name each once." for name in twice]
-    one = ready_set(recipe)
     if not one.experts:
         known = ", ".join(recipe.tasks or find_suite(recipe.suite).tasks)
         problems.append(

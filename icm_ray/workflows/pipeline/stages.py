@@ -114,9 +114,8 @@ def check_rows(recipe: PipelineRecipe) -> None:
         check_tasks(recipe)
     except RecipeError as error:
         problems += error.problems
-    if recipe.adapters:
-        problems += adapter_problems(recipe)
     one = ready_set(recipe) if recipe.adapters else None
+    problems += adapter_problems(recipe, one) if one else []
     tasks = [*one.experts, *one.unproven] if one else []
     tasks = tasks or list(recipe.tasks or find_suite(recipe.suite).tasks)
     given = recipe.methods or []
