@@ -2,11 +2,11 @@
 
 import os
 import signal
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from base_samples import save_bert, save_llama
 from fake_gpu import REAL, STAND_IN  # before any backward pass: torch counts its devices there
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
@@ -113,22 +113,7 @@ def adapter_around() -> Callable[..., Adapter]:
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer BERT of width 16 and a tokenizer of 20 words."""
     folder = tmp_path_factory.mktemp("tiny-bert")
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        initializer_range=0.5,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        BertModel(config).save_pretrained(folder)
+    save_bert(folder, vocab_size=20, max_position_embeddings=32, pad_token_id=0)
     save_tokenizer(folder)
     return folder
 
@@ -137,20 +122,9 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer Llama with the tiny BERT's words, which ends its answers."""
     folder = tmp_path_factory.mktemp("tiny-llama")
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        tie_word_embeddings=True,
-        initializer_range=0.5,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_llama(folder, vocab_size=20)
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(folder)

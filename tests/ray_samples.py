@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from base_samples import save_bert
 
 from icm_ray.base_model.shared_base import share_base
 from icm_ray.config import FinetuneRecipe, Resources
@@ -29,7 +30,7 @@ def save_tiny_bert(folder: Path, rows: int = 30) -> Path:
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from tokenizers.processors import TemplateProcessing
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
     plain = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
@@ -41,19 +42,7 @@ def save_tiny_bert(folder: Path, rows: int = 30) -> Path:
         tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]"
     )
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=rows,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=128,
-        initializer_range=0.5,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        BertModel(config).save_pretrained(folder)
+    save_bert(folder, vocab_size=rows, max_position_embeddings=128)
     return folder
 
 
@@ -143,4 +132,4 @@ def run(*words: str, timeout: float = 300, **more: str) -> subprocess.CompletedP
 
 def session_on(base: Path, seed: int = 0, **resources: Any) -> Session:
     """Return a session of the running Ray around a base."""
-    return Session(Resources(**resources), base, share_base(base), seed)
+    return Session(Resources(**resources), share_base(base), seed)

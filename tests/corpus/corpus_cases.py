@@ -77,6 +77,21 @@ def configured(**keys: Any) -> Spoil:
     )
 
 
+def key(word: str, **keys: Any) -> Case:
+    """Return a case whose config alone is wrong."""
+    return refused(word, configured(**keys), CONFIG)
+
+
+def tensors(word: str, **keys: Any) -> Case:
+    """Return a case where config and tensors contradict each other."""
+    return refused(word, configured(**keys))
+
+
+def told(word: str, **keys: Any) -> Case:
+    """Return a case whose config is odd, and merged with a word."""
+    return warned(word, configured(**keys))
+
+
 def with_tensors(tensors: Mapping[str, Any]) -> Spoil:
     """Return what changes tensors; `...` removes one."""
     return lambda folder: save_file(changed(third_tensors(), tensors), folder.parent / WEIGHTS)

@@ -8,27 +8,16 @@ from corpus_cases import (
     configured,
     every,
     hold,
+    key,
     refused,
-    warned,
+    tensors,
+    told,
     with_bytes,
 )
 
 
 def text(word: str, content: bytes):
     return refused(word, with_bytes(CONFIG, content), CONFIG)
-
-
-def key(word: str, **keys: object):
-    return refused(word, configured(**keys), CONFIG)
-
-
-def tensors(word: str, **keys: object):
-    """Return a case where config and tensors contradict each other."""
-    return refused(word, configured(**keys))
-
-
-def told(word: str, **keys: object):
-    return warned(word, configured(**keys))
 
 
 FILES = {

@@ -4,30 +4,18 @@ import pytest
 import torch
 from adapter_samples import PREFIX
 from corpus_cases import (
-    CONFIG,
     accepted,
     configured,
     every,
     hold,
-    refused,
+    key,
+    tensors,
     third_tensors,
-    warned,
+    told,
     with_tensors,
 )
 
 REDOS = "([a-z0-9_.]+)+!"
-
-
-def key(word: str, **keys: object):
-    return refused(word, configured(**keys), CONFIG)
-
-
-def tensors(word: str, **keys: object):
-    return refused(word, configured(**keys))
-
-
-def told(word: str, **keys: object):
-    return warned(word, configured(**keys))
 
 
 def of_ranks(ranks: dict[str, int], **keys: object):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from base_samples import save_llama
 from ray_samples import save_tiny_bert, write_yaml
 
 from icm_ray.config import EvaluateRecipe, FinetuneRecipe, LearnRecipe, MergeRecipe, PipelineRecipe
@@ -80,7 +81,7 @@ def save_adapter(model: Any, folder: Path, seed: int, **options: Any) -> str:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     """A tiny Llama that reads letters and chats."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("tiny-chatting-llama")
     tokenizer = AutoTokenizer.from_pretrained(save_tiny_bert(folder))
@@ -88,19 +89,7 @@ def llama(tmp_path_factory) -> Path:
         file.unlink()
     tokenizer.eos_token, tokenizer.chat_template = "[SEP]", TEMPLATE
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.5,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_llama(folder, vocab_size=30, max_position_embeddings=128)
     return folder
 
 
