@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from icm_ray.cli import app
 from icm_ray.config import PipelineRecipe
 from icm_ray.config.loading import load_recipe
-from icm_ray.importing.first_files import RECIPE, SUITE
+from icm_ray.importing.first_files import RECIPE
 from icm_ray.report.data import ScoreRow
 from icm_ray.report.summary import summarise
+from icm_ray.suites import SUITE_FILE
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -85,7 +86,7 @@ def test_the_guides_commands_run_in_their_order(guide, tiny_bert):
             words[words.index("BASE")] = str(tiny_bert)
         result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, (words, result.output)
-    suite = yaml.safe_load((guide / "chats" / SUITE).read_text())
+    suite = yaml.safe_load((guide / "chats" / SUITE_FILE).read_text())
     assert suite["base"] == "tiny"
     expected = {"kind": "generation", "messages": "messages"}
     assert suite["tasks"] == {"billing": expected, "returns": expected}
