@@ -186,11 +186,18 @@ def merge(
     config: Annotated[Path | None, typer.Option("-c", "--config", help="Recipe (YAML).")] = None,
     method: Annotated[str | None, typer.Option(help="Method, where no recipe names one.")] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
+    earlier: Annotated[
+        str | None, typer.Option("--from", help="A merge that kept its factors, to start from.")
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(help="Adapter of that merge to leave out.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Merge in this process, without Ray: data-free and ready-evidence methods.
 
-    A recipe says what, or the command line alone does: ADAPTER... --method NAME -o FOLDER.
+    A recipe says what, or the command line alone does: ADAPTER... --method NAME -o FOLDER, or
+    --from MERGED [ADAPTER...] [--remove NAME]... -o FOLDER for a merge with keep_factors=true.
     """
     from icm_ray.merging.recipe import merge_here
 
@@ -198,9 +205,13 @@ def merge(
     said = {
         "adapters": [word for word in words or [] if not _CHANGE.match(word)],
         "method": method,
-        "output": output and {"path": output},
+        "output": output,
+        "earlier": earlier,
+        "remove": remove,
     }
-    if any(said.values()) if config else not all(said.values()):
+    said = {key: value for key, value in said.items() if value}
+    needed = {"output", "earlier"} if earlier else {"output", "adapters", "method"}
+    if said if config else not needed <= said.keys() or (remove and not earlier):
         _finish(_refuse_half, debug)
     code = run_recipe(MergeRecipe, merge_here, config or said, changes, debug=debug)
     if code:
@@ -210,7 +221,8 @@ def merge(
 def _refuse_half() -> NoReturn:
     raise RecipeError(
         "command line: expected is either a recipe, -c FILE, or all that it would say: "
-        "ADAPTER... --method NAME -o FOLDER. Changes (key=value) go with both."
+        "ADAPTER... --method NAME -o FOLDER, or --from MERGED [ADAPTER...] [--remove NAME]... "
+        "-o FOLDER. Changes (key=value) go with each."
     )
 
 

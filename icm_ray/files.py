@@ -28,6 +28,8 @@ RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
 """How a job went; written after the manifest."""
 BESIDE_MANIFEST = (RUN_FILE, RESULTS_FILE)
+FACTORS = "factors"
+"""Folder of the adapters that a merge keeps; it has a manifest of its own."""
 
 
 def sha256_of_file(path: Path) -> str:
@@ -187,8 +189,12 @@ def _foreign_files(folder: Path) -> list[str]:
     # Web applications and browser extensions have a manifest.json too, so its name is not enough.
     listed = manifest.get("files") if isinstance(manifest, dict) else None
     ours = {*listed, MANIFEST, *BESIDE_MANIFEST} if isinstance(listed, dict) else set()
-    files = (path for path in folder.rglob("*") if not path.is_dir())
-    return sorted({path.relative_to(folder).as_posix() for path in files} - ours)
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    foreign = found - ours
+    if ours and (folder / FACTORS).is_dir():
+        kept = {f"{FACTORS}/{name}" for name in _foreign_files(folder / FACTORS)}
+        foreign = {name for name in foreign if not name.startswith(f"{FACTORS}/")} | kept
+    return sorted(foreign)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -222,7 +228,8 @@ def is_done(folder: Path, key: str) -> bool:
 
 def _seal(folder: Path, info: Mapping[str, Any]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != RUN_FILE)
-    hashes = {p.relative_to(folder).as_posix(): sha256_of_file(p) for p in files}
+    own = {p.relative_to(folder).as_posix(): p for p in files}
+    hashes = {n: sha256_of_file(p) for n, p in own.items() if not n.startswith(f"{FACTORS}/")}
     write_json(folder / MANIFEST, {**info, "files": hashes})
     # What the process's umask made of a plain file and a folder. safetensors writes 0600, which
     # another user's server cannot read.

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "swap": {"owners"},
     "locks": {"errors", "owners", "swap"},
     "files": {"errors", "swap"},
-    "config": {"errors", "types"},
+    "config": {"errors", "files", "types"},
     "adapters": BASICS | {"linalg"},
     "fusion_vae": BASICS | {"config", "linalg"},
     "base_model": BASICS | {"adapters"},

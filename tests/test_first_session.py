@@ -1,5 +1,6 @@
 """docs/first_session.md, typed command by command: every output is the one that is shown."""
 
+import json
 import re
 import shlex
 from itertools import zip_longest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "first_session.md"
+WEIGHTS = "adapter_model.safetensors"
 TEXT = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
 
 
@@ -28,8 +30,6 @@ def make_base(folder: Path) -> None:
 
 
 def make_adapters(folder: Path) -> None:
-    import json
-
     draw = torch.Generator().manual_seed(0)
 
     def pair(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,3 +100,20 @@ def test_every_command_shows_what_the_page_says(cli, tmp_path, monkeypatch, requ
         code, stdout, stderr = cli(*words)
         assert code == (3 if "\nerror: " in shown else 0), stderr
         assert not differences(shown, stdout + stderr), command
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tower_with_layers_of_the_same_names_stays_as_it_is(cli, tmp_path) -> None:
+    make_base(tmp_path / "llava")
+    make_adapters(tmp_path / "adapters")
+    order = ("merge", tmp_path / "adapters" / "legal", "--method", "soup", "-o")
+    assert cli(*order, tmp_path / "alone")[0] == 0
+    assert cli("verify", tmp_path / "alone", "--base", tmp_path / "llava")[0] == 0
+    # With the base at hand, the names select what is changed and nothing else.
+    assert cli(*order, tmp_path / "based", f"base={tmp_path / 'llava'}")[0] == 0
+    targets = json.loads((tmp_path / "based" / "adapter_config.json").read_text())["target_modules"]
+    assert all(name.startswith("model.language_model.layers.") for name in targets)
+    assert (
+        load_file(tmp_path / "based" / WEIGHTS).keys()
+        == load_file(tmp_path / "alone" / WEIGHTS).keys()
+    )

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from icm_ray.adapters.base_skeleton import build, class_named, is_finite, model_
 from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.fused import find_parameter, is_expert, matched_path, place_of
+from icm_ray.adapters.gaps import covered, plain_names
 from icm_ray.adapters.peft_format import AdapterFile
 from icm_ray.adapters.policy import short
 from icm_ray.errors import InputError, by_cause
@@ -66,6 +68,20 @@ def architecture(base: BaseFolder, adapter: Adapter | AdapterFile) -> Any:
         InputError: the base's config makes no model.
     """
     return _fit(adapter, base)[0]
+
+
+def exactly_targeted(adapter: Adapter, base: BaseFolder) -> Adapter:
+    """Return an adapter whose config selects no module of its base but those it changes.
+
+    Short names such as `q_proj` may be those of another part of the model, a vision tower, too:
+    PEFT would add to it what no file fills.
+    """
+    names = plain_names(adapter.config)
+    others = (m for m, _ in architecture(base, adapter).named_modules() if m not in adapter.modules)
+    if not names or not any(covered(module, names) for module in others):
+        return adapter
+    config = {key: value for key, value in adapter.config.items() if key != "target_modules"}
+    return replace(adapter, config=config)
 
 
 def tied_warnings(

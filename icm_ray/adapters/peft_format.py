@@ -256,7 +256,9 @@ def open_adapter(
             *(f"{view.file.absolute()}: {line}" for line in contents.notes),
         ),
         format=view.format,
-        stored=view.stored,
+        stored={
+            key: replace(place, file=place.file.absolute()) for key, place in view.stored.items()
+        },
     )
 
 

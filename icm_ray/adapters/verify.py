@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,33 @@ def load_with_peft(model: nn.Module, folder: Path) -> Any:
             config.modules_to_save = None  # they are compared, or laid over the model, by us
             # low_cpu_mem_usage: the factors come from the file, so none are drawn first.
             options: dict[str, Any] = {"low_cpu_mem_usage": True, "ignore_mismatched_sizes": True}
-            return PeftModel.from_pretrained(model, str(folder), config=config, **options).eval()
+            loaded = PeftModel.from_pretrained(model, str(folder), config=config, **options).eval()
     except InputError:
         raise
     except Exception as error:  # PEFT raises whatever its loader runs into
         raise InputError(
             f"{folder}: PEFT cannot load it ({type(error).__name__}: {error}). Save it again."
         ) from error
+    _clear(loaded, open_adapter(folder, saved_modules="keep").shapes)
+    return loaded
+
+
+def _clear(model: nn.Module, modules: Collection[str]) -> None:
+    """Zero the factors of layers that names such as `q_proj` select and the file does not fill.
+
+    PEFT's usual way of loading makes no change of them; `low_cpu_mem_usage` leaves them without
+    values.
+    """
+    for name, layer in _lora_layers(model).items():
+        wraps = "base_layer" in name or any(module.startswith(f"{name}.") for module in modules)
+        if name in modules or wraps:
+            continue
+        for linears in (layer.lora_A, layer.lora_B):
+            for linear in linears.values():
+                linear.to_empty(device="cpu").weight.data.zero_()
+        for embeddings in (layer.lora_embedding_A, layer.lora_embedding_B):
+            for key, factor in embeddings.items():
+                embeddings[key] = nn.Parameter(torch.zeros_like(factor, device="cpu"))
 
 
 def _refuse_patterns(config: Any, folder: Path) -> None:

@@ -2,16 +2,31 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from icm_ray.config.earlier import with_earlier
 from icm_ray.config.learning import Overrides
-from icm_ray.config.parts import Adapters, DataSpec, Output, Positive, Recipe
+from icm_ray.config.parts import Adapters, DataSpec, Name, Output, Positive, Recipe
 from icm_ray.types import SavedModulesPolicy
 
 
 class MergeRecipe(Recipe):
-    """Recipe of `icm-ray plan`, `icm-ray merge` and `jobs.merge`."""
+    """Recipe of `icm-ray plan`, `icm-ray merge` and `jobs.merge`.
 
+    What `earlier` and `remove` stand for is in the other keys once a recipe is read.
+    """
+
+    earlier: str | None = Field(
+        default=None,
+        description="Folder of a merge that kept its factors: merged again as then, with the "
+        "adapters given here added.",
+    )
+    remove: list[Name] = Field(default=[], description="Adapters of `earlier` to leave out.")
+    keep_factors: bool = Field(
+        default=False,
+        description="Keep copies of the adapters and their Gram statistics beside the merge, to "
+        "add or remove adapters later.",
+    )
     base: str | None = Field(
         default=None, description="Alias, folder or hub id; optional if data-free."
     )
@@ -31,6 +46,20 @@ class MergeRecipe(Recipe):
         description="Read adapter_model.bin: its weights alone, in a process of its own.",
     )
     output: Output
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_earlier(cls, values: Any) -> Any:
+        is_later = isinstance(values, dict) and values.get("earlier") is not None
+        return with_earlier(values) if is_later else values
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What is asked for whatever the adapters, as plain data; see `with_earlier`."""
+        names = {"method", "params", "seed", "base", "revision", "same_base", "modules_to_save"}
+        plain = self.model_dump(mode="json", include=names, exclude_none=True)
+        output = self.output.model_dump(include={"rank", "dtype"}, exclude_none=True)
+        return {**plain, "output": output, "adapters": [ref.name for ref in self.adapters]}
 
 
 class EvidenceRecipe(Recipe):

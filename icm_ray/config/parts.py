@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from icm_ray.errors import RecipeError
 
@@ -113,7 +120,7 @@ def folder_names(paths: Iterable[str]) -> list[str]:
     return ["-".join(path[-depth:]) for path, depth in zip(parts, depths, strict=True)]
 
 
-def _with_names(refs: Any) -> Any:
+def with_names(refs: Any) -> Any:
     """Return a list of paths, the short form of adapters, as references named by their folders."""
     if not isinstance(refs, list) or not refs or not all(isinstance(ref, str) for ref in refs):
         return refs
@@ -124,7 +131,7 @@ def _with_names(refs: Any) -> Any:
 
 _Named = Annotated[
     list[AdapterRef],
-    BeforeValidator(_with_names, json_schema_input_type=list[AdapterRef] | list[str]),
+    BeforeValidator(with_names, json_schema_input_type=list[AdapterRef] | list[str]),
 ]
 Adapters = Annotated[_Named, Field(min_length=1, max_length=10_000)]
 """Adapters by name and path, or paths alone."""
@@ -164,6 +171,12 @@ class Output(Part):
     path: str = Field(min_length=1)
     rank: int | str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_path(cls, values: Any) -> Any:
+        """Take a folder alone, the short form."""
+        return {"path": values} if isinstance(values, str) else values
 
 
 class Recipe(Part):

@@ -178,6 +178,36 @@ def write_evidence(
         write_json(target / DESCRIPTION, content)
 
 
+def join_grams(folders: Sequence[Path], folder: Path, tasks: Sequence[str]) -> None:
+    """Write several groups' Gram statistics as one; of a task in several, the last group's count.
+
+    Args:
+        folders: Gram statistics.
+        folder: The output.
+        tasks: Whose tensors are taken over.
+    """
+    sources = [read_evidence(source) for source in folders]
+    owner = {task: one for one in sources for task in one.adapters if task in tasks}
+    tensors = {}
+    for task, one in owner.items():
+        assert one.file is not None, "read from a folder"
+        with safe_open(one.file, framework="pt") as handle:
+            tensors |= {n: handle.get_tensor(n) for n in one.names if n.endswith(f".gram.{task}")}
+    write_evidence(
+        folder,
+        sources[0].kind,
+        tensors,
+        adapters={task: one.adapters[task] for task, one in owner.items()},
+        shared={task: one.shared.get(task, {}) for task, one in owner.items()},
+        described={
+            about: {task: one.described[about][task] for task, one in owner.items()}
+            for about in ("inputs", "rows")
+            if all(task in one.described.get(about, {}) for task, one in owner.items())
+        },
+        origin={"joined": sorted(one.identity for one in sources)},
+    )
+
+
 def model_of(evidence: Evidence) -> FusionModel:
     """Return the Fusion-VAE that evidence of its kind holds."""
     tensors = load_file(evidence.file) if evidence.file else dict(evidence.tensors)

@@ -175,7 +175,7 @@ def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
         problems.append(f"data: method {recipe.method!r} gathers none. Leave it out.")
     elif recipe.data is not None and needs == "fusion_model":
         problems.append("data: a Fusion-VAE is trained by jobs.train_fusion. Name it as evidence.")
-    elif recipe.data is not None and recipe.evidence is not None:
+    elif recipe.data is not None and recipe.evidence is not None and needs != "gram_statistics":
         problems.append("data, evidence: both named but one is expected. Leave one out.")
     elif recipe.data is not None and not recipe.base:
         problems.append("base: missing but data are run through it. Name the adapters' base.")

@@ -18,6 +18,8 @@ from icm_ray.adapters import (
     verify_forward,
     verify_written,
 )
+from icm_ray.adapters.base_fit import exactly_targeted
+from icm_ray.adapters.base_folder import open_base
 from icm_ray.errors import InputError
 from icm_ray.files import (
     MANIFEST,
@@ -25,6 +27,7 @@ from icm_ray.files import (
     read_json,
     whole_folder,
 )
+from icm_ray.merging.factors import keep_factors
 from icm_ray.merging.whole_layers import usage_of, with_mean, write_each
 from icm_ray.report import ScoreRow, model_card
 from icm_ray.types import MergeReport, MergeResult, ModuleReport, SavedModulesPolicy
@@ -67,6 +70,7 @@ class Origin:
         seconds: Time the merge took.
         evidence: Where what the method was told is, for `reproduce`.
         modules_to_save: The policy that the files were opened with.
+        kept: What was asked for, if copies of the adapters are to be kept with it.
     """
 
     files: Sequence[AdapterFile]
@@ -74,6 +78,7 @@ class Origin:
     seconds: float = 0.0
     evidence: Path | None = None
     modules_to_save: SavedModulesPolicy = "refuse"
+    kept: Mapping[str, Any] | None = None
 
     @classmethod
     def keeping(
@@ -114,6 +119,8 @@ def write_merged(
     adapter = replace(result.adapter, dtype=dtype or result.adapter.dtype)
     if origin.modules_to_save == "mean":
         adapter = with_mean(adapter, origin.files)
+    if base is not None:
+        adapter = exactly_targeted(adapter, open_base(base))
     with whole_folder(folder, info={"key": origin.key}) as target:
         trial = target / "trial"
         save_adapter(adapter, trial)
@@ -146,6 +153,8 @@ def write_merged(
         trial.rmdir()
         for name, text in texts.items():
             (target / name).write_text(text, encoding="utf-8")
+        if origin.kept is not None:
+            keep_factors(target, origin.files, origin.evidence, origin.kept)
     return checks
 
 

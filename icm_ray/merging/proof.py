@@ -17,7 +17,7 @@ from icm_ray.adapters import (
 from icm_ray.adapters.policy import CONFIG_FILE
 from icm_ray.errors import InputError
 from icm_ray.evidence.tensors import read_evidence
-from icm_ray.files import MANIFEST, RUN_FILE, read_json, read_manifest, sha256_of_file
+from icm_ray.files import FACTORS, MANIFEST, RUN_FILE, read_json, read_manifest, sha256_of_file
 from icm_ray.linalg import lowrank
 from icm_ray.merging.folder import (
     PER_TASK,
@@ -47,6 +47,8 @@ def verify_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         InputError: what does not hold, all of it.
     """
     read_manifest(folder)
+    if (folder / FACTORS).is_dir():
+        read_manifest(folder / FACTORS)
     adapter = load_adapter(folder, saved_modules="keep")
     report = read_json(folder / REPORT)
     checks: dict[str, Any] = dict(verify_written(folder, adapter))

@@ -26,8 +26,9 @@ from icm_ray.types import MergeResult
 Merger = Callable[[list[AdapterFile], MergeRequest], tuple[MergeResult, float]]
 """Merges open files as asked; returns result and seconds."""
 
-Gatherer = Callable[[list[AdapterFile], Path], Path]
-"""Runs the base in a folder on the recipe's data; returns the folder of evidence."""
+Gatherer = Callable[[list[AdapterFile], Path, Path | None], Path]
+"""Runs the base in a folder on the recipe's data, for what the evidence at hand lacks; returns the
+folder of evidence."""
 
 
 def merge_recipe(
@@ -65,7 +66,7 @@ def merge_recipe(
     warn([*warnings_of(files, opened), *idle_lines(checked)])
     evidence = Path(recipe.evidence) if recipe.evidence else None
     if gatherer is not None and recipe.data is not None and base is not None:
-        evidence = gatherer(files, base)
+        evidence = gatherer(files, base, evidence)
     request = replace(request, evidence=as_evidence(evidence))  # opened and hashed once
     result, seconds = merger(files, request)
     checks = write_merged(
@@ -77,6 +78,7 @@ def merge_recipe(
             seconds=seconds,
             evidence=evidence,
             modules_to_save=recipe.modules_to_save,
+            kept=recipe.order if recipe.keep_factors else None,
         ),
         dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
         base=base,

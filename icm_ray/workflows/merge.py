@@ -1,8 +1,8 @@
 """`jobs.merge`: evidence if the method needs some, the merge on Ray, the verified folder."""
 
-import contextlib
+import shutil
 import time
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from icm_ray.config import MergeRecipe
 from icm_ray.distributed.cluster import connected
 from icm_ray.distributed.evidence import grams_on_ray
 from icm_ray.distributed.merge import merge_on_ray
-from icm_ray.distributed.session import opened
+from icm_ray.distributed.session import Session, opened
+from icm_ray.evidence.tensors import join_grams, read_evidence
 from icm_ray.learning.recipes import spec_of
 from icm_ray.learning.tasks import experts_for, learner_data
 from icm_ray.merging.order import MergeRequest
@@ -24,7 +25,7 @@ from icm_ray.workflows.prepared import preparing
 
 def run(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
     """Merge on Ray and write the verified result; see `MergeRecipe`."""
-    with contextlib.ExitStack() as stack:  # checks come first; then one cluster for all stages
+    with ExitStack() as stack:  # checks come first; then one cluster for all stages
 
         def on_ray(files: list[AdapterFile], request: MergeRequest) -> tuple[MergeResult, float]:
             stack.enter_context(connected(recipe.resources))
@@ -32,35 +33,54 @@ def run(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
             result = merge_on_ray(files, request, recipe.resources)
             return result, time.monotonic() - started
 
-        def gathered(files: list[AdapterFile], base: Path) -> Path:
-            return _gathered(recipe, files, base, target, stack)
+        def gathered(files: list[AdapterFile], base: Path, ready: Path | None) -> Path:
+            folder = target.with_name(f"{target.name}.evidence")
+            if find_method(recipe.method).needs == "learned_merge":
+                return _learned(recipe, files, base, folder, stack)
+            return _grams(recipe, files, base, folder, ready, stack)
 
         return merge_recipe(recipe, target, on_ray, gathered)
 
 
-def _gathered(
+def _learned(
+    recipe: MergeRecipe, files: list[AdapterFile], base: Path, folder: Path, stack: ExitStack
+) -> Path:
+    """Return the folder of what the recipe's method learns from its data."""
+    assert recipe.data is not None, "asked for by recipes with data alone"
+    tasks = [file.name for file in files]
+    spec = spec_of(recipe.method, recipe.learn)
+    refs = [ref.pair for ref in recipe.adapters]
+    experts = experts_for(spec.objective, None, recipe.data, refs)
+    data = learner_data(recipe.data, tasks, [spec.objective], experts)
+    request = LearnRequest(recipe.method, spec, files, data)
+    session = stack.enter_context(_opened(recipe, base))
+    return learn_with_grams(session, request, folder, recipe.method)
+
+
+def _grams(
     recipe: MergeRecipe,
     files: list[AdapterFile],
     base: Path,
-    target: Path,
-    stack: contextlib.ExitStack,
+    folder: Path,
+    ready: Path | None,
+    stack: ExitStack,
 ) -> Path:
-    """Return the folder of the evidence that the recipe's method needs, made from its data."""
+    """Return the folder of every adapter's Gram statistics; those that are ready are taken over."""
     assert recipe.data is not None, "asked for by recipes with data alone"
-    folder = target.with_name(f"{target.name}.evidence")
-    tasks = [file.name for file in files]
-    start = partial(opened, recipe.resources, base, recipe.seed, preparing(recipe))
-    if find_method(recipe.method).needs == "learned_merge":
-        spec = spec_of(recipe.method, recipe.learn)
-        refs = [ref.pair for ref in recipe.adapters]
-        experts = experts_for(spec.objective, None, recipe.data, refs)
-        data = learner_data(recipe.data, tasks, [spec.objective], experts)
-        request = LearnRequest(recipe.method, spec, files, data)
-        session = stack.enter_context(
-            opened(recipe.resources, base, recipe.seed, preparing(recipe))
-        )
-        return learn_with_grams(session, request, folder, recipe.method)
-    data = learner_data(recipe.data, tasks)
-    session = stack.enter_context(start())
-    with session.pool(len(files)) as pool:
-        return grams_on_ray(pool, files, data.inputs, folder)
+    known = read_evidence(ready).adapters if ready else {}
+    missing = [file for file in files if known.get(file.name) != file.fingerprint]
+    if ready and not missing:
+        return ready
+    data = learner_data(recipe.data, [file.name for file in missing])
+    session = stack.enter_context(_opened(recipe, base))
+    new = folder.with_name(f"{folder.name}.new") if ready else folder
+    with session.pool(len(missing)) as pool:
+        grams_on_ray(pool, missing, data.inputs, new)
+    if ready:
+        join_grams([ready, new], folder, [file.name for file in files])
+        shutil.rmtree(new)
+    return folder
+
+
+def _opened(recipe: MergeRecipe, base: Path) -> AbstractContextManager[Session]:
+    return opened(recipe.resources, base, recipe.seed, preparing(recipe))

@@ -272,3 +272,15 @@ def test_a_shard_that_the_index_forgot_is_refused(tmp_path):
 
 def test_a_long_name_is_read_in_no_long_time():
     assert module_path("lora_unet_" + "_".join("0" * 240)) == "unet." + ".".join("0" * 240)
+
+
+@pytest.mark.parametrize("form", ["MLX", "PEFT, sharded"])
+def test_what_is_opened_by_a_relative_path_is_read_from_any_folder(tmp_path, monkeypatch, form):
+    is_mlx = form == "MLX"
+    mlx_folder(tmp_path / "a", mlx_tensors()) if is_mlx else sharded_folder(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    file = open_adapter("a")
+    assert file.format == form
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert file.load().modules

@@ -1,0 +1,62 @@
+"""What a merge keeps of its inputs, so that adapters can be added or removed without their files.
+
+    merged/factors/adapters/<name>/    a copy of the adapter's own files
+    merged/factors/evidence/           the Gram statistics it was merged with, if any
+    merged/factors/order.json          what was asked for; a recipe's `earlier` reads it
+
+The folder has a manifest of its own: an upload of the merge does not take other people's adapters
+along.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from icm_ray.adapters import AdapterFile, open_adapter
+from icm_ray.adapters.policy import CONFIG_FILE
+from icm_ray.config.earlier import ADAPTERS, EVIDENCE, ORDER
+from icm_ray.errors import InputError
+from icm_ray.evidence.tensors import read_evidence
+from icm_ray.files import FACTORS, whole_folder, write_json
+from icm_ray.types import SavedModulesPolicy
+
+GRAMS = "gram_statistics"
+"""Evidence that belongs to each adapter alone; what was learned belongs to all of them together."""
+
+
+def keep_factors(
+    folder: Path,
+    files: Sequence[AdapterFile],
+    evidence: Path | None,
+    order: Mapping[str, Any],
+) -> None:
+    """Copy what a merge was made of into `folder/factors`.
+
+    Args:
+        folder: The merge's folder.
+        files: The adapters.
+        evidence: What the method was told.
+        order: What was asked for; see `MergeRecipe.order`.
+
+    Raises:
+        InputError: an adapter changed while it was copied.
+    """
+    with whole_folder(folder / FACTORS) as target:
+        for file in files:
+            _copy(file, target / ADAPTERS / file.name, order["modules_to_save"])
+        if evidence is not None and read_evidence(evidence).kind == GRAMS:
+            shutil.copytree(evidence, target / EVIDENCE)
+        write_json(target / ORDER, order)
+
+
+def _copy(file: AdapterFile, folder: Path, policy: SavedModulesPolicy) -> None:
+    home = file.file.parent
+    sources = {file.file, *(place.file for place in file.stored.values())}
+    sources |= {home / CONFIG_FILE} if (home / CONFIG_FILE).is_file() else set()
+    for source in sorted(sources):
+        place = folder / source.relative_to(home)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, place)
+    if open_adapter(folder, saved_modules=policy).fingerprint != file.fingerprint:
+        raise InputError(f"{file.path}: changed while it was copied. Merge again.")
