@@ -29,9 +29,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Config = Annotated[Path, typer.Option("-c", "--config", help="Recipe (YAML).")]
+
+
+def _place(text: str) -> Path:
+    """Return a path; a shell leaves a `~` alone that is quoted."""
+    return Path(text).expanduser()
+
+
+PATH: Any = {"parser": _place, "metavar": "PATH"}
+Config = Annotated[Path, typer.Option("-c", "--config", help="Recipe (YAML).", **PATH)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value")]
-Folder = Annotated[Path, typer.Argument(help="A merged adapter's folder.")]
+Folder = Annotated[Path, typer.Argument(help="A merged adapter's folder.", **PATH)]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 _CHANGE = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 """How a change of a recipe starts; what does not is an adapter."""
@@ -84,8 +92,10 @@ def methods(
 
 @app.command()
 def import_recipe(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="mergekit YAML, or Python.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
+    source: Annotated[Path, typer.Argument(help="mergekit YAML, or Python.", **PATH)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write.", **PATH)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -111,7 +121,7 @@ def import_recipe(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with <task>.jsonl files.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with <task>.jsonl files.", **PATH)],
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapters.")],
     debug: Debug = False,
 ) -> None:
@@ -131,7 +141,7 @@ def init(
 
 @app.command()
 def inspect(
-    folders: Annotated[list[Path], typer.Argument(help="Adapter folders.")],
+    folders: Annotated[list[Path], typer.Argument(help="Adapter folders.", **PATH)],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -183,7 +193,9 @@ def merge(
         list[str] | None,
         typer.Argument(metavar="[ADAPTER]... [KEY=VALUE]...", help="Adapters, or changes."),
     ] = None,
-    config: Annotated[Path | None, typer.Option("-c", "--config", help="Recipe (YAML).")] = None,
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", help="Recipe (YAML).", **PATH)
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Method, where no recipe names one.")] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
     earlier: Annotated[
@@ -266,8 +278,8 @@ def verify(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="An adapter's folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder.", **PATH)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", **PATH)],
     base: Annotated[str | None, typer.Option(help="Base: alias, folder or hub id.")] = None,
     form: Annotated[
         str, typer.Option("--format", help="model, or an adapter for kohya, diffusers or mlx.")

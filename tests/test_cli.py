@@ -503,3 +503,19 @@ def test_what_cannot_be_imported_ends_with_two(cli, tmp_path):
     code, out, err = cli("import-recipe", source)
     assert (code, out) == (2, "")
     assert len(errors(err)) == 2
+
+
+def test_a_quoted_home_is_the_home_everywhere(cli, tmp_path, two, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [f"~/{path.relative_to(tmp_path)}" for path in two.values()]
+    assert cli("merge", *names, "--method", "soup", "-o", "~/at_home")[0] == 0
+    assert (tmp_path / "at_home").is_dir()
+    for command in ("verify", "reproduce"):
+        assert cli(command, "~/at_home")[0] == 0
+    assert cli("inspect", *names)[0] == 0
+    assert cli("export", "~/at_home", "--format", "mlx", "-o", "~/exported")[0] == 0
+    assert (tmp_path / "exported").is_dir()
+    assert cli("push", "~/at_home", "--to", "org/name", "--dry-run")[0] == 0
+    (tmp_path / "merge.py").write_text(PEFT_CALL)
+    assert cli("import-recipe", "~/merge.py", "-o", "~/recipe.yaml")[0] == 0
+    assert (tmp_path / "recipe.yaml").is_file()
