@@ -91,6 +91,7 @@ def same(found, material, spec=SPEC):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_two_workers_train_the_serial_loops_network_and_halve_the_optimiser(material, tmp_path):
     layout, table = material
     built = tmp_path / "ops"

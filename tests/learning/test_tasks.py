@@ -31,7 +31,10 @@ def data_of(suite: str, count: int = 3) -> tuple[DataSpec, str, list[str]]:
     return DataSpec(suite=suite, inputs_per_task=count), str(folder), sorted(find_experts(folder))
 
 
-@pytest.mark.parametrize("suite", SUITES)
+# Drawing the vision suite's rooms takes a quarter of a minute.
+@pytest.mark.parametrize(
+    "suite", [*sorted(set(SUITES) - {"vision"}), pytest.param("vision", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", SPECS)
 def test_a_search_over_everything_shows_each_objective_what_its_job_shows(suite, name) -> None:
     data, folder, tasks = data_of(suite)
