@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from icm_ray import interruption
-from icm_ray.config import INSECURE_VARIABLE, Recipe
+from icm_ray.config import ALLOW_CODE_VARIABLE, INSECURE_VARIABLE, Recipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import ICMRayError, InputError, ResourceError, masked, one_line
 from icm_ray.files import FULL, RESULTS_FILE, errno_of, write_json
@@ -112,6 +112,8 @@ def run_recipe(
         def job() -> dict[str, Any]:
             nonlocal place
             recipe = load_recipe(kind, config, overrides)
+            if recipe.allow_code:
+                os.environ[ALLOW_CODE_VARIABLE] = "1"
             target, address = locate(recipe)
             stack.enter_context(locked(target))
             if address:

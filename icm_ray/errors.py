@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-MAX_PROBLEM_LENGTH = 300
+MAX_PROBLEM_LENGTH = 400
 SHOWN_OF_A_CAUSE = 2
 """How many places that one cause has spoilt get a line each; more share one line."""
 

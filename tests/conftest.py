@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from base_samples import save_bert, save_llama
@@ -57,6 +58,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*is_gradient_checkpointing.*")
     # Said of experts that were trained here, on a base in a temporary folder.
     config.addinivalue_line("filterwarnings", "ignore:.*is a path or address of another machine")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process, and all that share a Ray in one, which is first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if "/distributed/" in file or "/workflows/" in file else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

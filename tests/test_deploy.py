@@ -1,10 +1,8 @@
 """What starts the jobs on Kubernetes and Slurm: checked without a cluster of either."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
+from ray_samples import environment
 
 import icm_ray
 
@@ -148,18 +147,13 @@ def test_a_merge_on_two_nodes_of_an_allocation(make_adapter, free_tcp_port, tmp_
     recipe.write_text(yaml.safe_dump({**merge, "output": {"path": str(tmp_path / "out")}}))
     count = "import ray; ray.init(); print(sum(n['Alive'] for n in ray.nodes()), 'nodes')"
     line = f"python -c {shlex.quote(count)}; python -m jobs.merge -c {recipe}"
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "SLURM_JOB_NODELIST": "both",
-        "SLURM_CPUS_PER_TASK": "1",
-        "ICM_RAY_PORT": str(free_tcp_port),
-    }
+    allocation = environment(
+        SLURM_JOB_NODELIST="both", SLURM_CPUS_PER_TASK="1", ICM_RAY_PORT=str(free_tcp_port)
+    )
     script = f"{STAND_INS}\nbash {SLURM} bash -c {shlex.quote(line)}"
     ended = subprocess.run(
         ["bash", "-c", script],
-        env=environment,
+        env=allocation,
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -39,6 +39,7 @@ from icm_ray.config.learning import (
 )
 from icm_ray.config.merging import EvidenceRecipe, MergeRecipe
 from icm_ray.config.parts import (
+    ALLOW_CODE_VARIABLE,
     INSECURE_VARIABLE,
     USUAL_INPUTS,
     AdapterRef,
@@ -67,6 +68,7 @@ from icm_ray.config.search import (
 from icm_ray.config.suite import HubData, SuiteFile, TaskFile, TaskKind
 
 __all__ = [
+    "ALLOW_CODE_VARIABLE",
     "INPUT_BATCH",
     "INSECURE_VARIABLE",
     "USUAL_INPUTS",

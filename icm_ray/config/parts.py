@@ -22,6 +22,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Positive = Annotated[int, Field(gt=0)]
 INSECURE_VARIABLE = "ICM_RAY_INSECURE_CLUSTER"
 """Environment variable; 1, or a job's `--insecure-cluster`: an open cluster may be joined."""
+ALLOW_CODE_VARIABLE = "ICM_RAY_ALLOW_CODE"
+"""Environment variable; 1, or a recipe's `allow_code: true`: scorers beside a suite may run."""
 
 
 class Part(BaseModel):
@@ -185,6 +187,10 @@ class Recipe(Part):
     storage: str | None = Field(default=None, description="Folder that relative outputs are in.")
     resources: Resources = Resources()
     seed: int = Field(default=0, ge=0)
+    allow_code: bool = Field(
+        default=False,
+        description="Run Python beside a suite, as its scorer (metric: file:function).",
+    )
     cache: str | None = Field(
         default=None, description="Where bases are kept; default ICM_RAY_CACHE."
     )

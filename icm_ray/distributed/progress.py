@@ -1,10 +1,15 @@
 """Progress that driver and workers show on one terminal: bars, or lines where it is a file."""
 
 import contextlib
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from ray.experimental.tqdm_ray import RAY_TQDM_MAGIC
+
+from icm_ray.backend_lines import LEVEL
 
 QUIET_SECONDS = 60.0
 """A line says how far a long stage is; between two of them so much time passes."""
@@ -35,11 +40,35 @@ class Lines:
 
 
 def calm_progress() -> None:
-    """Let this driver write lines instead of bars, if nobody looks at a terminal."""
+    """Let this driver show workers' bars and nothing else of them.
+
+    They are lines where nobody looks at a terminal. Who sets Ray's own level of logs sees all.
+    """
     from ray.experimental import tqdm_ray
 
     if not sys.stderr.isatty():
         tqdm_ray._manager = Lines()  # type: ignore[assignment]
+    if LEVEL not in os.environ:
+        _leave_words_in_logs()
+
+
+def _leave_words_in_logs() -> None:
+    """Show of workers their bars alone; what they and their libraries say is in Ray's log files.
+
+    What fails comes back as an error. The autoscaler is heard: it says what no node can hold.
+    """
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as streams
+
+    for name, show in list(streams.handlers):
+
+        def show_bars(data: Mapping[str, Any], show: Callable[..., None] = show) -> None:
+            if data.get("pid") != "autoscaler":
+                data = {**data, "lines": [x for x in data["lines"] if RAY_TQDM_MAGIC in x]}
+            if data["lines"]:
+                show(data)
+
+        streams.remove_handler(name)
+        streams.add_handler(name, show_bars)
 
 
 class Bar:

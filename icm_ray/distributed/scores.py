@@ -53,7 +53,8 @@ def _data_key(item: TaskData) -> list[Any]:
     how = [task.kind, task.head, task.metric, task.max_tokens, task.max_new_tokens]
     judge = item.expert.fingerprint if item.expert else None
     read = sha256_of(head.described) if head else None
-    return [item.examples.fingerprint, how, read, judge]
+    own = [task.scorer.code] if task.scorer else []
+    return [item.examples.fingerprint, [*how, *own], read, judge]
 
 
 def score_on_ray(

@@ -153,13 +153,15 @@ class _Decoded(_Spoken):
             said = greedy(base.model, readout, asked, task.max_new_tokens, end)
             texts = base.tokenizer.batch_decode(said, skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
-                scores[row] = _judged(task.metric, text, examples.answers[row])
+                scores[row] = _judged(task, text, examples.answers[row])
         return np.array([scores[row] for row in range(len(prompts))])
 
 
-def _judged(metric: str, said: str, wanted: str) -> float | list[float]:
+def _judged(task: Task, said: str, wanted: str) -> float | list[float]:
     """Return an answer's score, or what it counts in that of the whole corpus."""
-    return counts_of(metric, said, wanted) if metric in CORPUS else SCORERS[metric](said, wanted)
+    if task.metric in CORPUS:
+        return counts_of(task.metric, said, wanted)
+    return (task.scorer or SCORERS[task.metric])(said, wanted)
 
 
 class _Chooses(_Spoken):

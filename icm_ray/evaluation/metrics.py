@@ -66,7 +66,7 @@ def score(task: Task, predictions: np.ndarray, targets: np.ndarray) -> Score:
     resampled = weighted(task, predictions, targets, _resamples(len(targets)))
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
-    plain = task.metric not in (FIDELITY, *CORPUS)
+    plain = task.metric not in (FIDELITY, *CORPUS) and task.scorer is None
     ranked = plain and task.kind == "regression"
     spearman = rank_correlation(predictions, targets) if ranked else None
     more = DETAILS.get(task.kind) if plain else None
@@ -80,7 +80,8 @@ def weighted(
     """Return the task's metric once for each row of `weights`, shape `(rows,)`."""
     if task.metric == FIDELITY and task.kind == "regression":
         return _r2(predictions[:, 0], predictions[:, 1], weights, 0)
-    return MEASURES[task.metric](predictions, targets, weights, len(task.classes))
+    measure = _mean if task.scorer else MEASURES[task.metric]
+    return measure(predictions, targets, weights, len(task.classes))
 
 
 def share(value: float, unit: float, metric: str) -> float:

@@ -13,6 +13,7 @@ from icm_ray.config import HubData, SuiteFile, TaskFile
 from icm_ray.config.loading import checked, read_yaml
 from icm_ray.errors import ICMRayError, InputError, RecipeError, did_you_mean
 from icm_ray.suites.hub_source import open_hub
+from icm_ray.suites.own_scorer import KINDS, NAME, OwnScorer, own_scorer
 from icm_ray.suites.source import find_table
 from icm_ray.suites.suite import Suite
 from icm_ray.suites.table import Table
@@ -38,7 +39,9 @@ def open_suite(folder: Path, *, is_packaged: bool = False) -> Suite:
     if not path.is_file():
         raise RecipeError(f"{path}: no such file. Write one: docs/your_data.md shows how.")
     said = checked(SuiteFile, path, read_yaml(path))
-    if problems := [line for name, task in said.tasks.items() for line in _problems(name, task)]:
+    problems = [line for name, task in said.tasks.items() for line in _problems(name, task)]
+    scorers = _own_scorers(folder, said, problems)
+    if problems:
         raise RecipeError([f"{path}: {line}" for line in problems])
     if problems := _meetings(said):
         raise RecipeError([f"{path}: {line}" for line in problems])
@@ -55,7 +58,10 @@ def open_suite(folder: Path, *, is_packaged: bool = False) -> Suite:
             missing += error.problems
     if missing:
         raise InputError(missing)
-    tasks = {name: _task(name, task) for name, task in said.tasks.items()}
+    tasks = {
+        name: replace(_task(name, task), scorer=scorers.get(name))
+        for name, task in said.tasks.items()
+    }
     return Suite(folder.resolve().name, base, tasks, folder, said.revision, tables, is_packaged)
 
 
@@ -81,7 +87,10 @@ def checked_suite(folder: Path) -> Suite:
 def _problems(name: str, task: TaskFile) -> list[str]:
     """Return what is wrong with a task, but for its data."""
     where, lines = f"tasks.{name}", []
-    if task.metric is not None and task.metric not in METRICS[task.kind]:
+    is_own = task.metric is not None and NAME.fullmatch(task.metric)
+    if is_own and task.kind not in KINDS:
+        lines.append(f"{where}.metric: {task.metric!r} but a {task.kind} has none of one's own.")
+    elif task.metric is not None and not is_own and task.metric not in METRICS[task.kind]:
         lines.append(
             f"{where}.metric: {task.metric!r} but a {task.kind} has one of "
             f"{', '.join(METRICS[task.kind])}.{did_you_mean(task.metric, METRICS[task.kind])}"
@@ -110,6 +119,20 @@ def _problems(name: str, task: TaskFile) -> list[str]:
     if task.chat and task.prompt is None:
         lines.append(f"{where}.chat: without prompt. Set prompt, or messages.")
     return lines
+
+
+def _own_scorers(folder: Path, said: SuiteFile, problems: list[str]) -> dict[str, OwnScorer]:
+    """Return the tasks' scorers of their own; `problems` gets what is wrong with them."""
+    scorers = {}
+    for name, task in said.tasks.items():
+        try:
+            scorer = own_scorer(folder, task.metric or "")
+        except RecipeError as error:
+            problems += [f"tasks.{name}.metric: {line}" for line in error.problems]
+            continue
+        if scorer is not None:
+            scorers[name] = scorer
+    return scorers
 
 
 def _meetings(said: SuiteFile) -> list[str]:

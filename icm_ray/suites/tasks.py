@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from icm_ray.config import TaskKind
 from icm_ray.inputs import Text
+from icm_ray.suites.own_scorer import OwnScorer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,6 +60,7 @@ class Task:
         head: Where the expert's head is: "adapter", "names" or a file; None: where one is found.
         labelled: Whether the examples say what is right.
         expert: Name of the task's adapter; empty: the task's.
+        scorer: What scores an answer, if it is the suite's own.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Task:
     head: str | None = None
     labelled: bool = True
     expert: str = ""
+    scorer: OwnScorer | None = None
 
     @property
     def outputs(self) -> int:

@@ -1,6 +1,7 @@
 """Kinds that a user's suite brings: choices, chats without labels, heads that PEFT trained."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from icm_ray.inputs import Pair, Prompt, Turn
 from icm_ray.learning.gradients import compare
 from icm_ray.learning.objectives import objective_of
 from icm_ray.learning.tasks import LearnerData, Readable
+from icm_ray.suites.own_scorer import OwnScorer
 from icm_ray.suites.tasks import Examples, Task
 
 WORDS = ("sun", "moon", "river", "stone", "bright", "dark")
@@ -231,3 +233,20 @@ def test_metrics_of_a_corpus_are_sacrebleus() -> None:
         found = score(Task("x", "generation", name, (), 8), counts, np.zeros(3))
         assert found.value == pytest.approx(whole(said, [wanted]).score / 100)
         assert found.low <= found.value <= found.high
+
+
+def test_a_scorer_of_one_s_own_sees_classes_and_texts(llama) -> None:
+    code = "def mine(said, wanted):\n    return 0.5 + 0.5 * (said == wanted)\n"
+    scorer = OwnScorer("judging:mine", code)
+    draw = torch.Generator().manual_seed(0)
+    asked = examples([f"the {word} of" for word in WORDS], [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    head = Head(torch.randn(2, 16, generator=draw), torch.zeros(2))
+    plain = Task("kind", "classification", "accuracy", ("dull", "lively"), 64)
+    own = replace(plain, metric=scorer.name, scorer=scorer)
+    right = predict(llama, TaskData(plain, asked, head), 4) == asked.targets
+    assert predict(llama, TaskData(own, asked, head), 4).tolist() == (0.5 + right * 0.5).tolist()
+    telling = Task("say", "generation", scorer.name, (), 64, max_new_tokens=3, scorer=scorer)
+    asked = replace(asked, answers=("no such words",) * len(WORDS))
+    found = predict(llama, TaskData(telling, asked, None), 4)
+    assert found.tolist() == [0.5] * len(WORDS)
+    assert score(telling, found, asked.targets).value == 0.5
