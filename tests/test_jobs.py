@@ -104,8 +104,6 @@ def test_merge_and_pipeline_refuse_before_ray_starts(job, recipe, tmp_path):
     code, _, err = job("merge", "-c", recipe, "method=soop")
     assert code == 2
     assert "Did you mean 'soup'?" in err
-    code, _, err = job("merge", "-c", recipe, "evidence=somewhere")
-    assert code == 2
     table = [{"method": "soup"}, {"method": "soup"}, {"method": "svdd"}, {"label": "base"}]
     table[3] |= {"method": "task_arithmetic", "grid": {"scales": [0.1]}}
     plain = {"name": "x", "tasks": ["yaer"], "methods": table, "output": str(tmp_path / "out")}

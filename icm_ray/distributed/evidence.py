@@ -40,6 +40,7 @@ def grams_on_ray(
     inputs: Inputs,
     folder: Path,
     batch: int = EVIDENCE_BATCH,
+    modules: Sequence[str] | None = None,
 ) -> Path:
     """Gather every adapter's Gram statistics, or find them in `folder`; return the folder.
 
@@ -51,8 +52,9 @@ def grams_on_ray(
         inputs: Unlabelled inputs of each task.
         folder: Where the statistics go.
         batch: Examples a forward.
+        modules: Of these layers; by default, of all that the adapters change.
     """
-    modules = sorted({module for file in files for module in file.shapes})
+    modules = modules or sorted({module for file in files for module in file.shapes})
     base = pool.session.key
     key = sha256_of(["grams", modules, evidence_key(base, files, inputs, batch)])
     if is_done(folder, key):

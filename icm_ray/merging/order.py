@@ -30,8 +30,8 @@ class MergeRequest:
 
     @classmethod
     def of(cls, recipe: MergeRecipe) -> "MergeRequest":
-        """Return what a recipe asks for; evidence as the path it names."""
-        evidence = Path(recipe.evidence) if recipe.evidence else None
+        """Return what a recipe asks for; evidence as the path it names, if it is whole by now."""
+        evidence = Path(recipe.evidence) if recipe.evidence and recipe.data is None else None
         where = recipe.resources.device
         return cls(recipe.method, recipe.params, evidence, recipe.output.rank, recipe.seed, where)
 

@@ -71,11 +71,14 @@ def _grams(
     missing = [file for file in files if known.get(file.name) != file.fingerprint]
     if ready and not missing:
         return ready
+    modules = {module for file in files for module in file.shapes}
+    if modules - {m for file in files if file not in missing for m in file.shapes}:
+        missing, ready = files, None  # of what a new one alone adapts, all need statistics
     data = learner_data(recipe.data, [file.name for file in missing])
     session = stack.enter_context(_opened(recipe, base))
     new = folder.with_name(f"{folder.name}.new") if ready else folder
     with session.pool(len(missing)) as pool:
-        grams_on_ray(pool, missing, data.inputs, new)
+        grams_on_ray(pool, missing, data.inputs, new, modules=sorted(modules))
     if ready:
         join_grams([ready, new], folder, [file.name for file in files])
         shutil.rmtree(new)

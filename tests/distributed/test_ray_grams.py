@@ -92,6 +92,27 @@ def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, gram
     assert done.exit_code == 3
 
 
+@pytest.mark.slow
+def test_an_adapter_that_comes_later_brings_its_own_and_finds_the_others(
+    ray_session, content, grams, tmp_path
+):
+    *earlier, last = content["adapters"]
+    plain = {**content, "method": "regmean"}
+    first = {**plain, "adapters": earlier, "keep_factors": True, "output": str(tmp_path / "two")}
+    path = write_yaml(tmp_path / "first.yaml", first)
+    assert run_job(MergeRecipe, merge_work, "", ["-c", str(path)]) == 0
+    later = {"earlier": str(tmp_path / "two"), "adapters": [last], "output": str(tmp_path / "all")}
+    later |= {key: content[key] for key in ("base", "data", "resources")}
+    path = write_yaml(tmp_path / "later.yaml", later)
+    assert run_job(MergeRecipe, merge_work, "", ["-c", str(path)]) == 0
+    whole = {**plain, "evidence": str(grams), "data": None, "output": str(tmp_path / "at_once")}
+    path = write_yaml(tmp_path / "whole.yaml", whole)
+    assert run_job(MergeRecipe, merge_work, "", ["-c", str(path)]) == 0
+    name = "adapter_model.safetensors"
+    assert hashes(tmp_path / "all")[name] == hashes(tmp_path / "at_once")[name]
+    assert not list(tmp_path.glob("*.new"))
+
+
 def test_grams_of_many_serve_any_of_them(grams, adapters):
     two = [load_adapter(path, name) for name, path in adapters[:2]]
     found = merge(two, "regmean", evidence=grams)
@@ -113,7 +134,7 @@ def test_grams_of_many_serve_any_of_them(grams, adapters):
     [
         (["data=null"], "evidence: missing but method 'regmean' needs gram_statistics"),
         (["base=null"], "base: missing but data are run through it"),
-        (["evidence=somewhere"], "data, evidence: both named"),
+        (["method=nsc", "evidence=somewhere"], "data, evidence: both named"),
         (["method=soup"], "data: method 'soup' gathers none"),
     ],
 )
