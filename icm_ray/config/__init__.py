@@ -65,7 +65,7 @@ from icm_ray.config.search import (
     SearchRecipe,
     SearchRow,
 )
-from icm_ray.config.suite import HubData, SuiteFile, TaskFile, TaskKind
+from icm_ray.config.suite import HubData, LmEvalData, SuiteFile, TaskFile, TaskKind
 
 __all__ = [
     "ALLOW_CODE_VARIABLE",
@@ -93,6 +93,7 @@ __all__ = [
     "InnerSpec",
     "LearnRecipe",
     "LearnSpec",
+    "LmEvalData",
     "LoRARecipe",
     "MergeRecipe",
     "MethodRow",

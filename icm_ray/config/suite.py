@@ -27,11 +27,17 @@ class HubData(Part):
     config: str | None = Field(default=None, description="Name of a subset.")
 
 
+class LmEvalData(Part):
+    """A task of lm-eval: what it asks, and what is right."""
+
+    lm_eval: str = Field(min_length=1, description="Its name, or a YAML file beside suite.yaml.")
+
+
 class TaskFile(Part):
     """One task of a suite. What is left out is the usual: docs/your_data.md has the list."""
 
     kind: TaskKind
-    data: str | HubData | None = Field(
+    data: str | HubData | LmEvalData | None = Field(
         default=None, description="Table beside suite.yaml; None: <task>.jsonl or .parquet."
     )
     where: dict[str, Any] = Field(default={}, description="Only rows with these values.")

@@ -9,10 +9,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from icm_ray.config import HubData, SuiteFile, TaskFile
+from icm_ray.config import HubData, LmEvalData, SuiteFile, TaskFile
 from icm_ray.config.loading import checked, read_yaml
 from icm_ray.errors import ICMRayError, InputError, RecipeError, did_you_mean
 from icm_ray.suites.hub_source import open_hub
+from icm_ray.suites.lm_eval_source import open_lm_eval
 from icm_ray.suites.own_scorer import KINDS, NAME, OwnScorer, own_scorer
 from icm_ray.suites.source import find_table
 from icm_ray.suites.suite import Suite
@@ -51,6 +52,10 @@ def open_suite(folder: Path, *, is_packaged: bool = False) -> Suite:
         try:
             if isinstance(task.data, HubData):
                 source = open_hub(folder, f"{path}: tasks.{name}.data", task.data)
+            elif isinstance(task.data, LmEvalData):
+                source = open_lm_eval(folder, f"{path}: tasks.{name}.data", task.data, task.kind)
+                if task.kind == "multiple_choice" and not (task.prompt or task.messages):
+                    task = task.model_copy(update={"prompt": "{text}"})
             else:
                 source = find_table(folder, name, task.data)
             tables[name] = Table(name, task, source, said.seed, known, is_packaged)

@@ -18,6 +18,7 @@ from icm_ray.inputs import Prompt, Text, Turn
 from icm_ray.suites.columns import Columns, Record, columns_of
 from icm_ray.suites.drawing import Key, draw, key_of
 from icm_ray.suites.hub_source import HubSource
+from icm_ray.suites.lm_eval_source import LmEvalSource
 from icm_ray.suites.source import Source
 from icm_ray.suites.tasks import Examples
 
@@ -62,7 +63,7 @@ class Table:
 
     name: str
     task: TaskFile
-    source: Source | HubSource
+    source: Source | HubSource | LmEvalSource
     seed: int = 0
     known: tuple[str, ...] = ()
     is_packaged: bool = False
