@@ -3,7 +3,11 @@
 They are tuples of plain values, so that they can be hashed as JSON and sent anywhere.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Pair(NamedTuple):
@@ -60,3 +64,12 @@ class Prompt(NamedTuple):
 
 Text = str | Pair | Prompt
 """Whatever a model that reads tokens is asked."""
+
+
+def image_bytes(images: "np.ndarray") -> "Iterator[bytes]":
+    """Yield the bytes of images, whole or one by one; those of different sizes with their shapes."""
+    if images.dtype != object:
+        yield images.tobytes()
+        return
+    for image in images:
+        yield repr(image.shape).encode() + image.tobytes()

@@ -22,6 +22,7 @@ from icm_ray.adapters.base_skeleton import (
     own_class,
 )
 from icm_ray.adapters.contents import DTYPES
+from icm_ray.base_model.pictures import ANY_SIZE, Preprocessing
 from icm_ray.base_model.prompts import UNBOUNDED
 from icm_ray.base_model.readers import ImageReader, Reader, TextReader
 from icm_ray.errors import InputError
@@ -185,7 +186,9 @@ def load_reader(path: Path) -> Reader:
 
     config = _config(path)
     if hasattr(config, "patch_size"):
-        return ImageReader(config.patch_size, 1 + getattr(config, "num_register_tokens", 0))
+        side = None if config.model_type in ANY_SIZE else config.image_size
+        preprocessing = Preprocessing(path, config.patch_size, side)
+        return ImageReader(preprocessing, 1 + getattr(config, "num_register_tokens", 0))
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return TextReader(tokenizer, _longest(config, tokenizer))
 

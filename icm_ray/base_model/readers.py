@@ -9,19 +9,17 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from icm_ray.base_model.pictures import Preprocessing
 from icm_ray.base_model.prompts import UNBOUNDED, Pieces, pieces_of
 from icm_ray.errors import InputError
 from icm_ray.inputs import Question, Text
 
 Inputs = Sequence[Text] | np.ndarray
-"""Texts, pairs or prompts, or uint8 images `(examples, height, width, 3)`."""
+"""Texts, pairs or prompts, or uint8 images `(examples, height, width, 3)`; of different sizes, one
+array each."""
 
 Read = Sequence[Any] | np.ndarray
 """What a reader makes of inputs, one item an example; an item's length is what it costs."""
-
-IMAGE_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
-IMAGE_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
-"""Of ImageNet's red, green and blue in [0, 1]: what vision models were trained with."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class TextReader:
         Raises:
             InputError: they are no texts.
         """
-        if isinstance(inputs, np.ndarray) and inputs.ndim > 1:
+        if isinstance(inputs, np.ndarray) and inputs.size and not isinstance(inputs.flat[0], str):
             raise InputError("data: images but the base reads texts. Choose a suite of texts.")
         if all(isinstance(text, str) and not isinstance(text, Question) for text in inputs):
             texts = [str(text) for text in inputs]
@@ -157,31 +155,28 @@ class ImageReader:
     """Reads images for a vision transformer.
 
     Attributes:
-        patch: Side of a patch in pixels.
+        preprocessing: What the base wants of images.
         prefix: Tokens before those of the patches (class and registers).
     """
 
-    patch: int
+    preprocessing: Preprocessing
     prefix: int
 
     def read(self, inputs: Inputs, max_tokens: int) -> Read:
-        """Return the images, checked; all are of one size.
+        """Return the images, all of one size.
 
         Raises:
-            InputError: they are no images, or their sides are no multiple of a patch's.
+            InputError: they are no images, or cannot be made to fit the base.
         """
-        if not isinstance(inputs, np.ndarray) or inputs.ndim != 4:
+        if not isinstance(inputs, np.ndarray) or (inputs.ndim != 4 and inputs.dtype != object):
             raise InputError("data: texts but the base reads images. Choose a suite of images.")
-        sides = inputs.shape[1:3]
-        if any(side % self.patch for side in sides):
-            raise InputError(f"data: images of {sides} pixels but multiples of {self.patch} fit.")
-        return inputs
+        return self.preprocessing.sized(inputs)
 
     def batch(self, read: Read, rows: Sequence[int]) -> Batch:
         """Return one batch of standardised pixels."""
         images = np.stack([read[row] for row in rows])
-        pixels = (images / np.float32(255) - IMAGE_MEAN) / IMAGE_STD
-        height, width = images.shape[1] // self.patch, images.shape[2] // self.patch
+        pixels = self.preprocessing.standardised(images)
+        height, width = (side // self.preprocessing.patch for side in images.shape[1:3])
         mask = torch.ones(len(images), self.prefix + height * width, dtype=torch.bool)
         data = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         return Batch(data, mask, torch.tensor(rows), prefix=self.prefix)

@@ -16,6 +16,7 @@ from icm_ray.base_model.prompts import answer_ids, end_of, is_chat
 from icm_ray.base_model.readers import Answered, Batch, Inputs, Reader, TextReader, by_length
 from icm_ray.base_model.readers import with_answers as followed
 from icm_ray.base_model.states import Pooling, hidden_states, in_order, pooled
+from icm_ray.errors import InputError
 from icm_ray.evaluation.choices import Chosen, choice_batches, choice_scores
 from icm_ray.evaluation.corpus import CORPUS, counts_of
 from icm_ray.evaluation.generated import SCORERS
@@ -57,8 +58,20 @@ class _Headed:
         self.dense = dense
 
     def batches(self, base: Base, examples: Examples, task: Task) -> MakeBatch:
-        """Return what makes the batches an expert is trained on."""
+        """Return what makes the batches an expert is trained on.
+
+        Raises:
+            InputError: each patch has a value, and the base sees other patches.
+        """
         read = base.reader.read(examples.inputs, task.max_tokens)
+        if self.dense:
+            one = base.reader.batch(read, [0])
+            seen, known = one.mask.shape[1] - one.prefix, examples.targets.shape[1]
+            if seen != known:
+                raise InputError(
+                    f"{task.name}: {known} values an image but the base sees {seen} patches of it. "
+                    "Give one value a patch."
+                )
         return lambda rows: base.reader.batch(read, rows)
 
     def loss(

@@ -24,6 +24,7 @@ from icm_ray.evaluation.choices import choice_batches
 from icm_ray.evaluation.experts import HEAD, Expert, find_experts, heads_of, ready_experts
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import sha256_of
+from icm_ray.inputs import image_bytes
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives import OBJECTIVES, reads_heads
 from icm_ray.suites import Suite, Task, find_suite, load_folder
@@ -256,5 +257,8 @@ def load_inputs(data: DataSpec, tasks: Sequence[str]) -> dict[str, tuple[readers
 def inputs_key(inputs: readers.Inputs, max_tokens: int) -> str:
     """Return what identifies one task's inputs."""
     if isinstance(inputs, np.ndarray):
-        return sha256_of([list(inputs.shape), hashlib.sha256(inputs.tobytes()).hexdigest()])
+        digest = hashlib.sha256()
+        for part in image_bytes(inputs):
+            digest.update(part)
+        return sha256_of([list(inputs.shape), digest.hexdigest()])
     return sha256_of([list(inputs), max_tokens])

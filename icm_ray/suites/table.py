@@ -29,6 +29,8 @@ MAX_PROBLEMS = 10_000
 """After so many a table is not read to its end."""
 MAX_TOLD = 20
 MAX_CLASSES = 100_000
+MAX_PIXEL_BYTES = 4_000_000_000
+"""Of a split's images, which are held decoded."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Table:
         targets = [self._target(record.answer) for record in records]
         images = None
         if "image" in self.found.columns.names:
-            images = np.stack(self._images(records))
+            images = _together(self._images(records))
         return Examples(
             texts=() if images is not None else tuple(_asked(r.asked, choices) for r in records),
             targets=np.asarray(targets, dtype=np.float64),
@@ -166,18 +168,25 @@ class Table:
         return answer
 
     def _images(self, records: Sequence[Record]) -> "list[np.ndarray]":
-        """Return the rows' images, all of one size.
+        """Return the rows' images; all of one size where each patch has a value.
 
         Raises:
-            InputError: a row's is none, or of another size than the first.
+            InputError: a row's is none, or too large, or of another size than must be.
         """
-        images, problems = [], []
+        images, problems, total = [], [], 0
         for record in records:
             try:
                 images.append(pixels(self._bytes(record.asked)))
             except (OSError, ValueError) as error:  # what Pillow says of damaged or huge ones
                 problems.append(f"{self.source}: {record.where}: no readable image ({error}).")
-            if images and images[-1].shape != images[0].shape:
+                continue
+            total += images[-1].nbytes
+            if total > MAX_PIXEL_BYTES:
+                raise InputError(
+                    f"{self.source}: {record.where}: over {MAX_PIXEL_BYTES} bytes of pixels up to "
+                    "here. Make the images smaller, or draw fewer (splits:)."
+                )
+            if self.task.kind.startswith("dense") and images[-1].shape != images[0].shape:
                 sizes = [f"{one.shape[1]} x {one.shape[0]}" for one in (images.pop(), images[0])]
                 problems.append(
                     f"{self.source}: {record.where}: an image of {sizes[0]} but {sizes[1]} as in "
@@ -265,6 +274,17 @@ def _asked(asked: Any, choices: Sequence[str]) -> Text:
     if isinstance(asked, Prompt):
         return asked._replace(choices=tuple(choices))
     return Prompt((Turn("user", str(asked)),), choices=tuple(choices))
+
+
+def _together(images: "list[np.ndarray]") -> "np.ndarray":
+    """Return images as one array; those of different sizes as an array of arrays."""
+    import numpy as np
+
+    if len({image.shape for image in images}) == 1:
+        return np.stack(images)
+    apart = np.empty(len(images), dtype=object)
+    apart[:] = images
+    return apart
 
 
 def pixels(data: bytes) -> "np.ndarray":

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from icm_ray.config import TaskKind
-from icm_ray.inputs import Text
+from icm_ray.inputs import Text, image_bytes
 from icm_ray.suites.own_scorer import OwnScorer
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class Examples:
             (examples, patches), row by row; NaN if there is none.
         documents: What an example was cut from; no document is in two splits.
         answers: What a generation should say, one string an example; else empty.
-        images: uint8, shape (examples, height, width, 3); None where texts are read.
+        images: uint8, shape (examples, height, width, 3); of different sizes, an array of
+            arrays; None where texts are read.
         places: Where each example stands in its file, in words, for messages.
     """
 
@@ -140,9 +141,11 @@ class Examples:
     def fingerprint(self) -> str:
         """Return the hex sha256 of everything in its order."""
         if self.images is not None:
-            return hashlib.sha256(
-                self.images.tobytes() + self.targets.tobytes() + json.dumps(self.documents).encode()
-            ).hexdigest()
+            digest = hashlib.sha256()
+            for part in image_bytes(self.images):
+                digest.update(part)
+            digest.update(self.targets.tobytes() + json.dumps(self.documents).encode())
+            return digest.hexdigest()
         # repr is the shortest text that gives a float back exactly, NaN included.
         rows = zip(self.texts, map(repr, self.targets.tolist()), self.documents, strict=True)
         digest = hashlib.sha256()

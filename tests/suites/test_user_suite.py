@@ -287,7 +287,7 @@ def test_a_suite_may_be_at_an_address(tmp_path: Path, monkeypatch) -> None:
         find_suite((tmp_path / "nowhere").as_uri())
 
 
-def test_images_are_of_one_size_and_can_be_opened(tmp_path: Path) -> None:
+def test_images_of_any_size_are_kept_apart_and_must_open(tmp_path: Path) -> None:
     from PIL import Image
 
     rows = []
@@ -296,7 +296,15 @@ def test_images_are_of_one_size_and_can_be_opened(tmp_path: Path) -> None:
         rows.append({"image": f"{number}.png", "answer": number % 2, "split": "test"})
     suite = checked_suite(write(tmp_path, CLASSES, rows))
     assert suite.load("mood", "test", 2).images.shape == (2, 8, 8, 3)
+    every = suite.load("mood", "test")
+    assert [image.shape for image in every.images] == [(8, 8, 3), (8, 8, 3), (8, 9, 3), (8, 8, 3)]
+    assert every.fingerprint != every.first(3).fingerprint
     (tmp_path / "3.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="line 4: no readable image"):
+        checked_suite(tmp_path).load("mood", "test")
+    # Where each patch has a value, all images have as many.
+    dense = [{**row, "answer": [0, 1]} for row in rows]
+    suite = checked_suite(write(tmp_path, {**CLASSES, "kind": "dense_classification"}, dense))
     with pytest.raises(InputError) as caught:
         suite.load("mood", "test")
     first, second = caught.value.problems
