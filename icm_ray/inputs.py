@@ -67,7 +67,7 @@ Text = str | Pair | Prompt
 
 
 def image_bytes(images: "np.ndarray") -> "Iterator[bytes]":
-    """Yield the bytes of images, whole or one by one; those of different sizes with their shapes."""
+    """Yield the bytes of images; of those of different sizes with their shapes, one by one."""
     if images.dtype != object:
         yield images.tobytes()
         return
