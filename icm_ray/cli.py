@@ -160,6 +160,8 @@ def inspect(
         for a, others in found["cosines"].items():
             shown = "  ".join(f"{b} {value:+.3f}" for b, value in others.items())
             print(f"cosine of deltas, {a}: {shown}")
+        for line in found["readings"]:
+            print(one_line(line))
         _refuse(found["problems"])
 
     _finish(work, debug)

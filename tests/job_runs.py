@@ -95,10 +95,13 @@ def kill(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def visible(out: Path) -> list[Path]:
-    """Return what an onlooker takes for results: one folder an expert, trajectory, probe, score."""
-    places = ("experts/*/*", "trajectories/*/*", "probes/*", "scores/*", "merged/*", "adapter")
-    found = [path for place in places for path in out.glob(place)]
-    return [path for path in found if not path.name.startswith(".")]
+    """Return what an onlooker takes for results: the first folder with files on each way down."""
+    found = []
+    for name in KEPT:
+        for place, folders, files in os.walk(out / name):
+            folders[:] = [] if files else [one for one in folders if not one.startswith(".")]
+            found += [Path(place)] if files else []
+    return found
 
 
 def wide_adapters(root: Path, count: int = 4) -> dict[str, Path]:

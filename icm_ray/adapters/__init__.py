@@ -5,7 +5,7 @@ from icm_ray.adapters.base_fit import check_base, class_of, tied_warnings
 from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.formats.pickles import unpickled
 from icm_ray.adapters.forward import verify_forward
-from icm_ray.adapters.geometry import delta_cosines
+from icm_ray.adapters.geometry import delta_cosines, geometry_of, readings
 from icm_ray.adapters.opening import fit_base, open_all, with_common_names
 from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter
 from icm_ray.adapters.saving import save_adapter
@@ -19,10 +19,12 @@ __all__ = [
     "delta_cosines",
     "fingerprint_of",
     "fit_base",
+    "geometry_of",
     "load_adapter",
     "name_problems",
     "open_adapter",
     "open_all",
+    "readings",
     "save_adapter",
     "tied_warnings",
     "unpickled",

@@ -1,9 +1,88 @@
-"""How adapters lie to each other, from their files and one module at a time."""
+"""How adapters lie to each other, from their files alone and one module at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
 
 from icm_ray.adapters.peft_format import AdapterFile
 from icm_ray.linalg import lowrank
+
+NO_DIRECTION = 1e-10
+"""Share of a Gram's largest eigenvalue below which a direction is rounding."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What can be known of adapters together without a base and without data.
+
+    Attributes:
+        cosines: Of the angle between each two whole deltas, by name; 0 where a module is missing.
+        norms: Frobenius norm of each delta.
+        rows: How far the row spaces of each two, what they read, coincide: the mean squared cosine
+            of their principal angles over all modules that both have, in [0, 1]; None for one
+            adapter. Random spaces of rank r have r / d_in.
+        columns: The same of their column spaces, what they write.
+        used_rank: By name, the share of its rank that an adapter uses: the participation ratio of
+            its squared singular values over its rank, mean over modules, in (0, 1].
+    """
+
+    cosines: Mapping[str, Mapping[str, float]]
+    norms: Mapping[str, float]
+    rows: float | None
+    columns: float | None
+    used_rank: Mapping[str, float]
+
+
+def geometry_of(files: Sequence[AdapterFile]) -> Geometry:
+    """Return how adapters lie to each other.
+
+    Cost: reads every file once; holds one module of all of them; O(R^2 (d_in + d_out)) a module.
+    """
+    names = [file.name for file in files]
+    products = {a: dict.fromkeys(names, 0.0) for a in names}
+    overlaps: dict[str, list[float]] = {"rows": [], "columns": []}
+    used: dict[str, list[float]] = {name: [] for name in names}
+    for module in sorted({m for file in files for m in file.shapes}):
+        held = {file.name: file.factors(module) for file in files if module in file.shapes}
+        a = {name: one.a.double().T for name, one in held.items()}
+        b = {name: one.b.double() for name, one in held.items()}
+        for name, other in [*combinations(held, 2), *((name, name) for name in held)]:
+            value = float(((a[name].T @ a[other]) * (b[name].T @ b[other])).sum())
+            products[name][other] = products[name][other] + value
+            if name != other:
+                products[other][name] = products[name][other]
+        for kind, sides in (("rows", a), ("columns", b)):
+            own = {name: _orthonormal(side) for name, side in sides.items()}
+            overlaps[kind] += [
+                float((own[x].T @ own[y]).square().sum()) / min(own[x].shape[1], own[y].shape[1])
+                for x, y in combinations(own, 2)
+                if own[x].shape[1] and own[y].shape[1]
+            ]
+        for name in held:
+            squares = (a[name].T @ a[name]) @ (b[name].T @ b[name])  # whose eigenvalues are s^2
+            if (fourth := float((squares * squares.T).sum())) > 0:
+                used[name].append(float(squares.trace()) ** 2 / fourth / held[name].rank)
+    return Geometry(
+        _cosines(products),
+        {name: max(products[name][name], 0.0) ** 0.5 for name in names},
+        _mean(overlaps["rows"]),
+        _mean(overlaps["columns"]),
+        {name: _mean(shares) or 0.0 for name, shares in used.items()},
+    )
+
+
+def _orthonormal(side: Tensor) -> Tensor:
+    """Return an orthonormal basis of the columns of `(d, rank)`, `(d, independent ones)`."""
+    values, vectors = torch.linalg.eigh(side.T @ side)
+    kept = values > NO_DIRECTION * values[-1:].clamp_min(0)
+    return side @ (vectors[:, kept] / values[kept].sqrt())
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def delta_cosines(files: Sequence[AdapterFile]) -> dict[str, dict[str, float]]:
@@ -18,7 +97,53 @@ def delta_cosines(files: Sequence[AdapterFile]) -> dict[str, dict[str, float]]:
         for a, f in held.items():
             for b, g in held.items():
                 products[a][b] += lowrank.inner(f.b, f.a, g.b, g.a)
+    return _cosines(products)
+
+
+def _cosines(products: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     return {
         a: {b: products[a][b] / max((products[a][a] * products[b][b]) ** 0.5, 1e-30) for b in row}
         for a, row in products.items()
     }
+
+
+SHORT, ALIKE, AGAINST = 1 / 3, 0.9, -0.1
+"""A norm over the longest, and cosines that are worth a word."""
+TOGETHER, APART = 0.5, 0.2
+"""Overlaps of spaces that are worth a word."""
+
+
+def readings(found: Geometry) -> list[str]:
+    """Return what a geometry says to whoever chooses a method, one line each; docs/choosing.md."""
+    if found.rows is None or found.columns is None:
+        return []
+    lines = []
+    if found.rows >= TOGETHER:
+        lines.append(
+            f"row spaces: overlap {found.rows:.2f}: they read alike, as adapters of one "
+            "initialisation do, and differ in what they write. linear points where soup does."
+        )
+    elif found.rows <= APART:
+        lines.append(
+            f"row spaces: overlap {found.rows:.2f}: they read apart, as adapters of own "
+            "initialisations do. linear, which adds A and B by themselves, mixes them up."
+        )
+    if found.columns >= TOGETHER:
+        lines.append(
+            f"column spaces: overlap {found.columns:.2f}: they write into the same directions, "
+            "where sums collide."
+        )
+    longest = max(found.norms.values())
+    for name, norm in found.norms.items():
+        if norm < SHORT * longest:
+            lines.append(
+                f"{name}: norm {norm:.3g} beside {longest:.3g}: it drowns in averages and sums. "
+                "Give it a larger weight, or use iso_c."
+            )
+    for a, b in combinations(found.cosines, 2):
+        cosine = found.cosines[a][b]
+        if cosine >= ALIKE:
+            lines.append(f"{a} and {b}: cosine {cosine:.2f}: nearly the same adapter twice.")
+        if cosine <= AGAINST:
+            lines.append(f"{a} and {b}: cosine {cosine:.2f}: sums undo part of both.")
+    return lines

@@ -3,10 +3,18 @@
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import AdapterFile, check_together, delta_cosines, open_all, tied_warnings
+from icm_ray.adapters import (
+    AdapterFile,
+    check_together,
+    geometry_of,
+    open_all,
+    readings,
+    tied_warnings,
+)
 from icm_ray.adapters.base_folder import BaseFolder, open_base
 from icm_ray.adapters.fused import is_expert
 from icm_ray.config import MergeRecipe, folder_names
@@ -32,7 +40,7 @@ WRITER_BYTES = 400_000_000
 
 
 def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
-    """Return each adapter's facts, and of them together warnings, problems and deltas' cosines.
+    """Return each adapter's facts, and of them together warnings, problems and their geometry.
 
     Raises:
         InputError: every problem of every folder by itself.
@@ -50,11 +58,14 @@ def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
         for file in files
         if file.saved
     ]
+    found = geometry_of(files) if len(files) > 1 and not problems else None
     return {
         "adapters": [_facts(file) for file in files],
         "warnings": warnings,
         "problems": problems,
-        "cosines": delta_cosines(files) if len(files) > 1 and not problems else {},
+        "cosines": found.cosines if found else {},
+        "geometry": asdict(found) if found else None,
+        "readings": readings(found) if found else [],
     }
 
 
