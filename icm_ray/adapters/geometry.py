@@ -121,12 +121,12 @@ def readings(found: Geometry) -> list[str]:
     if found.rows >= TOGETHER:
         lines.append(
             f"row spaces: overlap {found.rows:.2f}: they read alike, as adapters of one "
-            "initialisation do, and differ in what they write. linear points where soup does."
+            "initialisation do, and differ in what they write. linear is nearly K times soup here."
         )
     elif found.rows <= APART:
         lines.append(
             f"row spaces: overlap {found.rows:.2f}: they read apart, as adapters of own "
-            "initialisations do. linear, which adds A and B by themselves, mixes them up."
+            "initialisations do. linear, which adds A and B by themselves, is half cross terms."
         )
     if found.columns >= TOGETHER:
         lines.append(
