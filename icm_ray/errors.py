@@ -61,6 +61,11 @@ class ClusterError(ICMRayError):
     exit_code = 5
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 adapter" or "2 adapters"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def one_line(text: str) -> str:
     """Return `text` safe for a terminal and a log: one line, without controls and passwords.
 

@@ -12,7 +12,7 @@ from icm_ray.adapters import AdapterFile, fit_base
 from icm_ray.adapters.base_folder import open_base, require_weights
 from icm_ray.config import MergeRecipe
 from icm_ray.devices import find_device
-from icm_ray.errors import RecipeError
+from icm_ray.errors import RecipeError, counted
 from icm_ray.evidence.tensors import as_evidence
 from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
 from icm_ray.merging.estimate import check_sources, warn, warnings_of
@@ -84,7 +84,7 @@ def merge_recipe(
         base=base,
     )
     print(
-        f"{target}: {len(files)} adapters merged with {recipe.method} in {seconds:.2f} s, "
+        f"{target}: {counted(len(files), 'adapter')} merged with {recipe.method} in {seconds:.2f} s, "
         f"rank {result.adapter.max_rank}, {result.report.retained_energy:.2%} of the energy "
         "kept, verified"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from icm_ray.adapters import delta_cosines
 from icm_ray.distributed.probes import read_probe
+from icm_ray.errors import counted
 from icm_ray.evaluation.metrics import Score, difference_interval, score
 from icm_ray.evaluation.scoring import TaskScore, standing
 from icm_ray.evidence.store import load_evidence
@@ -51,7 +52,8 @@ def report_data(table: Table) -> ReportData:
     vectors, ratios = load_evidence(first.evidence)
     default = {row: m for (row, variant), m in first.merged.items() if variant == "default"}
     return ReportData(
-        title=f"{table.name}: {len(first.experts)} tasks, {len(table.sets)} sets of experts",
+        title=f"{table.name}: {counted(len(first.experts), 'task')}, "
+        f"{counted(len(table.sets), 'set')} of experts",
         command=_command(),
         base=_base(table),
         tasks=_tasks(table),
