@@ -84,9 +84,9 @@ def merge_recipe(
         base=base,
     )
     print(
-        f"{target}: {counted(len(files), 'adapter')} merged with {recipe.method} in {seconds:.2f} s, "
-        f"rank {result.adapter.max_rank}, {result.report.retained_energy:.2%} of the energy "
-        "kept, verified"
+        f"{target}: {counted(len(files), 'adapter')} merged with {recipe.method} in "
+        f"{seconds:.2f} s, rank {result.adapter.max_rank}, "
+        f"{result.report.retained_energy:.2%} of the energy kept, verified"
     )
     return {"outputs": {"adapter": str(target)}, "checks": checks}
 
