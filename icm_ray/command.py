@@ -18,12 +18,13 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from icm_ray import interruption
-from icm_ray.config import ALLOW_CODE_VARIABLE, INSECURE_VARIABLE, Recipe
+from icm_ray.config import INSECURE_VARIABLE, Recipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import ICMRayError, InputError, ResourceError, masked, one_line
 from icm_ray.files import FULL, RESULTS_FILE, errno_of, write_json
 from icm_ray.locks import locked
 from icm_ray.storage import fetch, held, locate, publish
+from icm_ray.suites.own_scorer import allowing
 
 R = TypeVar("R", bound=Recipe)
 TERMINATED = 143
@@ -112,8 +113,7 @@ def run_recipe(
         def job() -> dict[str, Any]:
             nonlocal place
             recipe = load_recipe(kind, config, overrides)
-            if recipe.allow_code:
-                os.environ[ALLOW_CODE_VARIABLE] = "1"
+            stack.enter_context(allowing(recipe.allow_code))
             target, address = locate(recipe)
             stack.enter_context(locked(target))
             if address:

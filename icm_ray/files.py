@@ -191,7 +191,7 @@ def _foreign_files(folder: Path) -> list[str]:
     ours = {*listed, MANIFEST, *BESIDE_MANIFEST} if isinstance(listed, dict) else set()
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
     foreign = found - ours
-    if ours and (folder / FACTORS).is_dir():
+    if ours and (folder / FACTORS / MANIFEST).is_file():
         kept = {f"{FACTORS}/{name}" for name in _foreign_files(folder / FACTORS)}
         foreign = {name for name in foreign if not name.startswith(f"{FACTORS}/")} | kept
     return sorted(foreign)
@@ -229,7 +229,8 @@ def is_done(folder: Path, key: str) -> bool:
 def _seal(folder: Path, info: Mapping[str, Any]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != RUN_FILE)
     own = {p.relative_to(folder).as_posix(): p for p in files}
-    hashes = {n: sha256_of_file(p) for n, p in own.items() if not n.startswith(f"{FACTORS}/")}
+    apart = f"{FACTORS}/" if (folder / FACTORS / MANIFEST).is_file() else "\0"
+    hashes = {n: sha256_of_file(p) for n, p in own.items() if not n.startswith(apart)}
     write_json(folder / MANIFEST, {**info, "files": hashes})
     # What the process's umask made of a plain file and a folder. safetensors writes 0600, which
     # another user's server cannot read.

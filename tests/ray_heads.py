@@ -32,11 +32,13 @@ class Head:
 
     Attributes:
         address: Of its dashboard.
+        metrics: Where Prometheus reads.
         env: Environment of whoever may use it.
         process: `ray start`; all of the node's processes are below it.
     """
 
     address: str
+    metrics: str
     env: dict[str, str]
     process: psutil.Process
 
@@ -111,7 +113,7 @@ def started(folder: Path) -> Iterator[Head]:
             stderr=file,
             start_new_session=True,
         )
-    head = Head(f"http://127.0.0.1:{dashboard}", env, process)
+    head = Head(f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}", env, process)
     everyone = []
     try:
         _wait(head, log)

@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"config", "errors", "files", "locks", "suites"},
     "interruption": set(),
     "backend_lines": set(),
-    "command": {"config", "errors", "files", "interruption", "locks", "storage"},
+    "command": {"config", "errors", "files", "interruption", "locks", "storage", "suites"},
     "distributed": BASICS
     | {"adapters", "backend_lines", "base_model", "config", "evaluation", "evidence"}
     | {"finetuning", "fusion", "fusion_vae", "learning", "linalg", "merging", "search", "suites"},

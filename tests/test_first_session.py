@@ -113,6 +113,8 @@ def test_a_tower_with_layers_of_the_same_names_stays_as_it_is(cli, tmp_path) -> 
     assert cli(*order, tmp_path / "based", f"base={tmp_path / 'llava'}")[0] == 0
     targets = json.loads((tmp_path / "based" / "adapter_config.json").read_text())["target_modules"]
     assert all(name.startswith("model.language_model.layers.") for name in targets)
+    assert cli("reproduce", tmp_path / "based")[0] == 0
+    assert cli("reproduce", tmp_path / "alone")[0] == 0
     assert (
         load_file(tmp_path / "based" / WEIGHTS).keys()
         == load_file(tmp_path / "alone" / WEIGHTS).keys()

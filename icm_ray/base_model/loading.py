@@ -186,7 +186,7 @@ def load_reader(path: Path) -> Reader:
 
     config = _config(path)
     if hasattr(config, "patch_size"):
-        side = None if config.model_type in ANY_SIZE else config.image_size
+        side = None if config.model_type in ANY_SIZE else getattr(config, "image_size", None)
         preprocessing = Preprocessing(path, config.patch_size, side)
         return ImageReader(preprocessing, 1 + getattr(config, "num_register_tokens", 0))
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

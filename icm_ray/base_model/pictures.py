@@ -4,13 +4,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from icm_ray.errors import InputError
+from icm_ray.files import sha256_of
 
 PREPROCESSING = "preprocessor_config.json"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -53,7 +54,7 @@ class Preprocessing:
                 f"data: images of {', '.join(sizes[:3])} pixels but sides of one size, {wanted}, "
                 f"are expected. Resize them, or put the model's {PREPROCESSING} beside its weights."
             )
-        made = [self._resized(image) for image in images]
+        made = [x if self.side and self._fits(x.shape[:2]) else self._resized(x) for x in images]
         if len(sizes := {image.shape for image in made}) > 1 or not self._fits(made[0].shape[:2]):
             shown = ", ".join(sorted(f"{w} x {h}" for h, w, _ in sizes)[:3])
             raise InputError(
@@ -75,7 +76,11 @@ class Preprocessing:
     def _resized(self, image: np.ndarray) -> np.ndarray:
         # One by one: a batch of different sizes may be padded to the largest.
         (pixels,) = self._processor(
-            [image], do_rescale=False, do_normalize=False, return_tensors="np"
+            [image],
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="np",
+            input_data_format="channels_last",
         )["pixel_values"]
         return np.asarray(pixels.transpose(1, 2, 0), dtype=np.uint8)
 
@@ -90,6 +95,8 @@ class Preprocessing:
     @cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         said = self._said
+        if said.get("do_normalize") is False:
+            return np.zeros(1, np.float32), np.ones(1, np.float32)
         mean, deviation = (
             said.get(key) or usual
             for key, usual in zip(("image_mean", "image_std"), IMAGENET, strict=True)
@@ -100,7 +107,7 @@ class Preprocessing:
                 f"{self.folder / PREPROCESSING}: image_mean and image_std: three numbers each are "
                 "expected. Download the base again."
             )
-        factor = said.get("rescale_factor", 1 / 255)
+        factor = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0
         if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-4):
             raise InputError(
                 f"{self.folder / PREPROCESSING}: rescale_factor: {factor!r} but 1 / 255 is "
@@ -110,11 +117,29 @@ class Preprocessing:
 
     @cached_property
     def _said(self) -> dict[str, Any]:
-        file = self.folder / PREPROCESSING
-        if not file.is_file():
-            return {}
-        try:
-            said = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: not readable ({error}). Download the base again.") from None
-        return said if isinstance(said, dict) else {}
+        return _said_in(self.folder)
+
+
+def _said_in(folder: Path) -> dict[str, Any]:
+    file = folder / PREPROCESSING
+    if not file.is_file():
+        return {}
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable ({error}). Download the base again.") from None
+    return said if isinstance(said, dict) else {}
+
+
+@cache
+def preprocessing_key(folder: Path) -> str:
+    """Return what identifies a base's own preprocessing; empty if it is ImageNet's without a cut.
+
+    It decides what a vision model sees, and so belongs to whatever was measured with it.
+    """
+    said = _said_in(folder)
+    usual = [list(numbers) for numbers in IMAGENET]
+    is_usual = [said.get("image_mean"), said.get("image_std")] == usual
+    if not said or (is_usual and not said.get("do_center_crop")):
+        return ""
+    return sha256_of(said)

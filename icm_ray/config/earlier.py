@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icm_ray.config.parts import with_names
-from icm_ray.errors import RecipeError, did_you_mean
+from icm_ray.config.parts import laid_over, with_names
+from icm_ray.errors import InputError, RecipeError, did_you_mean
 from icm_ray.files import FACTORS, read_json
 
 ORDER = "order.json"
@@ -24,22 +24,29 @@ def with_earlier(values: Mapping[str, Any]) -> dict[str, Any]:
         InputError: its files are broken.
     """
     values = dict(values)
-    merged, removed = values.pop("earlier"), values.pop("remove", [])
+    merged, removed = values.pop("earlier"), values.pop("remove", None) or []
     if not isinstance(merged, str) or not isinstance(removed, list):
         raise RecipeError("earlier, remove: a folder and a list of names are expected.")
-    folder = Path(merged) / FACTORS
-    if not (folder / ORDER).is_file():
-        raise RecipeError(
-            f"earlier: {merged} has kept no adapters but they are merged again. Merge them once "
-            "more, with keep_factors: true."
-        )
-    order = read_json(folder / ORDER)
+    order, folder = _order_of(Path(merged)), Path(merged) / FACTORS
     kept = order.pop(ADAPTERS)
+    added = with_names(values.get("adapters") or [])
     problems = [
         f"remove: {name!r} but one of {', '.join(kept)} is expected.{did_you_mean(str(name), kept)}"
         for name in removed
         if name not in kept
     ]
+    names = [one.get("name") if isinstance(one, dict) else None for one in added]
+    problems += [
+        f"adapters: {name!r} but {merged} has one of that name. Remove that, or give this another "
+        "name in a recipe."
+        for name in names
+        if name in kept and name not in removed
+    ]
+    output = values.get("output")
+    output = {"path": output} if isinstance(output, str) else output
+    place = output.get("path") if isinstance(output, dict) else None
+    if isinstance(place, str) and Path(merged).resolve() in Path(place).resolve().parents:
+        problems.append(f"output: {place} lies in {merged}. Choose another output path.")
     if problems:
         raise RecipeError(problems)
     refs = [
@@ -47,16 +54,35 @@ def with_earlier(values: Mapping[str, Any]) -> dict[str, Any]:
         for name in kept
         if name not in removed
     ]
-    order["params"] = {key: _without(value, removed) for key, value in order["params"].items()}
-    if values.get("method", order["method"]) != order["method"]:
-        order["params"] = {}
-    elif (folder / EVIDENCE).is_dir():
-        order["evidence"] = str(folder / EVIDENCE)
-    output = values.get("output")
-    output = {"path": output} if isinstance(output, str) else output
-    if isinstance(output, Mapping):
+    asked = values.get("params") or {}
+    if values.get("method", order["method"]) == order["method"] and isinstance(asked, dict):
+        params = {key: _without(value, removed) for key, value in order["params"].items()}
+        values["params"] = laid_over(params, asked)
+        if (folder / EVIDENCE).is_dir():
+            order["evidence"] = str(folder / EVIDENCE)
+    del order["params"]
+    if isinstance(output, dict):
         values["output"] = {**order.pop("output"), **output}
-    return {**order, **values, "adapters": [*refs, *with_names(values.get("adapters", []))]}
+    return {**order, **values, "adapters": [*refs, *added]}
+
+
+def _order_of(merged: Path) -> dict[str, Any]:
+    """Return what the merge in a folder was asked for."""
+    if not merged.is_dir():
+        raise RecipeError(f"earlier: {merged}: no such folder. Check the path.")
+    file = merged / FACTORS / ORDER
+    if not file.is_file():
+        raise RecipeError(
+            f"earlier: {merged} has kept no adapters but they are merged again. Merge them once "
+            "more, with keep_factors: true."
+        )
+    order = read_json(file)
+    expected = {ADAPTERS: list, "params": dict, "method": str, "output": dict}
+    if not isinstance(order, dict) or not all(
+        isinstance(order.get(key), kind) for key, kind in expected.items()
+    ):
+        raise InputError(f"{file}: no order of a merge. Merge once more with keep_factors: true.")
+    return order
 
 
 def _without(value: Any, removed: list[str]) -> Any:

@@ -1,5 +1,6 @@
 """Recipes of merging adapters, and of gathering what methods must know first."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -7,6 +8,7 @@ from pydantic import Field, model_validator
 from icm_ray.config.earlier import with_earlier
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import Adapters, DataSpec, Name, Output, Positive, Recipe
+from icm_ray.errors import RecipeError
 from icm_ray.types import SavedModulesPolicy
 
 
@@ -50,16 +52,24 @@ class MergeRecipe(Recipe):
     @model_validator(mode="before")
     @classmethod
     def _with_earlier(cls, values: Any) -> Any:
-        is_later = isinstance(values, dict) and values.get("earlier") is not None
-        return with_earlier(values) if is_later else values
+        if not isinstance(values, dict) or values.get("earlier") is None:
+            if isinstance(values, dict) and values.get("remove"):
+                raise RecipeError("remove: without earlier. Name the merge that is meant.")
+            return values
+        return with_earlier(values)
 
     @property
     def order(self) -> dict[str, Any]:
         """What is asked for whatever the adapters, as plain data; see `with_earlier`."""
         names = {"method", "params", "seed", "base", "revision", "same_base", "modules_to_save"}
         plain = self.model_dump(mode="json", include=names, exclude_none=True)
+        tasks = [ref.name for ref in self.adapters]
+        if isinstance(weights := self.params.get("weights"), list):  # which would move to others
+            plain["params"]["weights"] = dict(zip(tasks, weights, strict=True))
+        if self.base and Path(self.base).is_dir():
+            plain["base"] = str(Path(self.base).absolute())
         output = self.output.model_dump(include={"rank", "dtype"}, exclude_none=True)
-        return {**plain, "output": output, "adapters": [ref.name for ref in self.adapters]}
+        return {**plain, "output": output, "adapters": tasks}
 
 
 class EvidenceRecipe(Recipe):

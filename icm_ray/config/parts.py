@@ -42,18 +42,19 @@ def changed(spec: Spec, changes: Mapping[str, Any], where: str) -> Spec:
         RecipeError: changes name what does not exist, or a value is out of range.
     """
     try:
-        return type(spec).model_validate(_laid_over(spec.model_dump(), changes))
+        return type(spec).model_validate(laid_over(spec.model_dump(), changes))
     except ValidationError as error:
         lines = [f"{where}.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise RecipeError(lines) from None
 
 
-def _laid_over(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def laid_over(plain: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain data with changes, tables within tables."""
     merged = dict(plain)
     for name, value in changes.items():
         inside = merged.get(name)
         both = isinstance(inside, Mapping) and isinstance(value, Mapping)
-        merged[name] = _laid_over(inside, value) if both else value  # type: ignore[arg-type]
+        merged[name] = laid_over(inside, value) if both else value  # type: ignore[arg-type]
     return merged
 
 

@@ -1,10 +1,11 @@
-"""Progress that driver and workers show on one terminal: bars, or lines where it is a file."""
+"""Progress of driver and workers: bars on one terminal, lines where it is a file, Ray's metrics."""
 
 import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from ray.experimental.tqdm_ray import RAY_TQDM_MAGIC
@@ -71,16 +72,28 @@ def _leave_words_in_logs() -> None:
         streams.add_handler(name, show_bars)
 
 
-class Bar:
-    """A bar over a known number of things."""
+@cache
+def _metrics() -> tuple[Any, Any]:
+    """Return what Ray's metrics show of stages: how much is done, and of how much."""
+    from ray.util.metrics import Gauge
 
-    def __init__(self, drawn: Any) -> None:
-        self._drawn, self.done = drawn, 0
+    done = Gauge("icm_ray_done", "Pieces of a stage that are done.", ("stage",))
+    return done, Gauge("icm_ray_pieces", "Pieces of a stage.", ("stage",))
+
+
+class Bar:
+    """A bar over a known number of things, on the terminal and in Ray's metrics."""
+
+    def __init__(self, drawn: Any, total: int, label: str) -> None:
+        self._drawn, self.done, self._tags = drawn, 0, {"stage": label}
+        self._gauge, pieces = _metrics()
+        pieces.set(total, self._tags)
 
     def add(self, count: int = 1) -> None:
         """Say that so many more are done."""
         self.done += count
         self._drawn.update(count)
+        self._gauge.set(self.done, self._tags)
 
     def reach(self, done: int) -> None:
         """Say how many are done by now; a resumed run starts there."""
@@ -101,6 +114,6 @@ def bar(total: int, label: str, *, every: float | None = None) -> Iterator[Bar]:
     interval: dict[str, Any] = {} if every is None else {"flush_interval_s": every}
     drawn: Any = tqdm_ray.tqdm(total=total, desc=label, **interval)
     try:
-        yield Bar(drawn)
+        yield Bar(drawn, total, label)
     finally:
         drawn.close()

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from icm_ray.base_model.loading import Base
+from icm_ray.base_model.pictures import preprocessing_key
 from icm_ray.base_model.shared_base import Prepare, SharedBase, share_base
 from icm_ray.config import Resources
 from icm_ray.distributed.actors import AdapterActor
@@ -37,10 +38,11 @@ class Session:
 
     @property
     def key(self) -> str:
-        """What identifies the base as workers run it: its weights, and their dtype."""
+        """What identifies the base as workers run it: its weights, dtype and preprocessing."""
         stored, fingerprint = self.shared.dtype, self.shared.fingerprint
         dtype = self.resources.dtype or stored
-        return fingerprint if dtype == stored else f"{fingerprint} {dtype}"
+        own = [dtype] if dtype != stored else []
+        return " ".join([fingerprint, *own, *filter(None, [preprocessing_key(self.base)])])
 
     def load_base(self) -> Base:
         """Return the base as workers run it."""

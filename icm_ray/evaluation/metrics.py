@@ -80,8 +80,18 @@ def weighted(
     """Return the task's metric once for each row of `weights`, shape `(rows,)`."""
     if task.metric == FIDELITY and task.kind == "regression":
         return _r2(predictions[:, 0], predictions[:, 1], weights, 0)
-    measure = _mean if task.scorer else MEASURES[task.metric]
-    return measure(predictions, targets, weights, len(task.classes))
+    if task.scorer is not None:
+        return _mean(_judged(task, predictions, targets), targets, weights, 0)
+    return MEASURES[task.metric](predictions, targets, weights, len(task.classes))
+
+
+def _judged(task: Task, predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return what the task's own scorer says of each answer; generations have been judged."""
+    if task.kind == "generation" or task.scorer is None:
+        return predictions
+    names = (lambda x: task.classes[int(x)]) if task.classes else int if task.is_class else float
+    pairs = zip(predictions.tolist(), targets.tolist(), strict=True)
+    return np.array([task.scorer(names(said), names(right)) for said, right in pairs])
 
 
 def share(value: float, unit: float, metric: str) -> float:

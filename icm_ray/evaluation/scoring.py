@@ -106,13 +106,7 @@ def _said(base: Base, item: TaskData, batch: int, memory: Memory) -> Said:
 
 def predict(base: Base, item: TaskData, batch: int) -> np.ndarray:
     """Return the predictions of the model as it stands, one row an example."""
-    said = answer_of(item.task).predict(base, item.head, item.examples, item.task, batch)
-    scorer, task = item.task.scorer, item.task
-    if scorer is None or task.kind == "generation":  # whose answers are judged as they come
-        return said
-    names = (lambda x: task.classes[int(x)]) if task.classes else int if task.is_class else float
-    pairs = zip(said.tolist(), item.examples.targets.tolist(), strict=True)
-    return np.array([scorer(names(one), names(right)) for one, right in pairs])
+    return answer_of(item.task).predict(base, item.head, item.examples, item.task, batch)
 
 
 def values(scores: Mapping[str, TaskScore]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from icm_ray.errors import InputError
 from icm_ray.files import (
+    MANIFEST,
     read_json,
     read_manifest,
     sha256_of,
@@ -193,6 +194,7 @@ def join_grams(folders: Sequence[Path], folder: Path, tasks: Sequence[str]) -> N
         assert one.file is not None, "read from a folder"
         with safe_open(one.file, framework="pt") as handle:
             tensors |= {n: handle.get_tensor(n) for n in one.names if n.endswith(f".gram.{task}")}
+    bases = {base_of(source) for source in folders}
     write_evidence(
         folder,
         sources[0].kind,
@@ -204,8 +206,13 @@ def join_grams(folders: Sequence[Path], folder: Path, tasks: Sequence[str]) -> N
             for about in ("inputs", "rows")
             if all(task in one.described.get(about, {}) for task, one in owner.items())
         },
-        origin={"joined": sorted(one.identity for one in sources)},
+        origin={"base": bases.pop()} if len(bases) == 1 else {},
     )
+
+
+def base_of(folder: Path) -> str | None:
+    """Return what identifies the base that evidence in a folder was gathered on, if it says so."""
+    return read_json(folder / MANIFEST).get("base") if folder.is_dir() else None
 
 
 def model_of(evidence: Evidence) -> FusionModel:

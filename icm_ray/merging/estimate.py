@@ -217,10 +217,12 @@ def _data_needed(recipe: MergeRecipe) -> str:
     needs = find_method(recipe.method).needs
     if needs is None:
         return "none"
-    if recipe.evidence:
-        return f"{needs}, ready in {recipe.evidence}"
     inputs = recipe.data.most if recipe.data else 0
-    return f"{needs}, gathered from {inputs} unlabelled inputs a task on Ray"
+    gathered = f"gathered from {inputs} unlabelled inputs a task on Ray"
+    if recipe.evidence:
+        rest = f"; what it lacks is {gathered}" if recipe.data else ""
+        return f"{needs}, ready in {recipe.evidence}{rest}"
+    return f"{needs}, {gathered}"
 
 
 def _sizes(

@@ -17,7 +17,7 @@ from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.adapters.policy import CONFIG_FILE
 from icm_ray.config.earlier import ADAPTERS, EVIDENCE, ORDER
 from icm_ray.errors import InputError
-from icm_ray.evidence.tensors import read_evidence
+from icm_ray.evidence.tensors import join_grams, read_evidence
 from icm_ray.files import FACTORS, whole_folder, write_json
 from icm_ray.types import SavedModulesPolicy
 
@@ -42,21 +42,27 @@ def keep_factors(
     Raises:
         InputError: an adapter changed while it was copied.
     """
+    heads = {"modules_to_save": "keep"} if any(file.saved for file in files) else {}
+    if order["modules_to_save"] == "refuse":  # heads that a gathering let in stay where they are
+        order = {**order, **heads}
     with whole_folder(folder / FACTORS) as target:
         for file in files:
-            _copy(file, target / ADAPTERS / file.name, order["modules_to_save"])
+            _copy(file, target / ADAPTERS / file.name)
         if evidence is not None and read_evidence(evidence).kind == GRAMS:
-            shutil.copytree(evidence, target / EVIDENCE)
+            join_grams([evidence], target / EVIDENCE, [file.name for file in files])
         write_json(target / ORDER, order)
 
 
-def _copy(file: AdapterFile, folder: Path, policy: SavedModulesPolicy) -> None:
-    home = file.file.parent
+def _copy(file: AdapterFile, folder: Path) -> None:
+    home, is_alone = file.file.parent, file.path.is_file()
     sources = {file.file, *(place.file for place in file.stored.values())}
     sources |= {home / CONFIG_FILE} if (home / CONFIG_FILE).is_file() else set()
     for source in sorted(sources):
         place = folder / source.relative_to(home)
+        if is_alone and source == file.file:  # whatever its ending, as a folder's only one it is
+            place = folder / f"{file.name}.safetensors"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, place)
+    policy: SavedModulesPolicy = "keep" if file.saved else "drop"
     if open_adapter(folder, saved_modules=policy).fingerprint != file.fingerprint:
         raise InputError(f"{file.path}: changed while it was copied. Merge again.")

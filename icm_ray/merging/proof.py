@@ -1,6 +1,7 @@
 """A merged folder long after it was written: is it intact, and does it come out the same again?"""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from icm_ray.merging.folder import (
 from icm_ray.merging.merge import merge_as_asked
 from icm_ray.merging.order import MergeRequest
 from icm_ray.report import ScoreRow
-from icm_ray.types import MergeReport
+from icm_ray.types import Adapter, MergeReport
 
 NORM_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
 
@@ -96,6 +97,7 @@ def reproduce(folder: Path) -> list[str]:
     evidence = _same_evidence(folder, merged, report)
     request = MergeRequest(report.method, report.params, evidence, report.output_rank, report.seed)
     again = merge_as_asked([file.load() for file in files], request)
+    again = replace(again, adapter=_targeted_as(folder, again.adapter))
     scores = None
     if (folder / SCORES).is_file():
         scores = [ScoreRow(**row) for row in read_json(folder / SCORES)]
@@ -115,6 +117,14 @@ def reproduce(folder: Path) -> list[str]:
             [f"{folder / name}: comes out different when merged again." for name in different]
         )
     return [*names, MANIFEST]
+
+
+def _targeted_as(folder: Path, adapter: Adapter) -> Adapter:
+    """Return a merge that names its modules as a folder does: in full, where its base wanted it."""
+    if read_json(folder / CONFIG_FILE).get("target_modules") != sorted(adapter.modules):
+        return adapter
+    config = {key: value for key, value in adapter.config.items() if key != "target_modules"}
+    return replace(adapter, config=config)
 
 
 def _refuse_changed(files: list[AdapterFile], report: MergeReport) -> None:

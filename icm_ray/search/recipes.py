@@ -91,7 +91,7 @@ def write_recipe(path: Path, recipe: Recipe, note: str) -> None:
 
 
 def _shared(recipe: SearchRecipe) -> dict[str, Any]:
-    names = ("storage", "resources", "seed", "cache", "revision", "modules_to_save")
+    names = ("storage", "resources", "seed", "cache", "revision", "modules_to_save", "allow_code")
     return {name: getattr(recipe, name) for name in names}
 
 

@@ -75,11 +75,13 @@ class LmEvalSource:
             "validation": task.validation_docs() if task.has_validation_docs() else None,
             "test": task.test_docs() if task.has_test_docs() else None,
         }
+        if splits["test"] is None:  # as lm-eval evaluates
+            splits["test"], splits["validation"] = splits["validation"], None
         found = {split: list(docs) for split, docs in splits.items() if docs is not None}
         if (count := sum(map(len, found.values()))) > MAX_ROWS:
             raise InputError(f"{self}: {count} rows but at most {MAX_ROWS} are read.")
-        # Without rows to draw the others from, all are drawn from whatever there is.
-        has_splits = {"train", "test"} <= found.keys()
+        # Without rows to draw the others from, all are drawn from what there is.
+        has_splits = "train" in found and len(found) > 1
         rows = []
         for split, docs in found.items():
             for number, doc in enumerate(docs, start=1):
@@ -113,10 +115,14 @@ class LmEvalSource:
         name = str(self.file or self.data.lm_eval)
         try:
             manager = TaskManager(include_defaults=self.file is None)
-            tasks = manager.load([name])["tasks"]
+            # By a name alone: lm-eval would take any other text for a file, and run it.
+            is_known = self.file is not None or name in manager.all_tasks
+            tasks = manager.load([name])["tasks"] if is_known else None
         except Exception as error:  # the library raises dozens of unrelated types
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise InputError(f"{self}: cannot be loaded ({reason}). Check it.") from None
+        if tasks is None:
+            raise InputError(f"{self}: no task of that name. A file's ends in .yaml.")
         if len(tasks) != 1:
             raise InputError(
                 f"{self}: a group of {len(tasks)} tasks but one is expected. Name each by itself."

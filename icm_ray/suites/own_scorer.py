@@ -12,10 +12,11 @@ It gets what a model said and what was right (texts, class names or numbers) and
 """
 
 import ast
+import contextlib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,21 @@ NAME = re.compile(r"([A-Za-z_]\w*):([A-Za-z_]\w*)")
 MAX_BYTES = 1_000_000
 KINDS = ("classification", "multiple_choice", "regression", "generation")
 """What can be scored so."""
+
+
+@contextlib.contextmanager
+def allowing(code: bool) -> Iterator[None]:
+    """Let what is code beside a suite run, if a recipe says so, while the body runs."""
+    before = os.environ.get(ALLOW_CODE_VARIABLE)
+    if code:
+        os.environ[ALLOW_CODE_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if code and before is None:
+            del os.environ[ALLOW_CODE_VARIABLE]
+        elif code and before is not None:
+            os.environ[ALLOW_CODE_VARIABLE] = before
 
 
 class OwnScorer(NamedTuple):

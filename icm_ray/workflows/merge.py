@@ -12,9 +12,11 @@ from icm_ray.distributed.cluster import connected
 from icm_ray.distributed.evidence import grams_on_ray
 from icm_ray.distributed.merge import merge_on_ray
 from icm_ray.distributed.session import Session, opened
-from icm_ray.evidence.tensors import join_grams, read_evidence
+from icm_ray.errors import RecipeError
+from icm_ray.evidence.tensors import base_of, join_grams, read_evidence
 from icm_ray.learning.recipes import spec_of
 from icm_ray.learning.tasks import experts_for, learner_data
+from icm_ray.merging.factors import GRAMS
 from icm_ray.merging.order import MergeRequest
 from icm_ray.merging.recipe import merge_recipe
 from icm_ray.methods import find_method
@@ -67,7 +69,14 @@ def _grams(
 ) -> Path:
     """Return the folder of every adapter's Gram statistics; those that are ready are taken over."""
     assert recipe.data is not None, "asked for by recipes with data alone"
-    known = read_evidence(ready).adapters if ready else {}
+    kept = read_evidence(ready) if ready else None
+    if kept and (kept.kind != GRAMS or not kept.adapters):
+        raise RecipeError(
+            "data, evidence: both named, but only Gram statistics of known adapters can be added "
+            "to. Leave one out."
+        )
+    session = stack.enter_context(_opened(recipe, base))
+    known = kept.adapters if kept and ready and base_of(ready) == session.key else {}
     missing = [file for file in files if known.get(file.name) != file.fingerprint]
     if ready and not missing:
         return ready
@@ -75,7 +84,6 @@ def _grams(
     if modules - {m for file in files if file not in missing for m in file.shapes}:
         missing, ready = files, None  # of what a new one alone adapts, all need statistics
     data = learner_data(recipe.data, [file.name for file in missing])
-    session = stack.enter_context(_opened(recipe, base))
     new = folder.with_name(f"{folder.name}.new") if ready else folder
     with session.pool(len(missing)) as pool:
         grams_on_ray(pool, missing, data.inputs, new, modules=sorted(modules))

@@ -102,6 +102,23 @@ def test_a_processor_that_does_not_fit_is_said(tmp_path, changes, words) -> None
         own.standardised(own.sized(apart(picture(32, 48), picture(20, 20))))
 
 
+def test_what_is_done_to_a_picture_is_part_of_what_is_measured(tmp_path) -> None:
+    from icm_ray.base_model.pictures import preprocessing_key
+
+    assert preprocessing_key(tmp_path) == ""
+    keys = set()
+    for number, changes in enumerate(({}, {"size": {"height": 8, "width": 8}})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / PREPROCESSING).write_text(json.dumps({**OWN, **changes}))
+        keys.add(preprocessing_key(folder))
+    assert len(keys) == 2
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / PREPROCESSING).write_text(json.dumps({**OWN, "do_normalize": False}))
+    found = Preprocessing(tmp_path / "raw", patch=4).standardised(picture(4, 4)[None])
+    assert 0 <= found.min() < found.max() <= 1
+
+
 def test_images_of_different_sizes_are_told_apart() -> None:
     wide, high = picture(2, 4), picture(4, 2)
     high[...] = wide.reshape(4, 2, 3)

@@ -1,14 +1,18 @@
 """`ray job submit` to a head that is really started, with a token."""
 
+import contextlib
 import json
 import os
+import re
 import shlex
+import threading
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 from ray_heads import copy_tree, started
-from ray_samples import hashes, merge_recipe, write_yaml
+from ray_samples import ROOT, hashes, merge_recipe, write_yaml
 from typer.testing import CliRunner
 
 from icm_ray.cli import app
@@ -54,6 +58,28 @@ def test_a_submitted_merge_writes_under_storage(head, tree, adapters, tmp_path):
     here = CliRunner().invoke(app, words)
     assert here.exit_code == 0, here.output
     assert hashes(tmp_path / "runs" / "svd") == hashes(tmp_path / "here")
+
+
+def test_how_far_a_stage_is_can_be_read_as_a_metric(head, tree, adapters, tmp_path):
+    write_yaml(tree / "ties.yaml", merge_recipe(adapters, Path("runs/ties"), method="ties"))
+    line = ["python", "-m", "jobs.merge", "-c", "ties.yaml", f"storage={tmp_path}"]
+    seen, stop = set(), threading.Event()
+
+    def read():
+        while not stop.wait(0.3):
+            with contextlib.suppress(OSError), urllib.request.urlopen(head.metrics) as answer:
+                seen.update(re.findall(r"^(ray_icm_ray_\w+)\{", answer.read().decode(), re.M))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        assert head.submit(tree, *line).returncode == 0
+    finally:
+        stop.set()
+        thread.join()
+    board = json.loads((ROOT / "deploy" / "grafana.json").read_text())
+    shown = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    assert seen == set(re.findall(r"ray_icm_ray_\w+", shown))
 
 
 def test_a_job_that_would_lose_its_output_ends_with_the_reason(head, tree, adapters):

@@ -243,8 +243,11 @@ def test_a_scorer_of_one_s_own_sees_classes_and_texts(llama) -> None:
     head = Head(torch.randn(2, 16, generator=draw), torch.zeros(2))
     plain = Task("kind", "classification", "accuracy", ("dull", "lively"), 64)
     own = replace(plain, metric=scorer.name, scorer=scorer)
-    right = predict(llama, TaskData(plain, asked, head), 4) == asked.targets
-    assert predict(llama, TaskData(own, asked, head), 4).tolist() == (0.5 + right * 0.5).tolist()
+    said = predict(llama, TaskData(own, asked, head), 4)
+    assert said.tolist() == predict(llama, TaskData(plain, asked, head), 4).tolist()
+    right = said == asked.targets
+    assert score(own, said, asked.targets).value == pytest.approx((0.5 + right * 0.5).mean())
+    assert score(plain, said, asked.targets).value == pytest.approx(right.mean())
     telling = Task("say", "generation", scorer.name, (), 64, max_new_tokens=3, scorer=scorer)
     asked = replace(asked, answers=("no such words",) * len(WORDS))
     found = predict(llama, TaskData(telling, asked, None), 4)

@@ -26,11 +26,12 @@ def three(tmp_path):
     }
 
 
-def kept(cli, tmp_path, folders, **keys):
+def kept(cli, tmp_path, folders, *, silent=True, **keys):
     """Merge folders with their factors kept, lose them, and return the merge."""
     recipe = recipe_of(tmp_path / "first.yaml", folders, keep_factors=True, **keys)
     code, _, err = cli("merge", "-c", recipe)
-    assert (code, err) == (0, "")
+    assert code == 0, err
+    assert not (silent and err)
     for folder in folders.values():
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     return tmp_path / "merged"
@@ -109,6 +110,41 @@ def test_weights_of_the_removed_go_with_them(cli, tmp_path, three):
     assert read_json(tmp_path / "ties" / "merge_report.json")["method"] == "ties"
 
 
+def test_weights_in_a_list_do_not_move_to_others(cli, tmp_path, three):
+    merged = kept(cli, tmp_path, three, method="linear", params={"weights": [0.5, 2.0, 1.5]})
+    save_lora(tmp_path / "d", 9)
+    order = ("merge", "--from", merged, "--remove", "a", tmp_path / "d", "-o", tmp_path / "later")
+    code, _, err = cli(*order)
+    assert code == 2
+    assert "weights" in err
+    assert cli(*order, "params.weights.d=0.7")[0] == 0  # beside those that were kept
+    report = read_json(tmp_path / "later" / "merge_report.json")
+    assert report["params"]["weights"] == {"b": 2.0, "c": 1.5, "d": 0.7}
+
+
+def test_heads_are_kept_with_their_adapters(cli, tmp_path):
+    head = {"classifier.weight": torch.ones(2, 16)}
+    folders = {n: save_lora(tmp_path / n, i, saved=head) for i, n in enumerate("ab")}
+    merged = kept(cli, tmp_path, folders, modules_to_save="keep")
+    assert cli("merge", "--from", merged, "--remove", "b", "-o", tmp_path / "later")[0] == 0
+    (saved,) = (tmp_path / "later" / "saved_modules").iterdir()
+    assert saved.stem == "a"
+
+
+def test_a_single_file_of_any_ending_is_kept(cli, tmp_path):
+    name, draw = "lora_unet_mid_block_attentions_0_proj_in", torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(2, 5, generator=draw),
+        f"{name}.lora_up.weight": torch.randn(6, 2, generator=draw),
+    }
+    save_file(tensors, tmp_path / "style.sft")
+    expected = at_once(cli, tmp_path, {"style": tmp_path / "style.sft"})
+    merged = kept(cli, tmp_path, {"style": tmp_path / "style.sft"}, silent=False)
+    code, *_ = cli("merge", "--from", merged, "-o", tmp_path / "later")
+    assert code == 0
+    same(tmp_path / "later", expected)
+
+
 def test_every_format_is_kept_as_it_was(cli, tmp_path, three):
     mlx = tmp_path / "mlx"
     assert cli("export", three["a"], "--format", "mlx", "-o", mlx)[0] == 0
@@ -150,11 +186,32 @@ def test_what_is_wrong_is_said(cli, tmp_path, three):
     assert code == 3
     assert "inputs stay as they are" in err
     assert cli("merge", "--remove", "a", "-o", tmp_path / "later")[0] == 2
+    save_lora(tmp_path / "a", 5)
+    for words, told in (
+        (("--from", tmp_path / "no", "-o", tmp_path / "later"), "no such folder"),
+        (("--from", merged, "-o", merged / "next"), "lies in"),
+        (("--from", merged, tmp_path / "a", "-o", tmp_path / "later"), "has one of that name"),
+    ):
+        code, _, err = cli("merge", *words)
+        assert code == 2
+        assert told in err
+    recipe = recipe_of(tmp_path / "r.yaml", {"a": tmp_path / "a"}, remove=["a"])
+    code, _, err = cli("merge", "-c", recipe)
+    assert code == 2
+    assert "remove: without earlier" in err
     removed = [word for name in three for word in ("--remove", name)]
     code, _, err = cli("merge", "--from", merged, *removed, "-o", tmp_path / "later")
     assert code == 2
     assert "adapters: " in err
     assert not (tmp_path / "later").exists()
+
+
+def test_a_damaged_order_is_said(cli, tmp_path, three):
+    merged = kept(cli, tmp_path, three)
+    (merged / "factors" / "order.json").write_text("{}")
+    code, _, err = cli("merge", "--from", merged, "-o", tmp_path / "later")
+    assert code == 3
+    assert "no order of a merge" in err
 
 
 def test_kept_factors_are_the_merges_own_and_no_part_of_its_upload(cli, tmp_path, three):
@@ -213,6 +270,9 @@ def test_gram_statistics_stay_with_the_adapters_and_are_joined(cli, tmp_path, th
     code, _, err = cli("merge", "--from", merged, three["c"], "-o", tmp_path / "later")
     assert code == 3
     assert "2 of 3 tensors" in err
+    less = ("merge", "--from", merged, "--remove", "b", "-o", tmp_path / "less")
+    assert cli(*less, "keep_factors=true")[0] == 0
+    assert set(read_evidence(tmp_path / "less" / "factors" / "evidence").adapters) == {"a"}
     join_grams([merged / "factors" / "evidence", tmp_path / "new"], tmp_path / "joined", "abc")
     assert read_evidence(tmp_path / "joined").names == read_evidence(tmp_path / "grams").names
     code, _, err = cli(

@@ -90,6 +90,25 @@ def test_a_file_is_code_that_somebody_must_allow(folder, monkeypatch) -> None:
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("name", ["mine", "./mine.YAML", "deep/mine"])
+def test_what_is_no_name_is_no_way_around(folder, monkeypatch, name) -> None:
+    monkeypatch.delenv(ALLOW_CODE_VARIABLE)
+    monkeypatch.chdir(folder)
+    write(folder, CHOOSES, data={"lm_eval": name})
+    ran = folder / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\ndef words(doc):\n    return 'x'\n")
+    (folder / "deep").mkdir()
+    text = (folder / "mine.yaml").read_text() + "process_docs: !function own.words\n"
+    for file in ("mine", "mine.YAML", "deep/mine"):
+        (folder / file).write_text(text)
+    (folder / "deep" / "own.py").write_text((folder / "own.py").read_text())
+    for named in (name, str(folder / name)):
+        write(folder, CHOOSES, data={"lm_eval": named})
+        with pytest.raises(InputError, match="no task of that name"):
+            checked_suite(folder)
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize(
     ("task", "own", "words"),
     [
@@ -98,7 +117,7 @@ def test_a_file_is_code_that_somebody_must_allow(folder, monkeypatch) -> None:
         ({**CHOOSES, "doc_to_target": "{{options}}"}, {}, "several prompts or answers"),
         ({**CHOOSES, "output_type": "loglikelihood"}, {}, "Write its rows into a table"),
         (CHOOSES, {"data": {"lm_eval": "other.yaml"}}, "no such file"),
-        (CHOOSES, {"data": {"lm_eval": "no_such_task_at_all"}}, "cannot be loaded"),
+        (CHOOSES, {"data": {"lm_eval": "no_such_task_at_all"}}, "no task of that name"),
     ],
 )
 def test_what_cannot_be_used_is_said(folder, task, own, words) -> None:

@@ -81,8 +81,7 @@ def test_it_scores_with_an_interval_and_travels(suite) -> None:
     task = pickle.loads(pickle.dumps(checked_suite(suite).tasks["age"]))
     (suite / "judging.py").unlink()  # what travels is its text
     assert task.scorer("0.25", 0.5) == 0.75
-    scores = np.array([task.scorer(said, 1.0) for said in (1.0, 0.5, 0.0, 0.5)])
-    found = score(task, scores, np.ones(4))
+    found = score(task, np.array([1.0, 0.5, 0.0, 0.5]), np.ones(4))
     assert (found.metric, found.value, found.spearman) == ("judging:near", 0.5, None)
     assert 0 <= found.low < 0.5 < found.high <= 1
 

@@ -45,6 +45,7 @@ def _found(table: Table, one: SetResults, row: MethodRow) -> Variant:
     asked = SearchRecipe(
         base=str(recipe.base or table.suite.base),
         suite=recipe.suite,
+        allow_code=recipe.allow_code,
         adapters=[
             AdapterRef(name=task, path=str(expert.adapter))
             for task, expert in one.experts.items()
