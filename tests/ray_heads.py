@@ -71,9 +71,9 @@ class Head:
         )
 
 
-def copy_tree(folder: Path) -> None:
+def copy_tree(folder: Path, *skipped: str) -> None:
     """Copy what a user submits, since a file that changes meanwhile breaks the upload."""
-    skip = shutil.ignore_patterns("__pycache__", "*.parquet")
+    skip = shutil.ignore_patterns("__pycache__", *skipped)
     for name in ("icm_ray", "jobs"):
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     shutil.copy(ROOT / ".rayignore", folder)

@@ -8,6 +8,8 @@ import contextlib
 import logging
 import os
 import stat
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +111,14 @@ def train_fusion_on_ray(
     check_resources(order.resources)
     _own(scratch)
     write_table(table, scratch / f"{TABLE}.parquet")
+    signs = scratch / "signs"
+    signs.mkdir(exist_ok=True)
     with _settings(order.resources.timeout_seconds):
         data = ray.data.read_parquet(str((scratch / f"{TABLE}.parquet").absolute())).materialize()
         resources = order.resources
         trainer = _Trainer(
             worker,
-            train_loop_config={"order": ray.put(order)},
+            train_loop_config={"order": ray.put(order), "signs": str(signs.absolute())},
             datasets={TABLE: data},
             dataset_config=train.DataConfig(datasets_to_split=[]),
             scaling_config=train.ScalingConfig(
@@ -138,14 +142,51 @@ def train_fusion_on_ray(
                 callbacks=list(callbacks),
             ),
         )
-        try:
-            result = trainer.fit()
-        except train.TrainingFailedError as error:
-            raise _told(error) from error
-        except BaseException:  # Ctrl-C: workers would train on for a session that stays open
-            trainer.stop()
-            raise
+        with _watched(signs, order.resources.timeout_seconds, trainer.stop) as is_dead:
+            try:
+                result = trainer.fit()
+            except BaseException as error:
+                if is_dead():
+                    raise ClusterError(
+                        "train fusion: no worker answered for twice resources.timeout_seconds "
+                        f"({order.resources.timeout_seconds}). Checkpoints are kept; run the same "
+                        "command again to resume."
+                    ) from error
+                if isinstance(error, train.TrainingFailedError):
+                    raise _told(error) from error
+                trainer.stop()  # Ctrl-C: workers would train on for a session that stays open
+                raise
     return _trained(order, table, result.checkpoint)
+
+
+@contextlib.contextmanager
+def _watched(signs: Path, seconds: int, stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """End a training whose workers have given no sign of life for twice `seconds`.
+
+    Ray Train itself notices a worker that hangs in the middle of its steps, after `seconds`, and
+    starts all of them anew; one that hangs while it starts it would wait for without end. Only
+    changes of the signs count, so clocks of other nodes do not matter.
+    """
+    over, dead = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        seen, since = None, time.monotonic()
+        while not over.wait(min(1.0, seconds / 4)):
+            now = {sign.name: sign.stat().st_mtime_ns for sign in signs.iterdir()}
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > 2 * seconds:
+                dead.set()
+                stop()
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield dead.is_set
+    finally:
+        over.set()
+        thread.join()
 
 
 class _Trainer(TorchTrainer):

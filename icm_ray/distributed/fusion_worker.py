@@ -72,6 +72,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     order: FusionOrder = ray.get(config["order"])
     rank = train.get_context().get_world_rank()
+    sign = Path(config["signs"]) / str(rank)
+    sign.touch()
     # Or each report, and each reading of the table, is told once a worker.
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -81,7 +83,7 @@ def train_worker(config: dict[str, Any]) -> None:
         meta = _meta(order, _table(train.get_dataset_shard(TABLE)))
         engine = _engine(meta, order)
         history = _resumed(engine, train.get_checkpoint(), rank)
-        _train(engine, meta, order, history, rank)
+        _train(engine, meta, order, history, rank, sign)
 
 
 def _table(shard: Any) -> FusionTable:
@@ -136,7 +138,7 @@ def _settings(order: FusionOrder) -> dict[str, Any]:
 
 
 def _train(
-    engine: Any, meta: MetaTraining, order: FusionOrder, history: History, rank: int
+    engine: Any, meta: MetaTraining, order: FusionOrder, history: History, rank: int, sign: Path
 ) -> None:
     from ray import train
 
@@ -147,6 +149,7 @@ def _train(
             drawn.reach(len(history))
         while len(history) < steps and not is_lost(history):  # on every worker; the driver says so
             history.append(_step(engine, meta, len(history)))
+            sign.touch()  # the driver ends a training without signs of life
             done = len(history)
             if is_lost(history) or done % options.checkpoint_every == 0 or done == steps:
                 _report(engine, meta, history, rank)

@@ -32,7 +32,7 @@ def head(tmp_path_factory):
 def tree(tmp_path_factory):
     """A copy of what a user submits, and a large file that is not to be sent."""
     folder = tmp_path_factory.mktemp("tree")
-    copy_tree(folder)
+    copy_tree(folder, "*.parquet")
     (folder / "runs").mkdir()
     (folder / "runs" / "large.bin").write_bytes(os.urandom(1000))
     return folder

@@ -127,9 +127,11 @@ def test_a_worker_that_hangs_is_noticed_and_the_job_goes_on_later(job, quiet, ma
     stopped = time.monotonic()
     code = driver.wait(timeout=6 * TIMEOUT)
     assert gone(everyone, 30) == []
-    if job != "train_fusion":  # whose workers are all started anew
-        assert code == 5, said(recipe)
-        assert time.monotonic() - stopped < 2 * TIMEOUT
+    # A Fusion-VAE's workers are all started anew, unless they hang while they start.
+    assert code == 5 or (job == "train_fusion" and code == 0), said(recipe)
+    if code == 5:
+        limit = 4 if job == "train_fusion" else 2
+        assert time.monotonic() - stopped < limit * TIMEOUT
         assert "un the same command" in said(recipe).splitlines()[-1]
     finish(job, recipe)
     assert bytes_of(job, tmp_path / "out") == expected
