@@ -12,6 +12,9 @@ ORDER = "order.json"
 """In the folder of what a merge keeps: what it was asked for, without its places."""
 ADAPTERS, EVIDENCE = "adapters", "evidence"
 """In the same folder: the adapters by name, and their Gram statistics."""
+ASKED = ("method", "params", "seed", "base", "revision", "same_base", "modules_to_save")
+OF_OUTPUT = ("rank", "dtype")
+"""Keys of a recipe that an order may hold, and of its output; no other opens a door."""
 
 
 def with_earlier(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +85,9 @@ def _order_of(merged: Path) -> dict[str, Any]:
         isinstance(order.get(key), kind) for key, kind in expected.items()
     ):
         raise InputError(f"{file}: no order of a merge. Merge once more with keep_factors: true.")
-    return order
+    output = {key: value for key, value in order["output"].items() if key in OF_OUTPUT}
+    known = {key: value for key, value in order.items() if key in (*ASKED, ADAPTERS)}
+    return {**known, "output": output}
 
 
 def _without(value: Any, removed: list[str]) -> Any:

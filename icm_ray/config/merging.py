@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from icm_ray.config.earlier import with_earlier
+from icm_ray.config.earlier import ASKED, OF_OUTPUT, with_earlier
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import Adapters, DataSpec, Name, Output, Positive, Recipe
 from icm_ray.errors import RecipeError
@@ -61,14 +61,13 @@ class MergeRecipe(Recipe):
     @property
     def order(self) -> dict[str, Any]:
         """What is asked for whatever the adapters, as plain data; see `with_earlier`."""
-        names = {"method", "params", "seed", "base", "revision", "same_base", "modules_to_save"}
-        plain = self.model_dump(mode="json", include=names, exclude_none=True)
+        plain = self.model_dump(mode="json", include=set(ASKED), exclude_none=True)
         tasks = [ref.name for ref in self.adapters]
         if isinstance(weights := self.params.get("weights"), list):  # which would move to others
             plain["params"]["weights"] = dict(zip(tasks, weights, strict=True))
         if self.base and Path(self.base).is_dir():
             plain["base"] = str(Path(self.base).absolute())
-        output = self.output.model_dump(include={"rank", "dtype"}, exclude_none=True)
+        output = self.output.model_dump(include=set(OF_OUTPUT), exclude_none=True)
         return {**plain, "output": output, "adapters": tasks}
 
 

@@ -206,6 +206,18 @@ def test_what_is_wrong_is_said(cli, tmp_path, three):
     assert not (tmp_path / "later").exists()
 
 
+def test_an_order_of_a_stranger_opens_no_door(cli, tmp_path, three):
+    from icm_ray.config import MergeRecipe
+
+    merged = kept(cli, tmp_path, three)
+    file = merged / "factors" / "order.json"
+    order = {**read_json(file), "allow_code": True, "allow_pickle": True, "storage": "/elsewhere"}
+    file.write_text(json.dumps({**order, "output": {"path": "/elsewhere", "rank": 2}}))
+    recipe = MergeRecipe.model_validate({"earlier": str(merged), "output": str(tmp_path / "later")})
+    assert (recipe.allow_code, recipe.allow_pickle, recipe.storage) == (False, False, None)
+    assert (recipe.output.path, recipe.output.rank) == (str(tmp_path / "later"), 2)
+
+
 def test_a_damaged_order_is_said(cli, tmp_path, three):
     merged = kept(cli, tmp_path, three)
     (merged / "factors" / "order.json").write_text("{}")
