@@ -20,6 +20,7 @@ from ray.cluster_utils import Cluster
 from ray_samples import hashes, save_peft, save_tiny_bert
 
 from icm_ray import config
+from icm_ray.errors import ClusterError
 
 NODE = {"num_cpus": 1, "object_store_memory": 200_000_000}
 HEALTH = {"health_check_initial_delay_ms": 30_000, "health_check_timeout_ms": 10_000}
@@ -50,12 +51,19 @@ def recipe_for(job: str, root: Path, out: Path) -> Any:
 
 
 def run(job: str, root: Path, name: str) -> tuple[float, dict[str, str]]:
-    """Run a job on the open cluster; return how long it took and what it made."""
+    """Run a job on the open cluster; return how long it took and what it made.
+
+    A search's trial that is lost ends it with how to go on, and is made by the next run.
+    """
     started, out = time.monotonic(), root / name / job
+    room = "search.run" if job == "search" else job
+    work = importlib.import_module(f"icm_ray.workflows.{room}").run
     with contextlib.redirect_stdout(io.StringIO()):
-        importlib.import_module(
-            "icm_ray.workflows.search.run" if job == "search" else f"icm_ray.workflows.{job}"
-        ).run(recipe_for(job, root, out), out)
+        try:
+            work(recipe_for(job, root, out), out)
+        except ClusterError as error:
+            assert job == "search" and "run the same command again" in str(error), error
+            work(recipe_for(job, root, out), out)
     return time.monotonic() - started, hashes(out / "adapter" if job == "search" else out)
 
 
