@@ -116,7 +116,7 @@ def test_chats_on_a_language_model(tmp_path: Path) -> None:
         write_rows(tmp_path / "data" / f"{task}.jsonl", rows[:300])
 
         def batches(rows: list[dict[str, Any]] = rows[300:]) -> Batches:
-            for start in range(0, 60 * 8, 8):
+            for start in range(0, 40 * 8, 8):
                 texts = [
                     tokenizer.apply_chat_template(row["messages"], tokenize=False)
                     for row in rows[start : start + 8]
@@ -132,7 +132,7 @@ def test_chats_on_a_language_model(tmp_path: Path) -> None:
         tmp_path,
         [tmp_path / task for task in tasks],
         f"base={base}",
-        "budget.minutes=12",
+        "budget.minutes=6",
     )
     assert found
 
@@ -176,7 +176,7 @@ def test_pairs_of_texts_through_heads_of_their_own(tmp_path: Path) -> None:
         write_rows(tmp_path / "data" / f"{task}.jsonl", rows[600:])
 
         def batches(rows: list[dict[str, Any]] = rows[:600]) -> Batches:
-            for step in range(150):
+            for step in range(120):
                 some = [rows[(16 * step + i) % len(rows)] for i in range(16)]
                 texts, more = [r["text"] for r in some], [r["text_pair"] for r in some]
                 batch = tokenizer(
@@ -197,7 +197,7 @@ def test_pairs_of_texts_through_heads_of_their_own(tmp_path: Path) -> None:
         tmp_path,
         [tmp_path / task for task in tasks],
         f"base={base}",
-        "budget.minutes=10",
+        "budget.minutes=4",
     )
 
 
@@ -214,6 +214,6 @@ def test_texts_without_labels(tmp_path: Path) -> None:
         tmp_path,
         [experts / task / "adapter" for task in tasks],
         f"base={prepare_base('smollm2-135m')}",
-        "budget.minutes=12",
+        "budget.minutes=6",
         "resources.dtype=bfloat16",
     )
