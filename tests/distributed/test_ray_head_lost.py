@@ -14,7 +14,7 @@ from ray_heads import copy_tree, started
 from ray_samples import hashes
 
 OWN_RAY = True
-STATES = {"learn": ".runs.learning-*/state.safetensors", "finetune": "runs/experts/*/.*/state.*"}
+STATES = {"learn": ".runs.*/**/*.safetensors", "finetune": "runs/experts/*/.*/state.*"}
 """What shows that a job has begun, and has something to go on from."""
 
 
