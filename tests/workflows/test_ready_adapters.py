@@ -21,6 +21,8 @@ from icm_ray.workflows.pipeline.run import run
 from icm_ray.workflows.pipeline.stages import check_rows
 from icm_ray.workflows.search.run import run as search
 
+# Said by Ray Data and DeepSpeed of themselves.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 SIZES = {"calibration": 8, "validation": 24, "test": 24}
 TASKS = ("keyword", "supersense")
 

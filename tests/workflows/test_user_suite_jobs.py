@@ -17,6 +17,8 @@ from icm_ray.files import read_json
 from icm_ray.workflows import evaluate, finetune, learn, merge
 from icm_ray.workflows.pipeline.run import run
 
+# Said by Ray Data and DeepSpeed of themselves.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 TEMPLATE = (
     "{% for turn in messages %}[CLS]{{ turn.content }}[SEP]{% endfor %}"
     "{% if add_generation_prompt %}[CLS]{% endif %}"
