@@ -23,7 +23,7 @@ from icm_ray.workflows.search.run import run as search
 
 # Said by Ray Data and DeepSpeed of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-SIZES = {"calibration": 8, "validation": 24, "test": 24}
+SIZES = {"calibration": 8, "validation": 300, "test": 300}  # or random experts score 0
 TASKS = ("keyword", "supersense")
 
 
@@ -145,7 +145,7 @@ def test_a_table_may_search_and_train_with_deepspeed(refs, tmp_path, tiny_bert):
     trials = list((tmp_path / "out/search/adapters/task_arithmetic/trials").glob("*.json"))
     assert len(trials) == 3
     (model,) = (tmp_path / "out/fusion/adapters").iterdir()
-    assert "optimizer_bytes" in read_json(model / "report.json")
+    assert "optimizer_bytes" in read_json(model / "evidence.json")["report"]
     names = [path.name for path in (tmp_path / "out/merged/adapters/task_arithmetic").iterdir()]
     (searched,) = (name for name in names if name.startswith("scale="))
     assert 0.2 <= float(searched.removeprefix("scale=")) <= 0.6
@@ -154,12 +154,12 @@ def test_a_table_may_search_and_train_with_deepspeed(refs, tmp_path, tiny_bert):
 @pytest.mark.slow
 def test_other_jobs_take_them_too(refs, tmp_path, tiny_bert):
     shared = {"base": str(tiny_bert), "resources": {"workers": 1, "cpus_per_worker": 0.5}}
-    plain = {**shared, "suite": "text", "adapters": refs, "trials": 2, "validation": 24}
+    plain = {**shared, "suite": "text", "adapters": refs, "trials": 2, "validation": 300}
     plain |= {"search": {"params.scale": [0.3, 0.5]}, "output": str(tmp_path / "s")}
     search(load_recipe(SearchRecipe, write_yaml(tmp_path / "s.yaml", plain)), tmp_path / "s")
     read_manifest(tmp_path / "s" / "adapter")
     merged = [{"name": "best", "path": str(tmp_path / "s" / "adapter")}]
-    plain = {**shared, "suite": "text", "experts": refs, "adapters": merged, "examples": 24}
+    plain = {**shared, "suite": "text", "experts": refs, "adapters": merged, "examples": 300}
     order = write_yaml(tmp_path / "e.yaml", {**plain, "output": str(tmp_path / "e")})
     scores = evaluate.run(load_recipe(EvaluateRecipe, order), tmp_path / "e")["scores"]
     assert set(scores["best"]["normalised"]) == set(TASKS)
@@ -168,4 +168,4 @@ def test_other_jobs_take_them_too(refs, tmp_path, tiny_bert):
     plain = {**shared, "adapters": refs, "method": "distillation", "learn": how}
     plain |= {"data": {"suite": "text", "inputs_per_task": 8}, "output": str(tmp_path / "l")}
     learn.run(load_recipe(LearnRecipe, write_yaml(tmp_path / "l.yaml", plain)), tmp_path / "l")
-    assert load_adapter(refs[0]["path"]).fingerprint in (tmp_path / "l" / "report.json").read_text()
+    assert load_adapter(refs[0]["path"]).fingerprint in (tmp_path / "l" / "evidence.json").read_text()
