@@ -146,9 +146,9 @@ def test_a_table_may_search_and_train_with_deepspeed(refs, tmp_path, tiny_bert):
     assert len(trials) == 3
     (model,) = (tmp_path / "out/fusion/adapters").iterdir()
     assert "optimizer_bytes" in read_json(model / "evidence.json")["report"]
-    names = [path.name for path in (tmp_path / "out/merged/adapters/task_arithmetic").iterdir()]
-    (searched,) = (name for name in names if name.startswith("scale="))
-    assert 0.2 <= float(searched.removeprefix("scale=")) <= 0.6
+    names = {path.name for path in (tmp_path / "out/merged/adapters/task_arithmetic").iterdir()}
+    searched = [float(name.removeprefix("scale=")) for name in names - {"default"}]
+    assert all(0.2 <= scale <= 0.6 for scale in searched)  # none, where the default is best
 
 
 @pytest.mark.slow
