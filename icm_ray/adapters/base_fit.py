@@ -76,9 +76,10 @@ def exactly_targeted(adapter: Adapter, base: BaseFolder) -> Adapter:
     Short names such as `q_proj` may be those of another part of the model, a vision tower, too:
     PEFT would add to it what no file fills.
     """
-    names = plain_names(adapter.config)
+    if not (names := plain_names(adapter.config)):
+        return adapter
     others = (m for m, _ in architecture(base, adapter).named_modules() if m not in adapter.modules)
-    if not names or not any(covered(module, names) for module in others):
+    if not any(covered(module, names) for module in others):
         return adapter
     config = {key: value for key, value in adapter.config.items() if key != "target_modules"}
     return replace(adapter, config=config)

@@ -51,7 +51,7 @@ def verify_forward(
         )
     with _added(model, expected) as reached:
         algebra = _output(model, inputs)
-    theirs = _output(load_with_peft(model, file.path), inputs)
+    theirs = _output(load_with_peft(model, file), inputs)
     error = relative_error(theirs, algebra)
     change = relative_error(theirs, plain)
     # Rounding errors grow on their way through the layers.

@@ -20,7 +20,7 @@ from icm_ray.adapters.fused import (
     weightless,
     wrapper_paths,
 )
-from icm_ray.adapters.peft_format import open_adapter
+from icm_ray.adapters.peft_format import AdapterFile, open_adapter
 from icm_ray.adapters.policy import NEVER_RUN
 from icm_ray.errors import InputError
 from icm_ray.types import Adapter, LoRAFactors
@@ -64,7 +64,7 @@ def verify_written(folder: str | Path, expected: Adapter) -> dict[str, float]:
     ]
     if problems:
         raise InputError(sorted(problems))
-    layers = _lora_layers(load_with_peft(_skeleton(expected), file.path))
+    layers = _lora_layers(load_with_peft(_skeleton(expected), file))
     wrappers = wrapper_paths(parameters_of({m: file.layouts.get(m, "") for m in wanted}))
     tolerance, worst = TOLERANCES[file.dtype], 0.0
     for seed, module in enumerate(sorted(wanted)):
@@ -87,14 +87,15 @@ def verify_written(folder: str | Path, expected: Adapter) -> dict[str, float]:
     return {"modules": float(len(wanted)), "max_relative_error": worst}
 
 
-def load_with_peft(model: nn.Module, folder: Path) -> Any:
-    """Return `model` wrapped by PEFT with the adapter in `folder`.
+def load_with_peft(model: nn.Module, file: AdapterFile) -> Any:
+    """Return `model` wrapped by PEFT with an adapter in a folder.
 
     Raises:
         InputError: PEFT cannot load the folder, or would run a pattern that no merge writes.
     """
     from peft import PeftConfig, PeftModel
 
+    folder = file.path
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -111,7 +112,7 @@ def load_with_peft(model: nn.Module, folder: Path) -> Any:
         raise InputError(
             f"{folder}: PEFT cannot load it ({type(error).__name__}: {error}). Save it again."
         ) from error
-    _clear(loaded, open_adapter(folder, saved_modules="keep").shapes)
+    _clear(loaded, file.shapes)
     return loaded
 
 
@@ -122,8 +123,9 @@ def _clear(model: nn.Module, modules: Collection[str]) -> None:
     values.
     """
     for name, layer in _lora_layers(model).items():
-        wraps = "base_layer" in name or any(module.startswith(f"{name}.") for module in modules)
-        if name in modules or wraps:
+        if name in modules or "base_layer" in name:
+            continue
+        if any(module.startswith(f"{name}.") for module in modules):  # of experts in one parameter
             continue
         for linears in (layer.lora_A, layer.lora_B):
             for linear in linears.values():

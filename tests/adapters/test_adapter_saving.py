@@ -27,7 +27,9 @@ def test_round_trip_through_peft(make_peft, tmp_path, case):
     again = load_adapter(tmp_path / "out", adapter.name)
     assert again.fingerprint == adapter.fingerprint
     assert again.layouts == adapter.layouts
-    products, _ = peft_deltas(load_with_peft(small_model(kind), tmp_path / "out"), None)
+    products, _ = peft_deltas(
+        load_with_peft(small_model(kind), open_adapter(tmp_path / "out")), None
+    )
     assert products.keys() == adapter.modules.keys()
     for module, product in products.items():
         assert relative(product, adapter.modules[module].delta()) <= 1e-6
