@@ -47,13 +47,11 @@ def geometry_of(files: Sequence[AdapterFile]) -> Geometry:
     used: dict[str, list[float]] = {name: [] for name in names}
     for module in sorted({m for file in files for m in file.shapes}):
         held = {file.name: file.factors(module) for file in files if module in file.shapes}
+        for name, f in held.items():
+            for other, g in held.items():
+                products[name][other] += lowrank.inner(f.b, f.a, g.b, g.a)
         a = {name: one.a.double().T for name, one in held.items()}
         b = {name: one.b.double() for name, one in held.items()}
-        for name, other in [*combinations(held, 2), *((name, name) for name in held)]:
-            value = float(((a[name].T @ a[other]) * (b[name].T @ b[other])).sum())
-            products[name][other] = products[name][other] + value
-            if name != other:
-                products[other][name] = products[name][other]
         for kind, sides in (("rows", a), ("columns", b)):
             own = {name: _orthonormal(side) for name, side in sides.items()}
             overlaps[kind] += [
@@ -85,19 +83,12 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def delta_cosines(files: Sequence[AdapterFile]) -> dict[str, dict[str, float]]:
+def delta_cosines(files: Sequence[AdapterFile]) -> dict[str, Mapping[str, float]]:
     """Return the cosine of the angle between each two adapters' whole deltas, by name.
 
-    A module that one of them lacks is a zero there. Cost: reads every file once; holds one module
-    of all of them.
+    A module that one of them lacks is a zero there.
     """
-    products = {a.name: {b.name: 0.0 for b in files} for a in files}
-    for module in sorted({m for f in files for m in f.shapes}):
-        held = {f.name: f.factors(module) for f in files if module in f.shapes}
-        for a, f in held.items():
-            for b, g in held.items():
-                products[a][b] += lowrank.inner(f.b, f.a, g.b, g.a)
-    return _cosines(products)
+    return dict(geometry_of(files).cosines)
 
 
 def _cosines(products: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

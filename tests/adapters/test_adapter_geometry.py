@@ -26,6 +26,8 @@ def test_it_is_what_dense_decompositions_give(three):
     rows, columns = [], []
     for a, b in (("a", "b"), ("a", "c"), ("b", "c")):
         assert found.cosines[a][b] == pytest.approx(delta_cosines(files)[a][b], abs=1e-6)
+        x, y = (torch.cat([deltas[n][m].flatten() for m in sorted(SHAPES)]) for n in (a, b))
+        assert found.cosines[a][b] == pytest.approx(float(x @ y / x.norm() / y.norm()), abs=1e-6)
         for module in SHAPES:
             u, v = [], []
             for name in (a, b):
