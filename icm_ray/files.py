@@ -181,20 +181,23 @@ def refuse_inputs(target: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def _foreign_files(folder: Path) -> list[str]:
-    """Return the files of a folder that its manifest does not list, sorted."""
+    """Return the files of a folder that no manifest of ours lists, sorted."""
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted({path.relative_to(folder).as_posix() for path in files} - _listed(folder))
+
+
+def _listed(folder: Path) -> set[str]:
+    """Return what our manifest in a folder, and that of what a merge kept there, stand for."""
     try:
         manifest = read_json(folder / MANIFEST)
     except InputError:
         manifest = None
     # Web applications and browser extensions have a manifest.json too, so its name is not enough.
     listed = manifest.get("files") if isinstance(manifest, dict) else None
-    ours = {*listed, MANIFEST, *BESIDE_MANIFEST} if isinstance(listed, dict) else set()
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    foreign = found - ours
-    if ours and (folder / FACTORS / MANIFEST).is_file():
-        kept = {f"{FACTORS}/{name}" for name in _foreign_files(folder / FACTORS)}
-        foreign = {name for name in foreign if not name.startswith(f"{FACTORS}/")} | kept
-    return sorted(foreign)
+    if not isinstance(listed, dict):
+        return set()
+    kept = {f"{FACTORS}/{name}" for name in _listed(folder / FACTORS)}
+    return {*listed, MANIFEST, *BESIDE_MANIFEST, *kept}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -228,9 +231,9 @@ def is_done(folder: Path, key: str) -> bool:
 
 def _seal(folder: Path, info: Mapping[str, Any]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != RUN_FILE)
-    own = {p.relative_to(folder).as_posix(): p for p in files}
-    apart = f"{FACTORS}/" if (folder / FACTORS / MANIFEST).is_file() else "\0"
-    hashes = {n: sha256_of_file(p) for n, p in own.items() if not n.startswith(apart)}
+    if (folder / FACTORS / MANIFEST).is_file():
+        files = [path for path in files if not path.is_relative_to(folder / FACTORS)]
+    hashes = {p.relative_to(folder).as_posix(): sha256_of_file(p) for p in files}
     write_json(folder / MANIFEST, {**info, "files": hashes})
     # What the process's umask made of a plain file and a folder. safetensors writes 0600, which
     # another user's server cannot read.
