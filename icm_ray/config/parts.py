@@ -190,7 +190,7 @@ class Recipe(Part):
     seed: int = Field(default=0, ge=0)
     allow_code: bool = Field(
         default=False,
-        description="Run Python beside a suite, as its scorer (metric: file:function).",
+        description="Run what is code beside a suite: its scorers, its files of lm-eval.",
     )
     cache: str | None = Field(
         default=None, description="Where bases are kept; default ICM_RAY_CACHE."

@@ -81,13 +81,14 @@ def weighted(
     if task.metric == FIDELITY and task.kind == "regression":
         return _r2(predictions[:, 0], predictions[:, 1], weights, 0)
     if task.scorer is not None:
-        return _mean(_judged(task, predictions, targets), targets, weights, 0)
+        return _mean(_own_scores(task, predictions, targets), targets, weights, 0)
     return MEASURES[task.metric](predictions, targets, weights, len(task.classes))
 
 
-def _judged(task: Task, predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _own_scores(task: Task, predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return what the task's own scorer says of each answer; generations have been judged."""
-    if task.kind == "generation" or task.scorer is None:
+    assert task.scorer is not None
+    if task.kind == "generation":
         return predictions
     names = (lambda x: task.classes[int(x)]) if task.classes else int if task.is_class else float
     pairs = zip(predictions.tolist(), targets.tolist(), strict=True)

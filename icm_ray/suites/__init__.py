@@ -3,17 +3,15 @@
 `SUITES` is the whole table; importing it loads neither torch nor transformers nor ray.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 
-from icm_ray.config import ALLOW_CODE_VARIABLE
 from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.suites.bases import BASES, PackagedBase, default_cache, prepare_base
 from icm_ray.suites.folder import load_folder
 from icm_ray.suites.opening import SUITE_FILE, checked_suite, open_suite
-from icm_ray.suites.own_scorer import allowing
+from icm_ray.suites.own_scorer import allowing, is_allowed
 from icm_ray.suites.remote import fetched
 from icm_ray.suites.suite import Suite
 from icm_ray.suites.tasks import SPLITS, Examples, Task
@@ -60,7 +58,7 @@ def find_suite(name: str, key: str = "suite") -> Suite:
         )
     files = sorted(path for path in folder.iterdir() if path.is_file())
     stamps = tuple((p.name, (s := p.stat()).st_mtime_ns, s.st_size) for p in files)
-    stamp = (folder.resolve(), stamps, os.environ.get(ALLOW_CODE_VARIABLE))
+    stamp = (folder.resolve(), stamps, is_allowed())
     if stamp not in _opened:  # jobs ask for it in each of their stages
         _opened.clear()
         _opened[stamp] = checked_suite(folder)

@@ -6,16 +6,16 @@ lm-eval words what is asked, and this project scores the answers: of a multiple 
 
 import importlib.util
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from icm_ray.config import ALLOW_CODE_VARIABLE, LmEvalData, TaskKind
+from icm_ray.config import LmEvalData, TaskKind
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.files import sha256_of
+from icm_ray.suites.own_scorer import is_allowed
 from icm_ray.suites.rows import MAX_ROWS, Row
 
 KINDS: dict[str, TaskKind] = {
@@ -147,7 +147,7 @@ def open_lm_eval(folder: Path, where: str, data: LmEvalData, kind: TaskKind) -> 
     file = folder / data.lm_eval
     if not file.is_file():
         raise InputError(f"{where}: {file}: no such file. Check the path.")
-    if os.environ.get(ALLOW_CODE_VARIABLE) != "1":
+    if not is_allowed():
         raise RecipeError(
             f"{where}: {data.lm_eval} has templates and functions that lm-eval runs, and nobody "
             "has allowed it. Read the file; then set allow_code: true in the recipe."

@@ -46,6 +46,11 @@ def allowing(code: bool) -> Iterator[None]:
             os.environ[ALLOW_CODE_VARIABLE] = before
 
 
+def is_allowed() -> bool:
+    """Say whether somebody has allowed what is code beside a suite to run."""
+    return os.environ.get(ALLOW_CODE_VARIABLE) == "1"
+
+
 class OwnScorer(NamedTuple):
     """The text of a scorer, which travels to whoever scores, and is part of what scores are of.
 
@@ -101,7 +106,7 @@ def own_scorer(folder: Path, metric: str) -> OwnScorer | None:
             f"{metric!r} but {path.name} has {', '.join(functions) or 'no function'}."
             f"{did_you_mean(named[2], functions)}"
         )
-    if os.environ.get(ALLOW_CODE_VARIABLE) != "1":
+    if not is_allowed():
         raise RecipeError(
             f"{metric!r} is Python of the suite and nobody has allowed to run it. Read "
             f"{path.name}; then set allow_code: true in the recipe."
