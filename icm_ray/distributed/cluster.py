@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from icm_ray.distributed.progress import bar, calm_progress
 from icm_ray.errors import ClusterError
 
 Key = TypeVar("Key", bound=Hashable)
+
+ASK_AGAIN_SECONDS = 0.5
+"""Before a worker that could not be reached is asked once more."""
 
 _session_ends_with_us = False
 
@@ -155,8 +159,9 @@ def run_bounded(
 
     Raises:
         ICMRayError: as raised by a call.
-        ClusterError: a call's workers died more often than Ray retries, which is said when the
-            others are done; or the time-out passed.
+        ClusterError: a call's workers died more often than Ray retries, or could not be reached
+            for as long as the time-out, which is said when the others are done; or the time-out
+            passed without an answer.
         ResourceError: the same, where memory or disk is what ran out.
     """
     results: dict[Key, Any] = {}
@@ -178,6 +183,7 @@ def _completed(
     waiting, idle = list(calls), list(workers)
     flying: dict[Any, tuple[Key, Any]] = {}
     lost: list[tuple[object, BaseException]] = []
+    silent: dict[Key, float] = {}  # since when a call's worker cannot be reached
     try:
         while waiting or flying:
             while waiting and idle and len(lost) < MAX_LOST:
@@ -199,6 +205,14 @@ def _completed(
             except ray.exceptions.RayTaskError:  # of ours, or a bug: its worker lives
                 result = fetch(ready[0], what)
             except ray.exceptions.RayError as error:
+                if isinstance(error, ray.exceptions.ActorUnavailableError) and (
+                    time.monotonic() - silent.setdefault(key, time.monotonic()) < timeout
+                ):
+                    # Ray's retries may all be spent before the cluster has decided whether a
+                    # silent node is lost. Until then its worker is asked again.
+                    time.sleep(ASK_AGAIN_SECONDS)
+                    flying[calls[key](worker)] = (key, worker)
+                    continue
                 # What kills its workers is named in the end; the others' work goes on. A slot for
                 # tasks is as good as before, an actor that was lost is not.
                 lost.append((what, error))
