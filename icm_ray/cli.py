@@ -39,6 +39,9 @@ def _place(text: str) -> Path:
 PATH: Any = {"parser": _place, "metavar": "PATH"}
 Config = Annotated[Path, typer.Option("-c", "--config", help="Recipe (YAML).", **PATH)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value")]
+Planned = Annotated[
+    list[str] | None, typer.Argument(metavar="[JOB] [KEY=VALUE]...", help="merge unless said.")
+]
 Folder = Annotated[Path, typer.Argument(help="A merged adapter's folder.", **PATH)]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 _CHANGE = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
@@ -56,6 +59,19 @@ def _finish(work: Callable[[], Any], debug: bool) -> None:
     code, _, _ = guarded(lambda: {"result": work()}, debug=debug)
     if code:
         raise typer.Exit(code)
+
+
+def _job_of(words: list[str]) -> tuple[str, list[str]]:
+    """Return the job that a plan is of, the first word unless that is a change, and the changes."""
+    if not words or _CHANGE.match(words[0]):
+        return "merge", words
+    planned = [name for name, job in JOBS.items() if job.planner]
+    if words[0] not in planned:
+        raise RecipeError(
+            f"job: {words[0]!r} has no plan, but one of {', '.join(planned)} is expected."
+            f"{did_you_mean(words[0], planned)}"
+        )
+    return words[0], words[1:]
 
 
 def _console() -> Console:
@@ -169,18 +185,24 @@ def inspect(
 
 @app.command()
 def plan(
-    config: Config, overrides: Overrides = None, as_json: AsJson = False, debug: Debug = False
+    config: Config, words: Planned = None, as_json: AsJson = False, debug: Debug = False
 ) -> None:
-    """Say before any spend whether adapters fit, and what the merge will cost and make."""
-    from icm_ray.merging.estimate import plan_recipe, warn
+    """Say before any spend whether adapters fit, and what a job will cost and make.
+
+    A merge's plan is read from file headers; that of a job that runs the base times a few of its
+    own inputs.
+    """
+    from icm_ray.merging.estimate import warn
 
     def work() -> None:
-        recipe = load_recipe(MergeRecipe, config, overrides or [])
-        found = plan_recipe(recipe)
+        job, changes = _job_of(words or [])
+        recipe: Any = load_recipe(JOBS[job].kind, config, changes)
+        found = JOBS[job].plan(recipe)
         if as_json:
             print(json.dumps(found, indent=2))
             return
-        table = Table(title=f"plan: {recipe.method}", show_header=False)
+        what = [job, getattr(recipe, "method", None)]
+        table = Table(title=f"plan: {' '.join(filter(None, what))}", show_header=False)
         for name, value in found["summary"].items():
             table.add_row(name, escape(one_line(str(value))))
         _console().print(table)

@@ -43,16 +43,21 @@ class _Terminated(BaseException):
 class Job:
     """One entry point: a recipe's class, and the module whose `run(recipe, target)` does it.
 
-    The module is imported when the job runs, so that `--help` and a wrong recipe are told at once.
+    Modules are imported when they are asked, so that `--help` and a wrong recipe are told at once.
     """
 
-    def __init__(self, kind: type[Recipe], workflow: str) -> None:
-        """Take the recipe's class and the module's full name."""
-        self.kind, self.workflow = kind, workflow
+    def __init__(self, kind: type[Recipe], workflow: str, planner: str | None = None) -> None:
+        """Take the recipe's class and the full name of its module, and of what plans it, if any."""
+        self.kind, self.workflow, self.planner = kind, workflow, planner
 
     def __call__(self, recipe: Any, target: Path) -> dict[str, Any]:
         """Run on the cluster that RAY_ADDRESS or the submitted job gives, else on a local one."""
         return importlib.import_module(self.workflow).run(recipe, target)
+
+    def plan(self, recipe: Any) -> dict[str, Any]:
+        """Return what the job would do and need; `summary` is for people."""
+        assert self.planner is not None
+        return importlib.import_module(self.planner).plan(recipe)
 
     def main(self, usage: str | None) -> NoReturn:
         """Run from this process's command line, and end it with the exit code."""

@@ -20,17 +20,20 @@ from icm_ray.config import (
     TrainFusionRecipe,
 )
 
+_BASE = "icm_ray.workflows.plan"
+"""Plans what runs a base."""
+
 JOBS: Mapping[str, Job] = MappingProxyType(
     {
         "prepare": Job(PrepareRecipe, "icm_ray.workflows.prepare"),
         "finetune": Job(FinetuneRecipe, "icm_ray.workflows.finetune"),
-        "evidence": Job(EvidenceRecipe, "icm_ray.workflows.evidence"),
-        "learn": Job(LearnRecipe, "icm_ray.workflows.learn"),
+        "evidence": Job(EvidenceRecipe, "icm_ray.workflows.evidence", _BASE),
+        "learn": Job(LearnRecipe, "icm_ray.workflows.learn", _BASE),
         "train_fusion": Job(TrainFusionRecipe, "icm_ray.workflows.train_fusion"),
-        "merge": Job(MergeRecipe, "icm_ray.workflows.merge"),
+        "merge": Job(MergeRecipe, "icm_ray.workflows.merge", "icm_ray.merging.estimate"),
         "search": Job(SearchRecipe, "icm_ray.workflows.search.run"),
-        "evaluate": Job(EvaluateRecipe, "icm_ray.workflows.evaluate"),
-        "pipeline": Job(PipelineRecipe, "icm_ray.workflows.pipeline.run"),
+        "evaluate": Job(EvaluateRecipe, "icm_ray.workflows.evaluate", _BASE),
+        "pipeline": Job(PipelineRecipe, "icm_ray.workflows.pipeline.run", _BASE),
         "benchmark": Job(BenchmarkRecipe, "icm_ray.benchmarks.run"),
     }
 )

@@ -114,7 +114,7 @@ def _facts(file: AdapterFile) -> dict[str, Any]:
     }
 
 
-def plan_recipe(recipe: MergeRecipe) -> dict[str, Any]:
+def plan(recipe: MergeRecipe) -> dict[str, Any]:
     """Return what the recipe will make and need: rank, size, memory, time, cluster.
 
     Raises:

@@ -1,24 +1,55 @@
 """`jobs.evaluate`: adapters scored on a suite's tasks, beside the tasks' own experts."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import open_all
+from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import USUAL_SIZES, EvaluateRecipe
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import opened
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts, heads_of, ready_experts
-from icm_ray.evaluation.scoring import idle_lines, task_data, values
+from icm_ray.evaluation.scoring import TaskData, idle_lines, task_data, values
 from icm_ray.learning.tasks import headless
 from icm_ray.merging.estimate import warn
 from icm_ray.suites import find_suite
 from icm_ray.workflows.prepared import check_counts, prepared_base, preparing, with_base
 
 
-def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
-    """Score adapters against the experts whose heads they share."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a recipe wants scored, checked before any spend.
+
+    Attributes:
+        recipe: The recipe, with its base.
+        base: The base's folder.
+        data: Examples by task, with heads.
+        own: The experts' adapters.
+        items: The adapters to score.
+    """
+
+    recipe: EvaluateRecipe
+    base: Path
+    data: Mapping[str, TaskData]
+    own: Sequence[AdapterFile]
+    items: Sequence[ScoreItem]
+
+    @property
+    def everything(self) -> list[ScoreItem]:
+        """The references, and what is compared with them."""
+        return [*references(self.own), *self.items]
+
+
+def wanted(recipe: EvaluateRecipe) -> Wanted:
+    """Open what a recipe names.
+
+    Raises:
+        RecipeError: an expert has no task or no head, or an adapter is named as a reference is.
+        InputError: an adapter, the suite or the base is not as it should be.
+    """
     suite = find_suite(recipe.suite)
     if isinstance(recipe.experts, str):
         experts = find_experts(Path(recipe.experts))
@@ -46,12 +77,18 @@ def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     recipe = with_base(recipe, suite, own)
     base = prepared_base(recipe, suite, heads_of(suite, experts)[1], [recipe.split])
     data = task_data(suite, experts, recipe.split, limit)
+    return Wanted(recipe, base, data, own, items)
+
+
+def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
+    """Score adapters against the experts whose heads they share."""
+    asked = wanted(recipe)
+    recipe, names = asked.recipe, [ref.name for ref in recipe.adapters]
     with (
-        opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session,
-        session.pool(len(items) + len(own) + 1) as pool,
+        opened(recipe.resources, asked.base, recipe.seed, preparing(recipe)) as session,
+        session.pool(len(asked.items) + len(asked.own) + 1) as pool,
     ):
-        everything = [*references(own), *items]
-        found = score_on_ray(pool, everything, data, target / "scores", recipe.batch)
+        found = score_on_ray(pool, asked.everything, asked.data, target / "scores", recipe.batch)
     standings = Standings.among(found)
     warn(idle_lines(standings.expert, standings.base))
     scores: dict[str, Any] = {

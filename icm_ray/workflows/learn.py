@@ -88,7 +88,7 @@ def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     refuse_foreign(target)
     refs = [ref.pair for ref in recipe.adapters]
     files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.learn")
-    request = _request(recipe, files)
+    request = request_of(recipe, files)
     warn(warnings_of(files))
     suite, heads = data_of(recipe.data), heads_in(request.data)
     base = prepared_base(recipe, suite, heads, [recipe.data.split])
@@ -100,7 +100,7 @@ def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     return {"outputs": {"evidence": str(target), "report": str(page)}, "losses": losses}
 
 
-def _request(recipe: LearnRecipe, files: Sequence[AdapterFile]) -> LearnRequest:
+def request_of(recipe: LearnRecipe, files: Sequence[AdapterFile]) -> LearnRequest:
     """Return what a recipe wants learned, checked before any spend."""
     if (find_method(recipe.method).needs == "fusion_model") != bool(recipe.fusion):
         raise RecipeError(

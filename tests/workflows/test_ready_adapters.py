@@ -108,7 +108,8 @@ def test_a_pipeline_without_methods_tries_what_the_data_allow(refs, tmp_path, ti
     plan = read_json(tmp_path / "out" / "plan.json")
     assert plan["budget_seconds"] == 6
     seconds = dict(plan["seconds"])
-    assert 0 < sum(seconds.values()) <= 6
+    assert 0 < sum(seconds.values()) + plan["scoring"]["base and experts"] <= 6
+    assert plan["scoring"].keys() - seconds.keys() == {"base and experts"}
     assert list(seconds.values()) == sorted(seconds.values())
     assert plan["left_out"]["distillation"] == "no inputs of other"
     assert "the budget" in plan["left_out"]["ties"]

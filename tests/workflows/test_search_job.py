@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -26,12 +27,27 @@ from ray_samples import (
 from icm_ray.command import run_job
 from icm_ray.config import MergeRecipe, SearchRecipe, TrainFusionRecipe
 from icm_ray.config.loading import load_recipe
+from icm_ray.errors import InputError
+from icm_ray.evaluation.metrics import Score
+from icm_ray.evaluation.scoring import TaskScore
 from icm_ray.files import read_json
 from icm_ray.search.ledger import Ledger
+from icm_ray.workflows.search.material import check_experts
 from jobs.merge import work as merge_work
 from jobs.search import work
 
 TASKS = ["keyword", "supersense"]
+
+
+def test_an_expert_that_is_never_right_is_named():
+    def scored(metric, value):
+        return TaskScore(Score(metric, value, value, value, None), np.zeros((7, 1)))
+
+    check_experts({"good": scored("accuracy", 0.5), "far": scored("rmse", 2.0)})
+    with pytest.raises(InputError) as caught:
+        check_experts({"good": scored("accuracy", 0.5), "lost": scored("accuracy", 0.0)})
+    assert len(caught.value.problems) == 1
+    assert "experts: lost: accuracy is 0 on 7 validation examples" in caught.value.problems[0]
 
 
 @pytest.fixture(scope="module")

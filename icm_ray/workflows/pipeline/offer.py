@@ -9,7 +9,7 @@ from typing import Any
 from icm_ray.config import MethodRow, PipelineRecipe
 from icm_ray.distributed.scores import seconds_an_example
 from icm_ray.distributed.session import Pool
-from icm_ray.evaluation.scoring import task_data
+from icm_ray.evaluation.scoring import TaskData, task_data
 from icm_ray.files import read_json, sha256_of, write_json
 from icm_ray.fusion.serial import fusion_spec_of
 from icm_ray.learning.recipes import spec_of
@@ -26,6 +26,8 @@ BACKWARD = 4.0
 """Forward passes that a learner's step is worth, its expert's own among them."""
 INNER = 5.0
 """The same of an inner step of a Fusion-VAE."""
+REFERENCES_COST = "base and experts"
+"""What every table costs beside its rows."""
 SECONDS_A_MERGE = 1.0
 """What writing and checking a folder takes beside the arithmetic."""
 FUSION_BATCH = 16
@@ -43,16 +45,22 @@ def offer_rows(table: Table, pool: Pool) -> None:
     if kept.get("key") == key:
         plan = kept
     else:
-        few = min(PROBED, *(table.suite.count(task, "validation") for task in one.scored))
-        data = task_data(table.suite, one.experts, "validation", few, one.unseen)
-        plan = planned(table, one, seconds_an_example(pool, data), budget, pool.size)
+        forward = seconds_an_example(pool, few_of(table, one))
+        plan = planned(table, one, forward, budget, pool.size)
         write_json(table.offer.path, {"key": key, "budget_seconds": budget, **plan})
     rows = {row.name: row for row in USUAL}
     table.offer.rows = [rows[name] for name, _ in plan["seconds"]]
     table.offer.seconds, table.offer.left_out = dict(plan["seconds"]), dict(plan["left_out"])
+    table.offer.scoring = dict(plan["scoring"])
     if budget is not None:
         table.offer.ends = time.monotonic() + budget
     print(_line(table.offer, budget))
+
+
+def few_of(table: Table, one: SetResults) -> dict[str, TaskData]:
+    """Return the examples whose scoring is timed."""
+    few = min(PROBED, *(table.suite.count(task, "validation") for task in one.scored))
+    return task_data(table.suite, one.experts, "validation", few, one.unseen)
 
 
 def allowed(table: Table, one: SetResults) -> tuple[list[MethodRow], dict[str, str]]:
@@ -78,37 +86,60 @@ def allowed(table: Table, one: SetResults) -> tuple[list[MethodRow], dict[str, s
 def planned(
     table: Table, one: SetResults, forward: float, budget: float | None, workers: int
 ) -> dict[str, Any]:
-    """Return the seconds of each row that fits into the budget, and why others are left out."""
-    rows, left_out = allowed(table, one)
-    costs = {row.name: _seconds(table, one, row, forward) / workers for row in rows}
+    """Return the seconds of each row that fits into the budget, and why others are left out.
+
+    Rows are the recipe's own, or the usual ones where it names none.
+    The cheapest row is tried in any case.
+    """
+    rows, left_out = (table.rows, {}) if table.rows else allowed(table, one)
+    learning = {row.name: _learning(table, one, row, forward) / workers for row in rows}
+    scoring = {row.name: _scoring(table, one, row, forward) / workers for row in rows}
+    scoring[REFERENCES_COST] = _references(table, one, forward) / workers
     seconds: dict[str, float] = {}
-    for name in sorted(costs, key=lambda name: costs[name]):
-        if budget is not None and sum(seconds.values()) + costs[name] > budget:
-            left_out[name] = f"the budget: about {costs[name]:.0f} s more"
+    spent = scoring[REFERENCES_COST]
+    for name in sorted(learning, key=lambda name: learning[name] + scoring[name]):
+        cost = learning[name] + scoring[name]
+        if budget is not None and seconds and spent + cost > budget:
+            left_out[name] = f"the budget: about {cost:.0f} s more"
+            del scoring[name]
         else:
-            seconds[name] = round(costs[name], 1)
-    return {"seconds": list(seconds.items()), "left_out": left_out}
+            seconds[name] = round(cost, 1)
+            spent += cost
+    return {
+        "seconds": list(seconds.items()),
+        "scoring": {name: round(cost, 1) for name, cost in scoring.items()},
+        "left_out": left_out,
+    }
 
 
-def _seconds(table: Table, one: SetResults, row: MethodRow, forward: float) -> float:
-    """Return what a row takes of one worker: gathering, learning, merging and scoring."""
-    tasks, files = len(one.scored), one.files(row.tasks)
-    request = MergeRequest(row.method, row.params, None, row.rank, table.session.seed)
-    settings = list(variants(row))
-    merge = merge_seconds(files, request) + SECONDS_A_MERGE
-    validation, test = (_examples(table, one, split) for split in ("validation", "test"))
-    seconds = merge * len(settings) + (len(settings) * validation + 2 * test) * forward
-    needs = METHODS[row.method].needs
-    if needs is not None and needs != "fusion_model":
-        seconds += _examples(table, one, "calibration") * forward
+def _learning(table: Table, one: SetResults, row: MethodRow, forward: float) -> float:
+    """Return what gathering and learning for a row take of one worker."""
+    tasks, needs = len(one.scored), METHODS[row.method].needs
+    if needs == "fusion_model":
+        spec = fusion_spec_of(row.fusion)
+        inner = INNER * spec.meta_steps * FUSION_BATCH * tasks * forward
+        return inner + VAE_STEP_SECONDS * spec.vae_steps
+    seconds = _examples(table, one, "calibration") * forward if needs else 0.0
     if needs == "learned_merge":
         how = spec_of(row.method, row.learn).optimisation
         seconds += BACKWARD * how.steps * how.batch * tasks * forward
-    if needs == "fusion_model":
-        spec = fusion_spec_of(row.fusion)
-        seconds += INNER * spec.meta_steps * FUSION_BATCH * tasks * forward
-        seconds += VAE_STEP_SECONDS * spec.vae_steps
     return seconds
+
+
+def _scoring(table: Table, one: SetResults, row: MethodRow, forward: float) -> float:
+    """Return what a row's merges and their scores take of one worker."""
+    request = MergeRequest(row.method, row.params, None, row.rank, table.session.seed)
+    merge = merge_seconds(one.files(row.tasks), request) + SECONDS_A_MERGE
+    settings = len(list(variants(row)))
+    validation, test = (_examples(table, one, split) for split in ("validation", "test"))
+    validated = settings if row.grid or table.validates_all else 0
+    return merge * settings + (validated * validation + 2 * test) * forward
+
+
+def _references(table: Table, one: SetResults, forward: float) -> float:
+    """Return what the base's and the experts' scores, and the task vectors, take of one worker."""
+    scored = sum(_examples(table, one, split) for split in ("validation", "test"))
+    return (2 * scored + 2 * _examples(table, one, "calibration")) * forward
 
 
 def _examples(table: Table, one: SetResults, split: str) -> int:
@@ -119,16 +150,22 @@ def _examples(table: Table, one: SetResults, split: str) -> int:
 
 
 def affords(table: Table, row: MethodRow) -> bool:
-    """Say whether there is time left for a row; if not, it is left out from now on."""
+    """Say whether there is time left to learn a row; if not, it is left out from now on.
+
+    What is left must also do for merging and scoring every row that is kept.
+    """
     offer = table.offer
-    needed = offer.seconds.get(row.name, 0.0)
-    if time.monotonic() + needed <= offer.ends:
+    needed = offer.seconds.get(row.name, 0.0) - offer.scoring.get(row.name, 0.0)
+    if time.monotonic() + needed + sum(offer.scoring.values()) <= offer.ends:
         return True
     offer.rows.remove(row)
-    offer.left_out[row.name] = f"the budget: {needed:.0f} s were planned and less was left"
+    offer.left_out[row.name] = (
+        f"the budget: learning it was planned with {needed:.0f} s and less was left"
+    )
     assert offer.path is not None
-    del offer.seconds[row.name]
-    left = {"seconds": list(offer.seconds.items()), "left_out": offer.left_out}
+    del offer.seconds[row.name], offer.scoring[row.name]
+    kept = {"seconds": list(offer.seconds.items()), "scoring": offer.scoring}
+    left = {**kept, "left_out": offer.left_out}
     write_json(offer.path, {**read_json(offer.path), **left})
     print(f"left out: {row.name}: {offer.left_out[row.name]}")
     return False
@@ -136,7 +173,7 @@ def affords(table: Table, row: MethodRow) -> bool:
 
 def _line(offer: Offer, budget: float | None) -> str:
     within = f"budget {budget:.0f} s" if budget is not None else "no budget"
-    total = sum(offer.seconds.values())
+    total = sum(offer.seconds.values()) + offer.scoring[REFERENCES_COST]
     shares = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in offer.seconds.items())
     out = [name for name, why in offer.left_out.items() if why.startswith("the budget")]
     rest = f"; left out for the budget: {', '.join(out)}" if out else ""

@@ -44,6 +44,7 @@ class Offer:
         rows: What is tried, cheapest first.
         left_out: What is not, by name, with the reason.
         seconds: What each row should take on all workers together.
+        scoring: The part of it that comes when everything is learned: merging and scores.
         ends: When the budget is used up, by the monotonic clock.
         path: Where it is kept.
     """
@@ -51,6 +52,7 @@ class Offer:
     rows: list[MethodRow] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    scoring: dict[str, float] = field(default_factory=dict)
     ends: float = math.inf
     path: Path | None = None
 

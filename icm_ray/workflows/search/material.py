@@ -1,5 +1,7 @@
 """What all trials of a search share, gathered once: evidence, inputs, heads, references."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -7,11 +9,26 @@ from safetensors.torch import load_file
 from icm_ray.distributed.evidence import checkpoints_on_ray, grams_on_ray
 from icm_ray.distributed.scores import Standings, references, score_on_ray
 from icm_ray.distributed.session import Pool
-from icm_ray.evaluation.scoring import task_data
+from icm_ray.errors import InputError
+from icm_ray.evaluation.metrics import share
+from icm_ray.evaluation.scoring import TaskScore, task_data
 from icm_ray.evidence.tensors import TENSORS
 from icm_ray.learning.tasks import LearnerData, learner_data
 from icm_ray.search.measuring import Material
 from icm_ray.search.plan import Plan
+
+
+def check_experts(scores: Mapping[str, TaskScore]) -> None:
+    """Raise InputError with a line for each expert by whose score no merge can be measured."""
+    lines = [
+        f"experts: {task}: {one.score.metric} is {one.score.value:g} on {len(one.predictions)} "
+        "validation examples, so no merge can be measured by it. Give more examples, leave the "
+        "task out, or search with an objective that reads no labels."
+        for task, one in scores.items()
+        if math.isnan(share(one.score.value, one.score.value, one.score.metric))
+    ]
+    if lines:
+        raise InputError(lines)
 
 
 def gather_material(plan: Plan, pool: Pool, target: Path) -> Material:
@@ -31,6 +48,7 @@ def gather_material(plan: Plan, pool: Pool, target: Path) -> Material:
         scored = task_data(plan.suite, plan.experts, "validation", limit)
         scores = score_on_ray(pool, references(plan.proven), scored, target / "scores")
         known = Standings.among(scores)
+        check_experts(known.expert)
         predictions = {
             "base": {task: one.predictions for task, one in known.base.items()},
             "expert": {task: one.predictions for task, one in known.expert.items()},

@@ -1,0 +1,175 @@
+"""What each job will do, counted from its recipe and timed by `measured.Bench`.
+
+A plan opens adapters and data as the job does, so it refuses what the job would refuse. It writes
+nothing but a base that was not prepared yet.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from icm_ray.adapters import AdapterFile, open_all
+from icm_ray.config import (
+    EvaluateRecipe,
+    EvidenceRecipe,
+    LearnRecipe,
+    PipelineRecipe,
+    Recipe,
+    Resources,
+)
+from icm_ray.learning.recipes import needs_grams
+from icm_ray.learning.tasks import LearnerData, load_inputs
+from icm_ray.merging.estimate import warnings_of
+from icm_ray.workflows.evaluate import wanted
+from icm_ray.workflows.learn import request_of
+from icm_ray.workflows.pipeline.offer import REFERENCES_COST
+from icm_ray.workflows.plan.measured import FEW, Bench
+from icm_ray.workflows.plan.pipeline import asked_of, planned_rows
+from icm_ray.workflows.prepared import data_of, heads_in, prepared_base
+
+RAY_SECONDS = 10.0
+"""A local Ray's start and end."""
+GRAM_ENTRY = 4
+"""Bytes: Gram statistics are kept in float32."""
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What a job will do.
+
+    Attributes:
+        seconds: Of one worker, by stage.
+        items: How many workers can share the work.
+        gathered: Bytes that workers gather, which the driver holds and writes.
+        left_out: What is not tried, with the reason.
+        warnings: What is odd about the adapters.
+    """
+
+    seconds: Mapping[str, float]
+    items: int
+    gathered: int = 0
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def _evidence(recipe: EvidenceRecipe) -> tuple[Bench, JobPlan]:
+    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
+    data = LearnerData(load_inputs(recipe.data, [file.name for file in files]))
+    base = prepared_base(recipe, data_of(recipe.data), splits=[recipe.data.split])
+    bench = Bench(base, recipe.resources)
+    one = bench.forward(data, recipe.batch)
+    is_grams = recipe.kind == "gram_statistics"
+    passes = 1 if is_grams else 2  # the base's own states beside the adapter's
+    seconds = {recipe.kind.replace("_", " "): passes * one * _count(data)}
+    gathered = _gram_bytes(files) if is_grams else 0
+    return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings_of(files)))
+
+
+def _learn(recipe: LearnRecipe) -> tuple[Bench, JobPlan]:
+    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
+    request = request_of(recipe, files)
+    suite, heads = data_of(recipe.data), heads_in(request.data)
+    bench = Bench(prepared_base(recipe, suite, heads, [recipe.data.split]), recipe.resources)
+    spec, data = request.spec, request.data
+    how, examples = spec.optimisation, _count(data)
+    one = bench.forward(data, how.batch)
+    seconds, gathered = {}, 0
+    if needs_grams(spec):
+        seconds["gram statistics"], gathered = one * examples, _gram_bytes(files)
+    # Base and expert once, and the merge at its start and at its end.
+    seconds["losses before and after"] = 4 * one * examples
+    step = bench.step(spec, [file.load() for file in files], data)
+    seconds[f"{how.steps} steps"] = how.steps * how.batch * len(files) * step
+    return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings_of(files)))
+
+
+def _evaluate(recipe: EvaluateRecipe) -> tuple[Bench, JobPlan]:
+    asked = wanted(recipe)
+    bench = Bench(asked.base, recipe.resources)
+    few = {task: replace(one, examples=one.examples.first(FEW)) for task, one in asked.data.items()}
+    one = bench.scored(few, recipe.batch)
+    examples = sum(len(item.examples) for item in asked.data.values())
+    seconds = {"base and experts": 2 * one * examples}
+    seconds |= {item.label: one * examples for item in asked.items}
+    return bench, JobPlan(seconds, len(asked.everything))
+
+
+def _pipeline(recipe: PipelineRecipe) -> tuple[Bench, JobPlan]:
+    asked = asked_of(recipe)
+    bench = Bench(asked.base, recipe.resources)
+    tasks = len(asked.suite.tasks)
+    workers = workers_here(recipe.resources, tasks)
+    found = planned_rows(asked, bench, workers)
+    of_rows = {REFERENCES_COST: found["scoring"][REFERENCES_COST], **dict(found["seconds"])}
+    seconds = {name: asked.sets * workers * spent for name, spent in of_rows.items()}
+    return bench, JobPlan(seconds, tasks, left_out=found["left_out"])
+
+
+_PLANS: Mapping[type[Recipe], Callable[[Any], tuple[Bench, JobPlan]]] = {
+    EvidenceRecipe: _evidence,
+    LearnRecipe: _learn,
+    EvaluateRecipe: _evaluate,
+    PipelineRecipe: _pipeline,
+}
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Return what a job will do and need; `summary` is for people.
+
+    Time and memory come from a few of the recipe's own inputs, run here through the base.
+
+    Raises:
+        InputError, RecipeError: as the job itself would before any work.
+    """
+    bench, plan = _PLANS[type(recipe)](recipe)
+    workers = workers_here(recipe.resources, plan.items)
+    whole = sum(plan.seconds.values())
+    own = bench.held - bench.mapped
+    time = bench.start_seconds + whole / workers + RAY_SECONDS
+    summary = {
+        "base": f"{bench.shared.path.name}, {bench.shared.bytes / 1e6:.0f} MB in "
+        f"{bench.shared.dtype}, loaded in {bench.start_seconds:.1f} s",
+        "workers here": f"{workers}",
+        **{stage: f"{seconds:.1f} s of one worker" for stage, seconds in plan.seconds.items()},
+        "time": f"about {time:.0f} s with these workers, starting them and Ray included",
+        "memory a worker": f"{own / 1e6:.0f} MB, and {bench.mapped / 1e6:.0f} MB of base and "
+        "libraries that the workers of a node share",
+        "memory of the driver": f"{(bench.bare + plan.gathered) / 1e6:.0f} MB",
+    }
+    if bench.device_bytes:
+        summary["memory a device"] = f"{bench.device_bytes / 1e6:.0f} MB"
+    if plan.gathered:
+        summary["disk"] = f"{plan.gathered / 1e6:.0f} MB"
+    return {
+        "summary": summary,
+        "warnings": [
+            *plan.warnings,
+            *(f"left out: {n}: {why}" for n, why in plan.left_out.items()),
+        ],
+        **asdict(plan),
+        "workers": workers,
+        "total_seconds": time,
+        "worker_bytes": own,
+        "shared_bytes": bench.mapped,
+        "driver_bytes": bench.bare + plan.gathered,
+        "device_bytes": bench.device_bytes,
+    }
+
+
+def workers_here(resources: Resources, items: int) -> int:
+    """Return how many workers this machine would start."""
+    fit = items
+    if resources.cpus_per_worker:
+        fit = int((os.cpu_count() or 1) / resources.cpus_per_worker)
+    return max(1, min(items, resources.workers or items, fit))
+
+
+def _count(data: LearnerData) -> int:
+    return sum(len(inputs) for inputs, _ in data.inputs.values())
+
+
+def _gram_bytes(files: list[AdapterFile]) -> int:
+    """Return what Gram statistics take at most; modules that read one tensor share theirs."""
+    modules = {module: shape[1] for file in files for module, shape in file.shapes.items()}
+    return GRAM_ENTRY * len(files) * sum(d_in**2 for d_in in modules.values())
