@@ -68,8 +68,8 @@ def _job_of(words: list[str]) -> tuple[str, list[str]]:
     planned = [name for name, job in JOBS.items() if job.planner]
     if words[0] not in planned:
         raise RecipeError(
-            f"job: {words[0]!r} has no plan, but one of {', '.join(planned)} is expected."
-            f"{did_you_mean(words[0], planned)}"
+            f"job: {words[0]!r} has no plan, but one of {', '.join(planned)} is expected, or a "
+            f"change as key=value.{did_you_mean(words[0], planned)}"
         )
     return words[0], words[1:]
 

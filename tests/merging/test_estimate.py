@@ -9,7 +9,8 @@ from icm_ray.adapters import open_all
 from icm_ray.config import MergeRecipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import InputError, RecipeError
-from icm_ray.merging.estimate import inspect_adapters, plan
+from icm_ray.merging import estimate
+from icm_ray.merging.estimate import inspect_adapters
 from icm_ray.merging.folder import Origin, write_merged
 from icm_ray.merging.merge import merge
 
@@ -26,7 +27,7 @@ def plan(tmp_path):
 
     def planned(folders, **keys):
         path = recipe_of(tmp_path / "plan.yaml", folders, **keys)
-        return plan(load_recipe(MergeRecipe, path))
+        return estimate.plan(load_recipe(MergeRecipe, path))
 
     return planned
 
