@@ -177,8 +177,8 @@ def learned_figures(data: ReportData, summary: Summary) -> Iterator[Picture]:
     if data.training_ratios:
         yield Picture(
             "Null-space ratio during fine-tuning",
-            "Mean over modules, of each expert on its own inputs at the steps that were kept, those "
-            "of the second half; Figure 1 of arXiv 2603.26317 begins at step 0.",
+            "Mean over modules, of each expert on its own inputs at the steps that were kept, of "
+            "the second half; Figure 1 of arXiv 2603.26317 begins at step 0.",
             learned_pictures.training_picture(data.training_ratios),
         )
     for place, row in enumerate(learned):
