@@ -38,6 +38,7 @@ from icm_ray.methods.table import Method, frozen
 from icm_ray.methods.task_arithmetic import adds_up, task_arithmetic
 from icm_ray.methods.ties import ties, ties_passes
 from icm_ray.methods.tsv import tsv
+from icm_ray.methods.wudi import wudi
 
 _STACK = "O(R (d_out + d_in))"
 _GRAM = "O(R^2 (d_out + d_in))"
@@ -130,6 +131,14 @@ METHODS: Mapping[str, Method] = frozen(
             cost="O(d_in^3 + R d_in^2)",
             needs="gram_statistics",
             takes={"gram.<task>": "(d_in, d_in): X^T X / n over the module's inputs"},
+        ),
+        "wudi": Method(
+            "wudi",
+            wudi,
+            formula="scale * (sum_k delta_k G_k)(sum_k G_k)^-1, G_k that of the rows of delta_k",
+            paper="arXiv 2503.08099",
+            use="As a baseline: regmean without inputs. Tune the scale; see inspect's row overlap.",
+            cost="O(R^2 (d_out + d_in) + K R^3)",
         ),
         "lora_lego": Method(
             "lora_lego",

@@ -1,0 +1,26 @@
+"""Baselines of 2025 and 2026 beside numbers of their reference implementations."""
+
+import pytest
+import torch
+from test_golden import MANIFEST, adapters, stored
+
+import icm_ray
+
+# Of each case: the ridge, and which of its tensors is what a LoRA of rank R can hold.
+WUDI = [
+    ("wudi_equal_long", 1e-9, "delta_in_span"),
+    ("derived_weight_gram_equal", 0.1, "delta_eps0.1"),
+    ("derived_weight_gram_equal", 0.01, "delta_eps0.01"),
+]
+
+
+@pytest.mark.parametrize(("name", "ridge", "tensor"), WUDI)
+def test_wudi_is_where_the_reference_ends(adapter_around, name, ridge, tensor) -> None:
+    case = MANIFEST["cases"][name]
+    given = adapters(case, adapter_around)
+    result = icm_ray.merge(given, "wudi", params={"ridge": ridge})
+    for layer, factors in result.adapter.modules.items():
+        # The reference's own tolerance is that of Adam's path; the closed form is not on it.
+        torch.testing.assert_close(
+            factors.delta(), stored(case["file"])[f"{layer}.{tensor}"], rtol=1e-4, atol=1e-5
+        )
