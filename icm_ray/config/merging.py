@@ -76,7 +76,7 @@ class EvidenceRecipe(Recipe):
 
     kind: Literal["task_vectors", "gram_statistics"] = Field(
         default="task_vectors",
-        description="Task vectors and null-space ratios, or what regmean needs.",
+        description="Task vectors and null-space ratios, or what regmean and esm need.",
     )
     base: str
     revision: str | None = None

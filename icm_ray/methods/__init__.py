@@ -17,6 +17,7 @@ from icm_ray.methods.dare import dare
 from icm_ray.methods.dare_ties import dare_ties, dare_ties_passes
 from icm_ray.methods.della import della
 from icm_ray.methods.emr import emr, emr_passes
+from icm_ray.methods.esm import esm, esm_passes
 from icm_ray.methods.fr_merging import fr_merging
 from icm_ray.methods.icm_fusion import FUSED, icm_fusion, prepared
 from icm_ray.methods.iso_c import iso_c
@@ -48,6 +49,7 @@ _MASKS = {
     "mask_a.<task>": "(rank, d_in), preset peft: nonzero keeps an entry of A",
     "mask_b.<task>": "(d_out, rank), preset peft: nonzero keeps an entry of B",
 }
+_INPUTS = {"gram.<task>": "(d_in, d_in): X^T X / n over the module's inputs"}
 _LEARNED: dict[str, Any] = {
     "cost": "steps x tasks forward and backward passes of the base in jobs.learn, then a stack",
     "needs": "learned_merge",
@@ -130,7 +132,7 @@ METHODS: Mapping[str, Method] = frozen(
             use="With a few hundred unlabelled inputs of every task; nothing is trained.",
             cost="O(d_in^3 + R d_in^2)",
             needs="gram_statistics",
-            takes={"gram.<task>": "(d_in, d_in): X^T X / n over the module's inputs"},
+            takes=_INPUTS,
         ),
         "wudi": Method(
             "wudi",
@@ -230,6 +232,19 @@ METHODS: Mapping[str, Method] = frozen(
             use="For several unlike tasks without data; tune the scale, from about 1.5 / K.",
             cost=_GRAM,
             family="subspaces",
+        ),
+        "esm": Method(
+            "esm",
+            esm,
+            formula="scale * l^2 mean(s_U) mean(s_V) U V, U and V nearest to all output shifts",
+            paper="arXiv 2602.20208",
+            use="As a baseline: tsv in the metric of unlabelled inputs. Tune the scale.",
+            cost="O(R d_in^2 + R^2 (d_out + d_in)), twice",
+            needs="gram_statistics",
+            family="subspaces",
+            takes=_INPUTS,
+            passes=esm_passes,
+            exempt=_FLATTENED,
         ),
         "iso_c": Method(
             "iso_c",

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from icm_ray.errors import InputError
 from icm_ray.linalg.gram import damped
+from icm_ray.methods.shared.grams import grams_of
 from icm_ray.methods.shared.parameters import Scale
 from icm_ray.methods.shared.weighted_sum import weighted_sum
 from icm_ray.types import Delta, LoRAFactors, ModuleContext, ModuleEvidence
@@ -51,7 +50,7 @@ def regmean(
     Cost: O(d_in^3 + R d_in^2); three `(d_in, d_in)` float64 matrices besides the Grams.
     """
     factors = list(factors)
-    grams = _grams(factors[0].shape[1], context, evidence or {})
+    grams = grams_of(factors[0].shape[1], context, evidence or {})
     if not any(gram.any() for gram in grams.values()):
         return weighted_sum(factors, [scale / len(context.all_tasks)] * len(factors))
     total = torch.zeros_like(next(iter(grams.values())), dtype=torch.float64)
@@ -69,24 +68,3 @@ def regmean(
         )
     a = torch.cholesky_solve(torch.cat(right).T, lower).T
     return LoRAFactors(a.float().contiguous(), torch.cat([f.b for f in factors], 1) * scale)
-
-
-def _grams(
-    d_in: int, context: ModuleContext, evidence: ModuleEvidence
-) -> dict[str, Float[Tensor, "d_in d_in"]]:
-    """Return the Grams of this module by task, in the order of the tasks, checked."""
-    names = {task: f"gram.{task}" for task in context.all_tasks}
-    grams = {task: evidence[name] for task, name in names.items() if name in evidence}
-    missing = [task for task in context.tasks if task not in grams]
-    if grams and missing:
-        raise InputError(
-            f"{context.module}.gram: none for {', '.join(missing)} but for {', '.join(grams)}. "
-            "Gather inputs of every task that has the module, or leave the module's Grams out."
-        )
-    for task, gram in grams.items():
-        if gram.shape != (d_in, d_in):
-            raise InputError(
-                f"{context.module}.gram.{task}: {tuple(gram.shape)} but {(d_in, d_in)} is "
-                "expected. Gather it from the inputs of this module."
-            )
-    return grams

@@ -40,7 +40,8 @@ def stored(file: str) -> dict[str, Tensor]:
 
 def adapters(case: dict[str, Any], adapter_around) -> list[Any]:
     """Return the case's adapters, scaling folded in as loading does."""
-    entry, tensors = SETS[case["inputs"]], stored(case["inputs"])
+    file = case["inputs"].split()[0]
+    entry, tensors = SETS[file], stored(file)
     made = []
     for task, (rank, alpha) in enumerate(zip(entry["ranks"], entry["lora_alpha"], strict=True)):
         scaling = alpha / rank**0.5 if case["params"].get("rslora") else alpha / rank

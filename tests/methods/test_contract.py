@@ -30,6 +30,7 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "negate_add": [{"target": "a", "a": "a", "b": "a"}],
     "svd_latent": [{}, {"space": "delta"}],
     "lora_lego": [{}, {"preset": "nsc"}],
+    "esm": [{}, {"preset": "roberta"}],
     "fr_merging": [{}, {"align": False}],
     "knots_ties": [{"density": 1.0}, {"density": 1.0, "preset": "nsc"}],
     "knots_dare_ties": [{"density": 1.0}, {"density": 1.0, "preset": "nsc"}],

@@ -55,6 +55,7 @@ NEVER: Mapping[str, str] = {
     "cat": "the sum itself, which task_arithmetic scales",
     "emr": "an adapter for each task besides the common one",
     "negate_add": "takes a capability away instead of joining several",
+    "esm": "a baseline; as good as tsv, which needs no inputs",
     "wudi": "a baseline; below task_arithmetic on encoders, and undone by shared initialisations",
 }
 """Methods that are tried only where a recipe names them, each with the reason."""
