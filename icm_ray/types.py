@@ -44,6 +44,11 @@ class LoRAFactors:
                 "(rank, d_in) and (d_out, rank) are expected. Check the adapter's tensors."
             )
 
+    @classmethod
+    def none(cls, shape: tuple[int, int]) -> "LoRAFactors":
+        """Return the change of rank 0 of a module of shape `(d_out, d_in)`."""
+        return cls(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0))
+
     @property
     def rank(self) -> int:
         """Number of rank-one terms, zero or more."""

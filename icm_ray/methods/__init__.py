@@ -12,6 +12,7 @@ from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.evidence.rebuild import KINDS
 from icm_ray.methods.breadcrumbs import breadcrumbs
 from icm_ray.methods.cat import cat
+from icm_ray.methods.compress_then_merge import compress_then_merge
 from icm_ray.methods.core_space import core_space
 from icm_ray.methods.dare import dare
 from icm_ray.methods.dare_ties import dare_ties, dare_ties_passes
@@ -223,6 +224,16 @@ METHODS: Mapping[str, Method] = frozen(
             cost="O(R^2 (d_out + d_in) + K R^3)",
             family="subspaces",
             takes={"mask.<task>": "(p, q), dare and dare_ties: nonzero keeps an entry of the core"},
+        ),
+        "compress_then_merge": Method(
+            "compress_then_merge",
+            compress_then_merge,
+            formula="scale * U inner(U^T delta_1 V .. U^T delta_K V) V^T, U and V of a chosen rank",
+            paper="arXiv 2606.03723",
+            use="When the result must have a small rank: nothing is cut after the merge.",
+            cost="O(R^2 (d_out + d_in) + rounds R^3)",
+            family="subspaces",
+            takes={"mask.<task>": "(rank, rank), dare_ties: nonzero keeps an entry of the core"},
         ),
         "tsv": Method(
             "tsv",

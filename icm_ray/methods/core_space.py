@@ -10,12 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from icm_ray.linalg import lowrank
-from icm_ray.linalg.consensus import Vote, sum_of_signs, vote
 from icm_ray.linalg.orthogonal import polar
 from icm_ray.linalg.shared_basis import Basis, basis_of
-from icm_ray.linalg.sparsify import threshold
 from icm_ray.methods.iso_cts import iso_cts
-from icm_ray.methods.shared.blocks import dropped
+from icm_ray.methods.shared.cores import between, merged_entries
 from icm_ray.methods.shared.parameters import Scale, Weights, task_weights
 from icm_ray.methods.tsv import shares
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
@@ -80,8 +78,7 @@ def core_space(
     left = basis_of(torch.cat([b for b, _ in pairs], dim=1))
     right = basis_of(torch.cat([a for _, a in pairs]).T)
     if not (left.s.numel() and right.s.numel()):
-        d_out, d_in = pairs[0][0].shape[0], pairs[0][1].shape[1]
-        return LoRAFactors(torch.zeros(0, d_in), torch.zeros(d_out, 0))
+        return LoRAFactors.none((pairs[0][0].shape[0], pairs[0][1].shape[1]))
     numbers = task_weights(context, weights, default=1.0)
     cores = _cores(left, right, [a.shape[0] for _, a in pairs], numbers)
     if inner == "cart":
@@ -91,12 +88,9 @@ def core_space(
     elif inner == "iso_cts":
         merged = iso_cts(cores, context=context).delta()
     else:
-        merged = _by_entries(inner, cores, context, evidence, density, trim_density)
-    spectrum = lowrank.dense_svd(merged)
-    equal = isotropize or inner == "iso_c"
-    root = (spectrum.s.mean().expand_as(spectrum.s) if equal else spectrum.s).sqrt()
-    a = right.product(spectrum.right.T * root).T.contiguous()
-    return LoRAFactors(a, left.product(spectrum.left * root * scale))
+        values = torch.stack([core.delta() for core in cores])
+        merged = merged_entries(inner, values, context, evidence, (density, trim_density))
+    return between(left, merged, right, scale=scale, equal=isotropize or inner == "iso_c")
 
 
 def _cores(
@@ -108,27 +102,6 @@ def _cores(
         LoRAFactors(a.T.float(), (weight * b).float())
         for b, a, weight in zip(*sides, weights, strict=True)
     ]
-
-
-def _by_entries(
-    inner: str,
-    cores: Sequence[LoRAFactors],
-    context: ModuleContext,
-    evidence: ModuleEvidence | None,
-    density: float,
-    trim_density: float,
-) -> Float[Tensor, "p q"]:
-    values = torch.stack([core.delta() for core in cores])
-    if inner in ("dare", "dare_ties"):
-        shape = (values.shape[1], values.shape[2])
-        values = next(dropped(iter((values,)), context, shape, density, evidence))
-    if inner not in ("ties", "dare_ties"):
-        return values.sum(0)
-    share = density if inner == "ties" else trim_density
-    least = torch.tensor([threshold(entries, share) for entries in values])
-    ones = torch.ones(len(values))
-    most = sum_of_signs(values, least, ones)
-    return vote(values, least, Vote(ones, ones, ones, zero=(most > 0) - (most < 0)))
 
 
 def _tsv(cores: Sequence[LoRAFactors], shorter_side: int) -> Float[Tensor, "p q"]:

@@ -107,7 +107,7 @@ def _joined(
     ]
     u = torch.cat([left for left, _, _ in parts], 1)
     if not u.numel():
-        return LoRAFactors(torch.zeros(0, d_in), torch.zeros(d_out, 0))
+        return LoRAFactors.none((d_out, d_in))
     power = 2 if preset == "vit" else 0
     norms = [norm for *_, norm in parts if norm > 0]
     mean = sum(norms) / len(norms)

@@ -50,3 +50,38 @@ def test_esm_equals_both_codes(adapter_around, name, preset, tensor) -> None:
         wrong = theirs["blk0.q_proj.delta_reference"]
         found = result.adapter.modules["blk0.q_proj"].delta()
         assert not torch.allclose(found, wrong, **case["tolerance"])
+
+
+CTM = {
+    "ctm_ties_mixed": {},
+    "ctm_iso_equal": {"inner": "iso_c", "by_norm": 0.0, "scale": 1.0},
+    "ctm_dare_ties_equal": {"inner": "dare_ties", "density": 0.7, "trim_density": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", CTM)
+def test_compress_then_merge_equals_the_reference_with_a_converged_fit(
+    adapter_around, name
+) -> None:
+    case = MANIFEST["cases"][name]
+    theirs, given = stored(case["file"]), adapters(case, adapter_around)
+    masks = {
+        f"{key.removesuffix('.masks')}.mask.task{task}": mask
+        for key, stack in theirs.items()
+        if key.endswith(".masks")
+        for task, mask in enumerate(stack)
+    }
+    params = {"rank": 4, **CTM[name]}
+    result = icm_ray.merge(given, "compress_then_merge", params=params, evidence=masks or None)
+    for layer, factors in result.adapter.modules.items():
+        assert factors.rank == 4
+        torch.testing.assert_close(factors.delta(), theirs[f"{layer}.delta"], **case["tolerance"])
+
+
+def test_the_published_stop_is_far_from_the_end_of_the_fit(adapter_around) -> None:
+    case = MANIFEST["cases"]["ctm_ties_mixed_published"]
+    theirs, given = stored(case["file"]), adapters(case, adapter_around)
+    result = icm_ray.merge(given, "compress_then_merge", params={"rank": 4})
+    for layer, factors in result.adapter.modules.items():
+        expected = theirs[f"{layer}.delta"]
+        assert 1e-3 < float((factors.delta() - expected).norm() / expected.norm()) < 2e-2

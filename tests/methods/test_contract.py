@@ -39,6 +39,10 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
         for inner in ("ties", "task_arithmetic", "dare", "dare_ties", "tsv", "cart")
         for more in ({}, {"balance": True})
     ],
+    "compress_then_merge": [
+        {"inner": inner, "density": 1.0, "scale": 1.0}
+        for inner in ("ties", "task_arithmetic", "dare_ties")
+    ],
     "emr": [{}, {"preset": "paper"}],
     "ties": [
         {"density": 1.0, "preset": preset}
@@ -79,6 +83,7 @@ SPARSE: dict[str, list[dict[str, Any]]] = {
     "knots_ties": [{"density": 0.3}],
     "knots_dare_ties": [{"density": 0.5}],
     "core_space": [{"inner": "ties", "density": 0.5, "balance": True}],
+    "compress_then_merge": [{"rank": 1}, {"inner": "iso_c"}],
 }
 ROWS = [
     (name, params)
