@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from icm_ray.adapters.blocks import block_path
 from icm_ray.base_model.loading import find_module
 from icm_ray.base_model.states import Batch, outputs
 from icm_ray.errors import InputError
 from icm_ray.learning.inputs import Seen
 from icm_ray.learning.parameters import Frame
-from icm_ray.learning.targets import block_path
 
 
 @contextlib.contextmanager

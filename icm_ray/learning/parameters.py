@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from icm_ray.adapters.blocks import block_path
 from icm_ray.evidence.rebuild import bases, positions, stacks
-from icm_ray.learning.targets import block_path
 from icm_ray.learning.terms import Terms
 from icm_ray.types import LoRAFactors
 

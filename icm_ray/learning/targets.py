@@ -1,18 +1,16 @@
 """Which modules' inputs an objective looks at; blocks are found by parsing paths."""
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from icm_ray.adapters.blocks import block_index
 from icm_ray.errors import RecipeError
 
 OUTPUTS = ("o_proj", "out_proj", "attention.output.dense", "attn.c_proj", "self_attn.dense", "wo")
 VALUES = ("v_proj", "value", "query_key_value", "qkv_proj", "qkv", "c_attn", "wv")
 """Usual names of attention's output and value projections, as a path ends."""
-
-_INDEX = re.compile(r"^(.*?\.)?(\d+)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -69,18 +67,6 @@ class Targets:
                     return found
             return list(paths[-1:])
         return [path for path in paths if _ends_with(path, self.names)]
-
-
-def block_index(path: str) -> int | None:
-    """Return the index of the block a module is in: the first number of its path."""
-    found = _INDEX.match(path)
-    return int(found[2]) if found else None
-
-
-def block_path(path: str) -> str | None:
-    """Return the path of the block a module is in, up to and with its index."""
-    found = _INDEX.match(path)
-    return f"{found[1] or ''}{found[2]}" if found else None
 
 
 def _ends_with(path: str, ends: Sequence[str]) -> bool:

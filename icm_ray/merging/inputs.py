@@ -18,12 +18,16 @@ from icm_ray.types import LoRAFactors, ModuleContext
 ReadFactors = Callable[[str, str], LoRAFactors]
 """Gives the factors of `(task, module)`; from memory, or from a file when they are needed."""
 
+Before = Callable[[Sequence[LoRAFactors]], Sequence[LoRAFactors]]
+"""A step that changes all tasks' factors of a module at once."""
+
 
 class Inputs(Sequence[LoRAFactors]):
     """The present tasks' factors, read one at a time: hundreds of adapters are never held at once.
 
     Attributes:
         norms: Frobenius norm of each delta that was read, by task, if they are wanted.
+        changed: All of them after `before`, a step that must see all tasks at once.
     """
 
     def __init__(
@@ -34,9 +38,11 @@ class Inputs(Sequence[LoRAFactors]):
         *,
         with_norms: bool,
         device: torch.device = CPU,
+        before: Before | None = None,
     ) -> None:
         self.tasks, self.module, self.read, self.with_norms = tasks, module, read, with_norms
-        self.device = device
+        self.device, self.before = device, before
+        self.changed: Sequence[LoRAFactors] | None = None
         self.norms: dict[str, float] = {}
 
     def refuse_not_finite(self) -> None:
@@ -58,6 +64,13 @@ class Inputs(Sequence[LoRAFactors]):
     def __getitem__(self, index: int | slice) -> LoRAFactors | list[LoRAFactors]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        if self.before is None:
+            return self._one(index)
+        if self.changed is None:
+            self.changed = self.before([self._one(i) for i in range(len(self))])
+        return self.changed[index]
+
+    def _one(self, index: int) -> LoRAFactors:
         task = self.tasks[index]
         factors = _plain(self.read(task, self.module), self.device)
         if self.with_norms and task not in self.norms:
@@ -89,7 +102,22 @@ def inputs_of(
         found = order.evidence and order.evidence.of(module, row.takes, order.tasks)
         known = {name: tensor.to(device) for name, tensor in found.items()} if found else None
         extra["evidence"] = known
-    return Inputs(tasks, module, read, with_norms=with_norms, device=device), context, extra
+    before = _before(order, tasks)
+    inputs = Inputs(tasks, module, read, with_norms=with_norms, device=device, before=before)
+    return inputs, context, extra
+
+
+def _before(order: MergeOrder, tasks: Sequence[str]) -> Before | None:
+    """Return what changes a module's factors before the method sees them, if anything does."""
+    heard = [index for index, task in enumerate(tasks) if task not in order.idle]
+    if order.steps.calibrate is None or not heard:
+        return None
+
+    def step(factors: Sequence[LoRAFactors]) -> list[LoRAFactors]:
+        changed = order.steps.before([factors[index] for index in heard])
+        return list({**dict(enumerate(factors)), **dict(zip(heard, changed, strict=True))}.values())
+
+    return step
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from icm_ray.adapters.base_names import chosen_name
 from icm_ray.devices import find_device, made_on, to_cpu
 from icm_ray.linalg import lowrank
 from icm_ray.linalg.threads import kernel_threads
-from icm_ray.merging.cut import cut
+from icm_ray.merging.cut import Cut, cut
 from icm_ray.merging.inputs import ReadFactors, finite_only, inputs_of, not_finite
 from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
 from icm_ray.merging.passes import with_statistics
@@ -115,6 +115,7 @@ def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedMo
     of_tasks = {task: cut(one, order.rule) for task, one in of_tasks.items()}
     for task in set(context.tasks) - set(factors.norms):  # a weight of zero: never asked for
         _ = factors[context.tasks.index(task)]
+    done = _after(order, module, done, factors.norms)
     report = ModuleReport(
         rank=done.factors.rank,
         exact_rank=done.exact_rank,
@@ -129,6 +130,16 @@ def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedMo
     tasks = {task: _home(one.factors) for task, one in of_tasks.items()}
     energies = {task: one.retained_energy for task, one in of_tasks.items()}
     return MergedModule(_home(done.factors), replace(report, task_energy=energies), tasks)
+
+
+def _after(order: MergeOrder, module: str, done: Cut, norms: Mapping[str, float]) -> Cut:
+    """Return a module with what its steps multiply it by."""
+    if not order.steps.asked:
+        return done
+    heard = [norm for task, norm in norms.items() if task not in order.idle]
+    norm = lowrank.norm(done.factors.b, done.factors.a)
+    factor = order.steps.factor(norm, heard, order.depths.get(module))
+    return replace(done, factors=replace(done.factors, b=done.factors.b * factor))
 
 
 def _home(factors: LoRAFactors) -> LoRAFactors:
@@ -149,7 +160,7 @@ def assemble(
     report = MergeReport(
         method=order.method,
         formula=METHODS[order.method].formula,
-        params=order.params,
+        params={**order.params, **order.steps.asked},
         seed=order.seed,
         output_rank=order.output_rank,
         inputs={a.name: a.fingerprint for a in inputs},

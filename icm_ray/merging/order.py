@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from icm_ray.adapters import check_together
+from icm_ray.adapters.blocks import depths_of
 from icm_ray.config import MergeRecipe
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.tensors import TASK, Evidence, as_evidence
 from icm_ray.files import sha256_of
 from icm_ray.merging.cut import RankRule
 from icm_ray.methods import Method, find_method
+from icm_ray.methods.steps import STEPS, Steps
 from icm_ray.types import RankPolicy
 
 
@@ -50,7 +52,7 @@ class MergeOrder:
 
     Attributes:
         method: Row name.
-        params: Every parameter bound.
+        params: Every parameter of the method, bound.
         rule: The parsed rank policy.
         output_rank: The rank policy as given.
         present: For each module, sorted, the tasks that have it, sorted.
@@ -59,6 +61,8 @@ class MergeOrder:
         evidence: What the method is told, opened and checked.
         statistics: What the passes over all modules concluded so far.
         device: Where the arithmetic is done.
+        steps: What is done around the method.
+        depths: How deep each module of a block is, from 0 to 1, if a step asks.
     """
 
     method: str
@@ -71,6 +75,14 @@ class MergeOrder:
     evidence: Evidence | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     device: str = "cpu"
+    steps: Steps = field(default_factory=Steps)
+    depths: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def idle(self) -> set[str]:
+        """Tasks that a weight of 0 keeps out of the merge."""
+        weights = self.params.get("weights") or {}
+        return {task for task, weight in weights.items() if weight == 0}
 
 
 def plan_merge(
@@ -91,6 +103,12 @@ def plan_merge(
     if not adapters:
         raise InputError("adapters: none given but at least one is expected.")
     bound = row.bind(request.params, [adapter.name for adapter in adapters])
+    steps = Steps(**{name: bound.pop(name) for name in STEPS if name in bound})
+    if steps.calibrate and row.needs in ("learned_merge", "fusion_model"):
+        raise RecipeError(
+            f"params.calibrate: {steps.calibrate!r} but method {row.name!r} was learned on the "
+            "adapters as they are. Leave it out."
+        )
     check_together(adapters, values=False)  # its warnings about values are `plan`'s to show
     largest = max(adapter.max_rank for adapter in adapters)
     rule = RankRule.parse(request.output_rank, row.default_rank, largest)
@@ -115,13 +133,14 @@ def plan_merge(
         request.seed,
         evidence,
         device=request.device,
+        steps=steps,
+        depths=depths_of(modules) if steps.asked else {},
     )
 
 
 def idle_lines(order: MergeOrder) -> list[str]:
     """Return a line naming the adapters that a weight of 0 keeps out of the merge, if any."""
-    weights = order.params.get("weights")
-    names = [name for name, weight in weights.items() if weight == 0] if weights else []
+    names = sorted(order.idle)
     return [f"{', '.join(names)}: weight 0, so not part of the merge."] if names else []
 
 

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from icm_ray.errors import RecipeError, did_you_mean
+from icm_ray.methods.steps import STEPS
 from icm_ray.types import EvidenceKind
 
 Family = Literal["sums", "signs and sparsity", "subspaces", "factors", "learned"]
@@ -101,8 +102,12 @@ class Method:
             if parameter.kind is parameter.KEYWORD_ONLY and name not in PASSED_IN
         }
 
+    def accepted(self) -> dict[str, inspect.Parameter]:
+        """Return the same, and the steps that any method takes."""
+        return {**self.parameters(), **STEPS}
+
     def bind(self, params: Mapping[str, Any] | None, tasks: Sequence[str]) -> dict[str, Any]:
-        """Return every parameter's value after checking names, types and ranges.
+        """Return every parameter's value, and each step's that is asked for, all checked.
 
         Args:
             params: What the user set. A list for `weights` follows the order of `tasks`.
@@ -111,13 +116,14 @@ class Method:
         Raises:
             RecipeError: an unknown parameter, a wrong type or a value out of range; all at once.
         """
-        known = self.parameters()
         values = dict(params or {})
+        own, known = self.parameters(), self.accepted()
         problems = [
             f"params.{name}: method {self.name!r} has no such parameter but takes "
-            f"{', '.join(known) or 'none'}.{did_you_mean(name, known)}"
+            f"{', '.join([*own, *STEPS])}.{did_you_mean(name, known)}"
             for name in sorted(set(values) - set(known))
         ]
+        known = {name: one for name, one in known.items() if name in own or name in values}
         bound: dict[str, Any] = {}
         for name, parameter in known.items():
             value = values.get(name, parameter.default)
@@ -138,13 +144,8 @@ class Method:
 
     def schema(self) -> dict[str, Any]:
         """Return the row as JSON: parameters with type, range, default and meaning."""
-        parameters = {}
-        for name, parameter in self.parameters().items():
-            described = _adapter(parameter.annotation).json_schema()
-            parameters[name] = {**described, "default": parameter.default}
-        presets = (
-            typing.get_args(_plain(self.parameters()["preset"])) if "preset" in parameters else ()
-        )
+        own = self.parameters()
+        presets = typing.get_args(_plain(own["preset"])) if "preset" in own else ()
         return {
             "summary": self.summary,
             "formula": self.formula,
@@ -157,10 +158,18 @@ class Method:
             "default_rank": self.default_rank,
             "family": self.family,
             "is_dense": self.is_dense,
-            "parameters": parameters,
+            "parameters": _described(own),
+            "steps": _described(STEPS),
             "presets": {name: {"preset": name} for name in presets},
             "exempt": dict(self.exempt),
         }
+
+
+def _described(parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    return {
+        name: {**_adapter(one.annotation).json_schema(), "default": one.default}
+        for name, one in parameters.items()
+    }
 
 
 def _adapter(annotation: Any) -> TypeAdapter:

@@ -71,6 +71,7 @@ def method_page(name: str, schema: Schema, family: str, docstring: str) -> Rende
     # Those that only name themselves stand beside their parameter already.
     if presets := {n: v for n, v in schema["presets"].items() if v != {"preset": n}}:
         parts += _section("Presets", _pairs((n, _settings(v)) for n, v in presets.items()))
+    parts += _section("Steps around it, as around any method", _parameters(schema["steps"]))
     if schema["tensors"]:
         parts += _section("Evidence it can be given", _pairs(schema["tensors"].items()))
     if schema["exempt"]:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from icm_ray.adapters.blocks import block_index
 from icm_ray.errors import RecipeError
 from icm_ray.evidence.learned import LearnedMerge
-from icm_ray.learning.targets import block_index
 from icm_ray.search.spaces import Setting
 
 

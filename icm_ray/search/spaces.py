@@ -1,7 +1,7 @@
 """Which names a recipe may search, and the merge that a point of the space stands for.
 
 method                     choice of methods; what follows may then begin with one of them
-params.<name>              any parameter of the method
+params.<name>              any parameter of the method, any step around it
 weights.<task>, weights.*  one number a task
 layers.<group>, layers.*   one number a group of blocks, g0 next to the input
 layers.*.*                 one number a group and task
@@ -95,7 +95,7 @@ class Space:
     def setting(self, point: Point) -> Setting:
         """Return the merge a point stands for, on top of what is fixed."""
         method = str(point.get("method", self.methods[0]))
-        params = {k: v for k, v in self.row.params.items() if k in METHODS[method].parameters()}
+        params = {k: v for k, v in self.row.params.items() if k in METHODS[method].accepted()}
         learn = deepcopy(self.row.learn)
         fusion = deepcopy(self.row.fusion)
         layers: dict[str, float] = {}
@@ -209,7 +209,7 @@ def _applies(name: str, method: str) -> bool:
     if bare != name and not name.startswith(f"{method}."):
         return False
     part, _, rest = bare.partition(".")
-    takes = METHODS[method].parameters()
+    takes = METHODS[method].accepted()
     return {
         "params": rest in takes,
         "weights": "weights" in takes or METHODS[method].needs == "learned_merge",
@@ -227,7 +227,7 @@ def _problems(space: Space) -> list[str]:
         for name in space.dimensions
         if name != "method" and not any(_applies(name, method) for method in space.methods)
     ]
-    known = {name for method in space.methods for name in METHODS[method].parameters()}
+    known = {name for method in space.methods for name in METHODS[method].accepted()}
     problems += [f"params.{name}: no such parameter." for name in set(space.row.params) - known]
     if not space.dimensions and not space.row.grid:
         problems.append(
@@ -244,7 +244,7 @@ def _problems(space: Space) -> list[str]:
 
 def _unknown(name: str, space: Space) -> str:
     methods = ", ".join(space.methods)
-    takes = sorted({p for method in space.methods for p in METHODS[method].parameters()})
+    takes = sorted({p for method in space.methods for p in METHODS[method].accepted()})
     return (
         f"search.{name}: nothing of {methods} is called so. Known: "
         f"{', '.join(f'params.{p}' for p in takes)}, weights.<task>, rank; layers.<group> and "

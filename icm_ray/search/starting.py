@@ -77,7 +77,7 @@ def _written(entry: Mapping[str, Any], space: Space) -> dict[str, Value]:
 def _defaults(space: Space) -> dict[str, Value]:
     """Return what the first method does when nobody says anything."""
     method = space.methods[0]
-    takes = METHODS[method].parameters()
+    takes = METHODS[method].accepted()
     learner = LEARNERS[method].model_dump() if method in LEARNERS else {}
     point: dict[str, Value] = {"method": method} if "method" in space.dimensions else {}
     for name in space.of(method):

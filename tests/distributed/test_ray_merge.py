@@ -23,7 +23,7 @@ METHODS = {
     "task_arithmetic": {"scale": 0.4},
     "svd": {},
     "negate_add": {"target": "task0", "a": "task1", "b": "task2"},
-    "ties": {"density": 0.4},
+    "ties": {"density": 0.4, "restore_norm": True, "calibrate": "measured", "scale_last": 0.5},
     "dare_ties": {"density": 0.6},
     "knots_ties": {"density": 0.4},
     "core_space": {"inner": "ties"},

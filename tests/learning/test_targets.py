@@ -2,8 +2,9 @@
 
 import pytest
 
+from icm_ray.adapters.blocks import block_index, block_path
 from icm_ray.errors import RecipeError
-from icm_ray.learning.targets import Targets, block_index, block_path
+from icm_ray.learning.targets import Targets
 
 LLAMA = [f"layers.{i}.self_attn.{m}_proj" for i in range(10) for m in "qkvo"]
 VALUES_ONLY = [path for path in LLAMA if path.endswith(("q_proj", "v_proj"))]

@@ -61,6 +61,17 @@ def test_removed_is_as_if_it_had_never_been_there(cli, tmp_path, three, method):
     assert reproduce(tmp_path / "later")
 
 
+def test_steps_around_a_method_are_kept_and_made_again(cli, tmp_path, three):
+    params = {"restore_norm": True, "calibrate": "measured", "scale_last": 0.5}
+    expected = at_once(cli, tmp_path, {name: three[name] for name in "ac"}, params=params)
+    merged = kept(cli, tmp_path, three, params=params)
+    code, _, err = cli("merge", "--from", merged, "--remove", "b", "-o", tmp_path / "later")
+    assert (code, err) == (0, "")
+    same(tmp_path / "later", expected)
+    assert params.items() <= read_json(tmp_path / "later/merge_report.json")["params"].items()
+    assert reproduce(tmp_path / "later")
+
+
 def test_added_is_as_if_it_had_always_been_there(cli, tmp_path, three):
     output = {"rank": 3, "dtype": "float16"}
     params = {"density": 0.4}

@@ -25,7 +25,7 @@ from icm_ray.types import Adapter, LoRAFactors, MergeResult
 # Parameters that leave a single adapter as it is, and that every property is tested with. Names
 # of adapters are a, b, c; methods with roles say who plays what.
 PARAMS: dict[str, list[dict[str, Any]]] = {
-    "soup": [{}, {"space": "factors"}],
+    "soup": [{}, {"space": "factors"}, {"restore_norm": True}],
     "linear": [{}, {"preset": "nsc"}],
     "negate_add": [{"target": "a", "a": "a", "b": "a"}],
     "svd_latent": [{}, {"space": "delta"}],
@@ -64,7 +64,7 @@ OF_THREE: dict[str, dict[str, Any]] = {"negate_add": {"target": "b", "a": "a", "
 # space="factors" adds up factors, and ties and dare look at entries of cores, whose basis comes
 # from the factors unless these are balanced.
 GAUGE_FREE = {
-    "soup": [{}],
+    "soup": [{}, {"restore_norm": True}],
     "core_space": [
         p
         for p in PARAMS["core_space"]

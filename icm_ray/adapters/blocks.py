@@ -1,0 +1,25 @@
+"""Where in a stack of blocks a module is, from its path."""
+
+import re
+from collections.abc import Iterable
+
+_INDEX = re.compile(r"^(.*?\.)?(\d+)(\.|$)")
+
+
+def block_index(path: str) -> int | None:
+    """Return the index of the block a module is in: the first number of its path."""
+    found = _INDEX.match(path)
+    return int(found[2]) if found else None
+
+
+def block_path(path: str) -> str | None:
+    """Return the path of the block a module is in, up to and with its index."""
+    found = _INDEX.match(path)
+    return f"{found[1] or ''}{found[2]}" if found else None
+
+
+def depths_of(modules: Iterable[str]) -> dict[str, float]:
+    """Return how deep each module is: 0 in the first block, 1 in the last; others are left out."""
+    blocks = {m: b for m in modules if (b := block_index(m)) is not None}
+    first, last = min(blocks.values(), default=0), max(blocks.values(), default=0)
+    return {module: (block - first) / max(last - first, 1) for module, block in blocks.items()}
