@@ -231,8 +231,18 @@ def pad_batch(ids: Sequence[Sequence[int]], rows: Sequence[int], pad: int | None
     return Batch(padded, torch.arange(width)[None] < lengths[:, None], torch.tensor(rows))
 
 
+def alike(batches: Mapping[str, Batch]) -> list[dict[str, Batch]]:
+    """Return which batches can be joined: images of several sizes cannot."""
+    groups: dict[tuple[int, ...], dict[str, Batch]] = {}
+    for name, batch in batches.items():
+        groups.setdefault(tuple(batch.data.shape[2:]), {})[name] = batch
+    return list(groups.values())
+
+
 def join(batches: Sequence[Batch]) -> Batch:
-    """Return one batch that holds several, padded to the longest."""
+    """Return one batch that holds several, padded to the longest; of one, itself."""
+    if len(batches) == 1:
+        return batches[0]
     width = max(batch.mask.shape[1] for batch in batches)
     mask = torch.cat([_widened(batch.mask, width) for batch in batches])
     data = [b.data if b.data.ndim > 2 else _widened(b.data, width) for b in batches]
@@ -248,6 +258,25 @@ def join(batches: Sequence[Batch]) -> Batch:
         pixels=torch.cat(pixels) if pixels else None,
         segments=torch.cat([_widened(part, width) for part in parts]) if told else None,
     )
+
+
+def shares(x: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
+    """Return each batch's share, without the others' padding, of what a model made of all joined.
+
+    Args:
+        x: `(examples, tokens, width)`, or `(examples, width)`.
+        batches: What was joined.
+    """
+    if len(batches) == 1:
+        return [x]
+    # One split has one backward; a slice for each would fill the whole tensor as often.
+    parts = x.split([len(batch.rows) for batch in batches])
+    own = [batch.mask.shape[1] for batch in batches]
+    width = max(own)
+    return [
+        part[:, :tokens] if part.ndim == 3 and tokens < width else part
+        for part, tokens in zip(parts, own, strict=True)
+    ]
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,10 @@ from icm_ray.base_model.readers import (
     Reader,
     TextReader,
     batches_of,
+    join,
     make_batches,
     pad_batch,
+    shares,
     to_device,
     tokenize,
 )
@@ -59,6 +62,35 @@ def outputs(
     return hidden, seen.pooler_output if kind.model_type in POOLERS else hidden[:, 0]
 
 
+@dataclass(frozen=True)
+class States:
+    """What a model made of a batch.
+
+    Attributes:
+        batch: What it read.
+        hidden: Its last hidden states.
+        summary: What a classifier of the model's own class reads.
+    """
+
+    batch: Batch
+    hidden: Float[Tensor, "examples tokens d_model"]
+    summary: Float[Tensor, "examples d_model"] | None
+
+    def pooled(self, how: Pooling = "mean") -> Float[Tensor, "examples d_model"]:
+        """Return the state of each example that a head reads."""
+        return pool(self.hidden, self.summary, self.batch.mask, how)
+
+
+def states_of(model: nn.Module, batches: Sequence[Batch]) -> list[States]:
+    """Return the states of each of some batches, of one pass over all of them."""
+    hidden, summary = outputs(model, join(batches))
+    summaries = [None] * len(batches) if summary is None else shares(summary, batches)
+    return [
+        States(batch, own, read)
+        for batch, own, read in zip(batches, shares(hidden, batches), summaries, strict=True)
+    ]
+
+
 def _delayed(ids: Int[Tensor, "examples tokens"], config: Any) -> Int[Tensor, "examples tokens"]:
     """Return what a decoder reads to say `ids`: its start token, and then all but the last."""
     text = config.get_text_config()
@@ -71,7 +103,7 @@ def pooled(
     model: nn.Module, batch: Batch, how: Pooling = "mean"
 ) -> Float[Tensor, "examples d_model"]:
     """Return the state of each example that a head reads."""
-    return pool(*outputs(model, batch), batch.mask, how)
+    return states_of(model, [batch])[0].pooled(how)
 
 
 def pool(
@@ -111,6 +143,7 @@ __all__ = [
     "Batch",
     "Pooling",
     "Reader",
+    "States",
     "TextReader",
     "batches_of",
     "features",
@@ -121,5 +154,6 @@ __all__ = [
     "pad_batch",
     "pool",
     "pooled",
+    "states_of",
     "tokenize",
 ]

@@ -21,7 +21,9 @@ class LoRARecipe(Part):
 
     rank: Positive = 8
     alpha: Positive = 16
-    targets: list[str] | str = ["query", "key", "value", "attention.output.dense"]
+    targets: list[str] | str | None = Field(
+        default=None, description="As PEFT reads them; None: PEFT's own for the model's type."
+    )
 
 
 class Training(Part):
@@ -37,6 +39,9 @@ class Training(Part):
     )
     save_every: Positive = Field(
         default=50, description="Steps between states a killed run resumes from."
+    )
+    tasks_per_forward: Positive = Field(
+        default=1, description="Experts that one worker trains at once; more pays on a GPU."
     )
 
 

@@ -1,7 +1,7 @@
-"""Train experts in parallel: one Ray task an expert, each resumable."""
+"""Train experts in parallel: one Ray task for each group that shares a forward pass, resumable."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +14,11 @@ from icm_ray.distributed.faults import MAX_RETRIES
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.experts import ADAPTER, HEAD, METRICS, TRAJECTORIES
-from icm_ray.evaluation.heads import Head
-from icm_ray.files import whole_folder, write_json
-from icm_ray.finetuning.expert import (
-    ExpertJob,
-    TrainedExpert,
-    losses_summary,
-    save_adapter_of,
-    train_expert,
-)
+from icm_ray.files import is_done, whole_folder, write_json
+from icm_ray.finetuning.expert import Lesson, TrainedExpert, losses_summary
+from icm_ray.finetuning.training import train_experts
 from icm_ray.finetuning.trajectory import FOLDER
 from icm_ray.linalg.threads import kernel_threads
-from icm_ray.suites import Examples
 
 
 @dataclass(frozen=True)
@@ -33,69 +26,63 @@ class ExpertOrder:
     """One expert to train.
 
     Attributes:
-        job: Task and hyper-parameters.
-        train: Its examples.
-        head: What its head starts as; None if the base answers by itself.
+        lesson: Task, hyper-parameters, examples and what its head starts as.
+        folder: Where it goes, `<root>/experts/<set>/<task>/`.
         data: sha256 of the task's data file.
         base_name: What the adapter's config names as its base.
         dtype: Element type of the adapter's file.
         key: Identifies the expert.
     """
 
-    job: ExpertJob
-    train: Examples
-    head: Head | None
+    lesson: Lesson
+    folder: Path
     data: str
     base_name: str
     dtype: str
     key: str
 
 
-def train_experts(session: Session, orders: Mapping[Path, ExpertOrder]) -> None:
-    """Train experts into folders, each whole or not at all.
+def train_groups(session: Session, groups: Mapping[Path, Sequence[ExpertOrder]]) -> None:
+    """Train groups of experts into their folders, each whole or not at all.
 
     The checkpoints of `<root>/experts/<set>/<task>/` go to `<root>/trajectories/<set>/<task>/`.
+
+    Args:
+        session: The base, and what each worker gets.
+        groups: By the folder that a group's unfinished state is beside: experts that share each
+            forward pass. Those that are done are trained with the others and not written again.
     """
-    arguments = {folder: (session, order, folder) for folder, order in orders.items()}
+    arguments = {place: (session, orders, place) for place, orders in groups.items()}
     run_tasks(_train, arguments, session.resources)
 
 
 @ray.remote(max_retries=MAX_RETRIES)
-def _train(session: Session, order: ExpertOrder, folder: Path) -> None:
-    job, scratch = order.job, scratch_folder(folder, "training", order.key)
-    name = f"finetune {job.which.label} {job.task.name}"
+def _train(session: Session, orders: Sequence[ExpertOrder], place: Path) -> None:
+    scratch = scratch_folder(place, "training", orders[0].key)
+    lessons = [order.lesson for order in orders]
+    job = lessons[0].job
+    tasks = " ".join(lesson.job.task.name for lesson in lessons)
     with (
-        bar(job.training.steps, name, every=3.0) as drawn,
+        bar(job.training.steps, f"finetune {job.which.label} {tasks}", every=3.0) as drawn,
         kernel_threads(session.resources.threads),
     ):
         base = session.load_base()
-        trained = train_expert(
-            base, job, order.train, order.head, scratch, lambda step, _loss: drawn.reach(step)
-        )
-    _write(trained, order, folder, scratch, session.shared.fingerprint)
+        trained = train_experts(base, lessons, scratch, lambda step, _losses: drawn.reach(step))
+    for order, expert in zip(orders, trained, strict=True):
+        if not is_done(order.folder, order.key):
+            _write(expert, order, scratch, session.shared.fingerprint)
     shutil.rmtree(scratch)
 
 
-def _write(
-    trained: TrainedExpert, order: ExpertOrder, folder: Path, scratch: Path, base: str
-) -> None:
-    job = order.job
-    info = {
-        "key": order.key,
-        "task": job.task.name,
-        "set": job.which.model_dump(),
-        "lora": job.lora.model_dump(),
-        "training": job.training.model_dump(),
-        "base": base,
-        "data": order.data,
-    }
+def _write(trained: TrainedExpert, order: ExpertOrder, scratch: Path, base: str) -> None:
+    job, folder = order.lesson.job, order.folder
+    info = {"key": order.key, **job.described, "base": base, "data": order.data}
     # Apart from the expert, because it is twenty times as large and only some methods train on it.
     trajectory = folder.parents[2] / TRAJECTORIES / folder.parent.name / folder.name
     with whole_folder(trajectory, info=info) as target:
-        shutil.copytree(scratch / FOLDER, target, dirs_exist_ok=True)
+        shutil.copytree(scratch / job.task.name / FOLDER, target, dirs_exist_ok=True)
     with whole_folder(folder, info=info) as target:
-        dtype = getattr(torch, order.dtype)
-        save_adapter_of(trained.model, target / ADAPTER, dtype, order.base_name)
+        trained.save_adapter(target / ADAPTER, getattr(torch, order.dtype), order.base_name)
         if trained.head is not None:
             trained.head.save(target / HEAD)
         write_json(target / METRICS, {"losses": trained.losses, **losses_summary(trained.losses)})

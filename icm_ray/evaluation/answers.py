@@ -15,7 +15,7 @@ from icm_ray.base_model.loading import Base
 from icm_ray.base_model.prompts import answer_ids, end_of, is_chat
 from icm_ray.base_model.readers import Answered, Batch, Inputs, Reader, TextReader, by_length
 from icm_ray.base_model.readers import with_answers as followed
-from icm_ray.base_model.states import Pooling, hidden_states, in_order, pooled
+from icm_ray.base_model.states import Pooling, States, hidden_states, in_order, states_of
 from icm_ray.errors import InputError
 from icm_ray.evaluation.choices import Chosen, choice_batches, choice_scores
 from icm_ray.evaluation.corpus import CORPUS, counts_of
@@ -36,9 +36,9 @@ class Answer(Protocol):
         ...
 
     def loss(
-        self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
+        self, base: Base, head: nn.Linear | None, states: States, targets: Tensor, task: Task
     ) -> Tensor:
-        """Return the mean loss of a batch on the model as it stands.
+        """Return the mean loss of a batch from its states.
 
         `targets` are the examples' own, standardised, in the order of the batch's rows.
         """
@@ -75,11 +75,11 @@ class _Headed:
         return lambda rows: base.reader.batch(read, rows)
 
     def loss(
-        self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
+        self, base: Base, head: nn.Linear | None, states: States, targets: Tensor, task: Task
     ) -> Tensor:
-        """Return the mean loss of a batch on the model as it stands."""
+        """Return the mean loss of a batch from its states."""
         assert head is not None
-        logits = head(self._states(base.model, batch).to(head.weight.dtype))
+        logits = head(self._read(states).to(head.weight.dtype))
         return loss(logits.flatten(0, -2), targets.flatten(), task)
 
     @torch.no_grad()
@@ -90,8 +90,8 @@ class _Headed:
         make = self.batches(base, examples, task)
         read = base.reader.read(examples.inputs, task.max_tokens)
         batches = [make(rows) for rows in by_length(read, size)]
-        parts = [self._states(base.model, batch, how).float().cpu() for batch in batches]
-        return in_order(batches, parts)
+        passes = (states_of(base.model, [batch])[0] for batch in batches)
+        return in_order(batches, [self._read(states, how).float().cpu() for states in passes])
 
     def predict(
         self, base: Base, head: Head | None, examples: Examples, task: Task, size: int
@@ -100,20 +100,18 @@ class _Headed:
         assert head is not None
         return head.predict(self.features(base, examples, task, size, head.pooling), task)
 
-    def _states(self, model: nn.Module, batch: Batch, how: Pooling = "mean") -> Tensor:
-        if not self.dense:
-            return pooled(model, batch, how)
-        return hidden_states(model, batch)[:, batch.prefix :]
+    def _read(self, states: States, how: Pooling = "mean") -> Tensor:
+        return states.hidden[:, states.batch.prefix :] if self.dense else states.pooled(how)
 
 
 class _Spoken:
     """The base's own head on tokens, whose loss is all that training sees."""
 
     def loss(
-        self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
+        self, base: Base, head: nn.Linear | None, states: States, targets: Tensor, task: Task
     ) -> Tensor:
-        """Return the mean loss of a batch on the model as it stands."""
-        return _nats(base, batch).sum() / counted(batch).sum()
+        """Return the mean loss of a batch from its states."""
+        return _nats(base, states).sum() / counted(states.batch).sum()
 
 
 class _NextToken(_Spoken):
@@ -131,8 +129,9 @@ class _NextToken(_Spoken):
         """Return nats, tokens and characters of each text; its first token is given."""
         read = base.reader.read(examples.inputs, task.max_tokens)
         batches = [base.reader.batch(read, rows) for rows in by_length(read, size)]
-        parts = [_nats(base, batch).double().sum(1) for batch in batches]
-        nats = in_order(batches, [part.cpu() for part in parts]).numpy()
+        passes = (states_of(base.model, [batch])[0] for batch in batches)
+        parts = [_nats(base, states).double().sum(1).cpu() for states in passes]
+        nats = in_order(batches, parts).numpy()
         first = [getattr(ids, "start", None) or 1 for ids in read]
         shown = [ids[start:] for ids, start in zip(read, first, strict=True)]
         characters = [len(base.tokenizer.decode(ids)) for ids in shown]
@@ -147,11 +146,11 @@ class _Decoded(_Spoken):
         return with_answers(base.reader, examples.inputs, examples.answers, task)
 
     def loss(
-        self, base: Base, head: nn.Linear | None, batch: Batch, targets: Tensor, task: Task
+        self, base: Base, head: nn.Linear | None, states: States, targets: Tensor, task: Task
     ) -> Tensor:
-        """Return the mean loss of a batch on the model as it stands."""
-        assert isinstance(batch, Answered)
-        return super().loss(base, head, batch, targets, task)
+        """Return the mean loss of a batch from its states."""
+        assert isinstance(states.batch, Answered)
+        return super().loss(base, head, states, targets, task)
 
     @torch.no_grad()
     def predict(
@@ -211,8 +210,8 @@ def with_answers(reader: Reader, inputs: Inputs, answers: Sequence[str], task: T
     return lambda rows: followed(reader.batch(prompts, rows), [spoken[row] for row in rows])
 
 
-def _nats(base: Base, batch: Batch) -> Tensor:
-    return next_token_nats(hidden_states(base.model, batch), batch, readout_of(base))
+def _nats(base: Base, states: States) -> Tensor:
+    return next_token_nats(states.hidden, states.batch, readout_of(base))
 
 
 POOLED, PATCHES, CHOOSES = _Headed(dense=False), _Headed(dense=True), _Chooses()

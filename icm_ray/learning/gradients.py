@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icm_ray.base_model.low_rank import applied
-from icm_ray.base_model.readers import Batch, join
+from icm_ray.base_model.readers import Batch, alike, join
 from icm_ray.config import OptimisationSpec
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged, observe
@@ -154,12 +154,8 @@ class TaskGradients:
     def _losses(self, numbers: Mapping[str, int]) -> dict[str, Tensor]:
         """Return each task's loss on one of its batches; the merge is on the model already."""
         batches = dict(zip(numbers, self._batches(numbers), strict=True))
-        # Images of several sizes cannot be one batch.
-        alike: dict[tuple[int, ...], dict[str, Batch]] = {}
-        for task, batch in batches.items():
-            alike.setdefault(tuple(batch.data.shape[2:]), {})[task] = batch
         losses = {}
-        for group in alike.values():
+        for group in alike(batches):
             for task, part in self._observe(group).items():
                 memory = self.memories[task][numbers[task]]
                 sums, count = self.objectives[task].measure(batches[task], part, memory)
@@ -171,8 +167,7 @@ class TaskGradients:
         modules = sorted({m for task in batches for m in self.objectives[task].modules})
         hidden = any(self.objectives[task].hidden for task in batches)
         every = list(batches.values())
-        whole = join(every) if len(every) > 1 else every[0]
-        seen = observe(self.model, whole, modules, hidden=hidden, save=self.save_memory)
+        seen = observe(self.model, join(every), modules, hidden=hidden, save=self.save_memory)
         return dict(zip(batches, seen.split(every), strict=True))
 
     def _batches(self, numbers: Mapping[str, int]) -> list[Batch]:

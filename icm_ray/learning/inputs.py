@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from icm_ray.base_model.readers import Batch
+from icm_ray.base_model.readers import Batch, shares
 from icm_ray.base_model.states import Pooling, pool
 from icm_ray.evaluation.heads import Head
 from icm_ray.seeding import generator
@@ -89,9 +89,9 @@ class Seen:
         """Return each batch's share of a pass over several batches that were joined."""
         if len(batches) == 1:
             return [self]
-        inputs = {path: _shares(x, batches) for path, x in self.inputs.items()}
-        hidden = None if self.hidden is None else _shares(self.hidden, batches)
-        summary = None if self.summary is None else _shares(self.summary, batches)
+        inputs = {path: shares(x, batches) for path, x in self.inputs.items()}
+        hidden = None if self.hidden is None else shares(self.hidden, batches)
+        summary = None if self.summary is None else shares(self.summary, batches)
         return [
             Seen(
                 {path: parts[i] for path, parts in inputs.items()},
@@ -100,14 +100,3 @@ class Seen:
             )
             for i in range(len(batches))
         ]
-
-
-def _shares(x: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
-    # One split has one backward; a slice for each would fill the whole tensor as often.
-    parts = x.split([len(batch.rows) for batch in batches])
-    own = [batch.mask.shape[1] for batch in batches]
-    width = max(own)
-    return [
-        part[:, :tokens] if part.ndim == 3 and tokens < width else part
-        for part, tokens in zip(parts, own, strict=True)
-    ]

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from icm_ray.config import FinetuneRecipe
-from icm_ray.distributed.finetune import ExpertOrder, train_experts
+from icm_ray.distributed.finetune import ExpertOrder, train_groups
 from icm_ray.distributed.probes import ProbeOrder, fit_probes, read_probe
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.experts import Expert
 from icm_ray.files import is_done, sha256_of
-from icm_ray.finetuning.expert import ExpertJob
+from icm_ray.finetuning.expert import ExpertJob, Lesson
 from icm_ray.suites import Suite, find_suite
 from icm_ray.suites.bases import base_name
 
@@ -19,6 +19,7 @@ VERSION = 1
 
 def expert_key(job: ExpertJob, base: str, data: str, recipe: FinetuneRecipe) -> str:
     """Return what identifies an expert's bytes: base, data and every hyper-parameter."""
+    company = {"together": list(job.together)} if len(job.together) > 1 else {}
     return sha256_of(
         {
             "version": VERSION,
@@ -27,18 +28,36 @@ def expert_key(job: ExpertJob, base: str, data: str, recipe: FinetuneRecipe) -> 
             "task": job.task.name,
             # Without defaults, so that a new setting does not disown the experts there are.
             "lora": job.lora.model_dump(exclude_defaults=True),
-            "training": job.training.model_dump(exclude_defaults=True, exclude={"save_every"}),
+            "training": job.training.model_dump(
+                exclude_defaults=True, exclude={"save_every", "tasks_per_forward"}
+            ),
             "set": job.which.label,
             "validation": recipe.sizes.validation,  # chose the probe the expert starts from
             "dtype": recipe.dtype,
+            **company,
         }
     )
 
 
+def groups_of(recipe: FinetuneRecipe, suite: Suite) -> list[tuple[str, ...]]:
+    """Return which tasks share forward passes: those that read about as much, so little is padded.
+
+    The recipe alone says so, never the cluster.
+    """
+    tasks = sorted(
+        recipe.tasks or suite.tasks, key=lambda name: (suite.tasks[name].max_tokens, name)
+    )
+    size = recipe.training.tasks_per_forward
+    return [tuple(tasks[first : first + size]) for first in range(0, len(tasks), size)]
+
+
 def expert_jobs(recipe: FinetuneRecipe, suite: Suite) -> dict[tuple[str, str], ExpertJob]:
     """Return every expert of the recipe by (set label, task)."""
+    together = {task: group for group in groups_of(recipe, suite) for task in group}
     return {
-        (which.label, task): ExpertJob(suite.tasks[task], recipe.lora, recipe.training, which)
+        (which.label, task): ExpertJob(
+            suite.tasks[task], recipe.lora, recipe.training, which, together[task]
+        )
         for which in recipe.sets
         for task in recipe.tasks or suite.tasks
     }
@@ -67,24 +86,33 @@ def find_or_train(
     for place in jobs if ready else ():
         if is_done(committed := Path(str(ready)).joinpath(*place), keys[place]):
             folders[place] = committed
-    missing = [place for place in jobs if not is_done(folders[place], keys[place])]
+    missing = dict.fromkeys(
+        (label, jobs[label, task].together)
+        for label, task in jobs
+        if not is_done(folders[label, task], keys[label, task])
+    )
     if missing:
         # All of them, so that one more expert does not find other heads.
         probes = probes_of(session, recipe, root)
         heads = {task: read_probe(folder)[0] for task, folder in probes.items()}
-        train_experts(
+
+        def order(place: tuple[str, str]) -> ExpertOrder:
+            task = place[1]
+            train = suite.load(task, "train").first(recipe.training.train_examples)
+            return ExpertOrder(
+                Lesson(jobs[place], train, heads.get(task)),
+                folders[place],
+                suite.fingerprint(task),
+                base_name(str(recipe.base or suite.base)),
+                recipe.dtype,
+                keys[place],
+            )
+
+        train_groups(
             session,
             {
-                folders[place]: ExpertOrder(
-                    jobs[place],
-                    suite.load(place[1], "train").first(recipe.training.train_examples),
-                    heads.get(place[1]),
-                    suite.fingerprint(place[1]),
-                    base_name(str(recipe.base or suite.base)),
-                    recipe.dtype,
-                    keys[place],
-                )
-                for place in missing
+                root / "experts" / label / tasks[0]: [order((label, task)) for task in tasks]
+                for label, tasks in missing
             },
         )
     experts: dict[str, dict[str, Expert]] = {}

@@ -1,5 +1,6 @@
 """Experts trained on Ray: whole, kept by content, the same bytes for any number of workers."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -79,6 +80,26 @@ def test_one_worker_gives_the_bytes_of_two(experts, tiny_bert, session, tmp_path
     assert hashes(tmp_path / "trajectories") == hashes(experts / "trajectories")
 
 
+def test_a_group_gives_the_same_bytes_on_any_number_of_workers(tiny_bert, session, tmp_path):
+    """Two sets of two tasks that share passes; one expert is lost and made again as it was."""
+    training = {"steps": 4, "batch": 8, "train_examples": 48, "tasks_per_forward": 2}
+    sets = [{"seed": 0}, {"seed": 1}]
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        resources = {"workers": workers, "cpus_per_worker": 0.5}
+        recipe = finetune_recipe(tiny_bert, out, training=training, sets=sets, resources=resources)
+        found = find_or_train(replace(session, resources=recipe.resources), recipe, out)
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
+    folder = found[SET]["depth"].folder
+    assert read_manifest(folder)["together"] == list(TASKS)
+    before, kept = hashes(out), stamps(found[SET]["supersense"].folder)
+    shutil.rmtree(folder)
+    find_or_train(replace(session, resources=recipe.resources), recipe, out)
+    assert hashes(out) == before
+    assert stamps(found[SET]["supersense"].folder) == kept
+    assert not list(out.rglob(".*"))
+
+
 def test_another_seed_trains_other_experts(experts, tiny_bert, session, tmp_path):
     sets = [{"init": "own", "seed": 1}]
     recipe = finetune_recipe(tiny_bert, tmp_path, sets=sets, tasks=["depth"])
@@ -132,8 +153,9 @@ def test_every_hyper_parameter_counts_but_how_often_the_state_is_saved(tiny_bert
         key(lora={"rank": 3}),
         *(key(training={**training, name: 7}) for name in ("steps", "batch", "checkpoints")),
         *(key(training={**training, name: 0.1}) for name in ("lora_lr", "head_lr")),
+        key(training={**training, "tasks_per_forward": 2}),
     }
-    assert len(keys) == 14
+    assert len(keys) == 15
 
 
 def test_training_leaves_the_base_alone(experts, session):

@@ -11,7 +11,7 @@ from icm_ray.base_model.decoding import greedy, readout_of
 from icm_ray.base_model.loading import Base, load_base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.readers import Answered, by_length
-from icm_ray.base_model.states import hidden_states
+from icm_ray.base_model.states import hidden_states, states_of
 from icm_ray.config import OptimisationSpec
 from icm_ray.evaluation.answers import answer_of
 from icm_ray.learning.gradients import Learning, TaskGradients
@@ -84,7 +84,8 @@ def test_training_sees_the_answer_s_tokens_alone(base, examples):
     answer = answer_of(TASK)
     rows = [7, 2, 5]
     batch = answer.batches(base, examples, TASK)(rows)
-    value = answer.loss(base, None, batch, torch.zeros(3), TASK)
+    (states,) = states_of(base.model, [batch])
+    value = answer.loss(base, None, states, torch.zeros(3), TASK)
     nats = nats_of_answers(base, examples)
     torch.testing.assert_close(value, torch.cat([nats[row] for row in rows]).mean())
 
@@ -164,5 +165,6 @@ def test_texts_are_scored_as_the_model_scores_them(base, texts, monkeypatch):
             len(ids) - 1,
         ]
     batch = answer_of(task).batches(base, told, task)([4, 1])
-    value = answer_of(task).loss(base, None, batch, torch.zeros(2), task)
+    (states,) = states_of(base.model, [batch])
+    value = answer_of(task).loss(base, None, states, torch.zeros(2), task)
     assert float(value) == pytest.approx(found[[4, 1], 0].sum() / found[[4, 1], 1].sum(), rel=1e-5)

@@ -21,7 +21,8 @@ from icm_ray.evaluation.probe import fit_probe
 from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.evidence.gather import gather
 from icm_ray.evidence.grams import gather_grams
-from icm_ray.finetuning.expert import ExpertJob, train_expert
+from icm_ray.finetuning.expert import ExpertJob, Lesson
+from icm_ray.finetuning.training import train_experts
 from icm_ray.learning.forward import observe
 from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import TaskInputs
@@ -98,8 +99,8 @@ def test_an_expert_learns_and_is_scored(base: Base, task: Task, tmp_path: Path) 
     start = start if not task.classes else Head(start.weight, start.bias)
     fresh = Base(copy.deepcopy(base.model), base.reader, base.path, base.whole)
     fresh = Base(fresh.model, base.reader, base.path, fresh.model)
-    job = ExpertJob(task, lora, training, ExpertSet())
-    expert = train_expert(fresh, job, examples, start, tmp_path)
+    job = ExpertJob(task, lora, training, ExpertSet(), (task.name,))
+    (expert,) = train_experts(fresh, [Lesson(job, examples, start)], tmp_path)
     assert np.mean(expert.losses[-5:]) < 0.9 * np.mean(expert.losses[:3])
     assert expert.head is not None
     scored = evaluate(fresh, None, {"it": TaskData(task, examples, expert.head)}, batch=5)["it"]

@@ -8,6 +8,7 @@ from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.distributed.session import opened
 from icm_ray.evaluation.experts import heads_of
 from icm_ray.evaluation.scoring import idle_lines
+from icm_ray.finetuning.targets import with_targets
 from icm_ray.merging.estimate import warn
 from icm_ray.report import BASE, EXPERT, ReportData, summarise
 from icm_ray.suites import SPLITS, find_suite
@@ -35,6 +36,10 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     heads = heads_of(suite, one.experts)[1] if one else {}
     splits = SPLITS[1:] if one else SPLITS
     base = prepared_base(recipe, suite, heads, splits)
+    if one is None:
+        shared = recipe.training.tasks_per_forward > 1
+        lora = with_targets(recipe.lora, base, shared=shared)
+        recipe = recipe.model_copy(update={"lora": lora})
     target.mkdir(parents=True, exist_ok=True)
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         table = Table(recipe, suite, target, session)

@@ -7,7 +7,8 @@ import torch
 from icm_ray.base_model.loading import load_base
 from icm_ray.config import ExpertSet, LoRARecipe, Training
 from icm_ray.evaluation.heads import Head
-from icm_ray.finetuning.expert import ExpertJob, train_expert
+from icm_ray.finetuning.expert import ExpertJob, Lesson
+from icm_ray.finetuning.training import train_experts
 from icm_ray.finetuning.trajectory import FOLDER, read_trajectory
 from icm_ray.suites.tasks import Examples, Task
 
@@ -32,7 +33,7 @@ def test_it_is_the_processor_s_and_resumes(
     headed = task.kind != "language_modelling"
     targets = ["query", "value"] if headed else ["q_proj", "v_proj"]
     lora = LoRARecipe(rank=2, alpha=4, targets=targets)
-    job = ExpertJob(task, lora, training, ExpertSet(init="shared", seed=0))
+    job = ExpertJob(task, lora, training, ExpertSet(init="shared", seed=0), (task.name,))
     examples = Examples(texts, np.array([float(len(t.split()) % 2) for t in texts]), texts)
     start = Head(torch.zeros(task.outputs, 16), torch.zeros(task.outputs)) if headed else None
 
@@ -40,9 +41,9 @@ def test_it_is_the_processor_s_and_resumes(
         folder = tmp_path / scratch
         folder.mkdir(exist_ok=True)
         base = load_base(tiny_bert if headed else tiny_llama, device=device)
-        return train_expert(base, job, examples, start, folder, report)
+        return train_experts(base, [Lesson(job, examples, start)], folder, report)[0]
 
-    def kill(step: int, _loss: float) -> None:
+    def kill(step: int, _losses: list[float]) -> None:
         if step == 4:
             raise Killed
 
@@ -57,7 +58,9 @@ def test_it_is_the_processor_s_and_resumes(
     if headed:
         assert there.head.weight.device.type == "cpu"
         torch.testing.assert_close(there.head.weight, here.head.weight, rtol=1e-4, atol=1e-5)
-    one, two = (read_trajectory(tmp_path / place / FOLDER)[0] for place in ("here", "there"))
+    one, two = (
+        read_trajectory(tmp_path / place / task.name / FOLDER)[0] for place in ("here", "there")
+    )
     assert one["step"] == two["step"]
     for row, other in zip(one["adapter"], two["adapter"], strict=True):
         np.testing.assert_allclose(row.values, other.values, rtol=1e-3, atol=1e-4)
