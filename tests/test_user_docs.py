@@ -9,12 +9,14 @@ from typing import get_args
 import pytest
 import yaml
 
-from icm_ray.config import PipelineRecipe, PrepareRecipe, TaskFile, TaskKind
+from icm_ray.config import FinetuneRecipe, PipelineRecipe, PrepareRecipe, TaskFile, TaskKind
 from icm_ray.config.loading import load_recipe
+from icm_ray.finetuning.targets import with_targets
 from icm_ray.jobs import JOBS
 from icm_ray.suites import find_suite
 from icm_ray.suites.tasks import METRICS
 from icm_ray.workflows import prepare
+from icm_ray.workflows.experts import groups_of
 
 ROOT = Path(__file__).parents[1]
 DATA, TASKS = ((ROOT / "docs" / f"your_{name}.md").read_text() for name in ("data", "tasks"))
@@ -60,8 +62,8 @@ def test_a_look_at_a_suite_counts_its_rows(folder: Path, capsys) -> None:
 
 
 def test_the_pipeline_s_recipe_is_one(folder: Path) -> None:
-    (words,) = commands(TASKS)
-    assert words[2].removeprefix("jobs.") in JOBS
+    words, training = commands(TASKS)
+    assert {job.removeprefix("jobs.") for job in (words[2], training[2])} <= set(JOBS)
     recipe = load_recipe(PipelineRecipe, words[4])
     assert [row.method for row in recipe.methods or []] == ["soup", "distillation"]
     plain = yaml.safe_load((folder / "my_suite" / "suite.yaml").read_text())
@@ -69,6 +71,14 @@ def test_the_pipeline_s_recipe_is_one(folder: Path) -> None:
     (folder / "my_suite" / "suite.yaml").write_text(yaml.safe_dump(plain))
     names = [ref.name for ref in recipe.adapters]
     assert find_suite(recipe.suite).experts_of(names) == {"legal": "legal", "mood": "moods"}
+
+
+def test_the_recipe_that_trains_is_one(folder: Path) -> None:
+    recipe = load_recipe(FinetuneRecipe, commands(TASKS)[1][4])
+    suite = find_suite(recipe.suite)
+    assert [sorted(group) for group in groups_of(recipe, suite)] == [["legal", "mood"]]
+    base = Path(str(suite.base))
+    assert with_targets(recipe.lora, base, shared=True).targets == ["q_proj", "v_proj"]
 
 
 def test_the_pages_name_every_key_kind_and_metric() -> None:

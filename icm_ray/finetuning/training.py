@@ -12,6 +12,7 @@ from icm_ray.base_model.loading import Base
 from icm_ray.base_model.readers import Batch
 from icm_ray.base_model.states import States, states_of
 from icm_ray.checkpoint import Checkpoint, all_finite
+from icm_ray.config import Training
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import answer_of
 from icm_ray.evaluation.heads import Head
@@ -38,8 +39,8 @@ def train_experts(
 
     Several experts share each pass through the base and nothing else: losses are added, so every
     expert has the gradient and the steps that it has alone. Batches are padded to the longest,
-    so numbers are summed in another order; in float32 experts agree with those trained alone to
-    about 1e-4 of their values, not to the bit.
+    so numbers are summed in another order: experts agree with those trained alone as float32
+    does, not to the bit.
 
     Args:
         base: Frozen base; its weights stay untouched.
@@ -58,17 +59,13 @@ def train_experts(
         for name, lesson in zip(model.peft_config, lessons, strict=True)
     ]
     training = lessons[0].job.training
-    adapters = [leaf for learner in learners for leaf in learner.adapter.values()]
-    heads = [leaf for learner in learners for leaf in learner.head_leaves.values()]
-    optimizer = torch.optim.AdamW(
-        [{"params": adapters}, *([{"params": heads}] * bool(heads))], weight_decay=0.0
-    )
+    optimizer = _optimizer(learners, training)
     leaves = {name: leaf for learner in learners for name, leaf in learner.leaves.items()}
     checkpoint = Checkpoint(scratch / STATE)  # the folder's name has the run's key
     history: list[list[float]] = checkpoint.load(leaves, optimizer)
     for step in range(len(history), training.steps):
-        for group, rate in zip(optimizer.param_groups, (training.lora_lr, training.head_lr)):  # noqa: B905 - a head is optional
-            group["lr"] = rate * (1 - step / training.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * (1 - step / training.steps)
         losses = _losses(base, model, learners, step)
         optimizer.zero_grad()
         torch.autograd.backward(losses)
@@ -84,6 +81,16 @@ def train_experts(
         _refuse_lost(learner.job, training.steps, all_finite(learner.leaves))
     columns = [list(column) for column in zip(*history, strict=True)]
     return [learner.trained(own) for learner, own in zip(learners, columns, strict=True)]
+
+
+def _optimizer(learners: Sequence["_Learner"], training: Training) -> torch.optim.AdamW:
+    adapters = [leaf for learner in learners for leaf in learner.adapter.values()]
+    heads = [leaf for learner in learners for leaf in learner.head_leaves.values()]
+    groups = [
+        {"params": adapters, "rate": training.lora_lr},
+        {"params": heads, "rate": training.head_lr},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def _losses(base: Base, model: Any, learners: Sequence["_Learner"], step: int) -> list[Tensor]:
@@ -123,11 +130,10 @@ class _Learner:
         self.head = None if start is None else _head(start, next(base.model.parameters()).device)
         self.head_leaves = dict(self.head.named_parameters()) if self.head is not None else {}
         # The names PEFT writes to disk lack the name of the adapter inside the model.
-        parts = {path: path.split(".") for path, _ in model.named_parameters()}
         self.adapter = {
-            ".".join(part for part in parts[path] if part != name): leaf
+            path.replace(f".{name}", ""): leaf
             for path, leaf in model.named_parameters()
-            if name in parts[path]
+            if name in path.split(".")
         }
         training = self.job.training
         self.trajectory = Trajectory(scratch / task.name, training.steps, training.checkpoints)
