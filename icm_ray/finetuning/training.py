@@ -145,13 +145,16 @@ class _Learner:
         return {f"{self.job.task.name}/{name}": leaf for name, leaf in named.items()}
 
     def batch(self, step: int) -> Batch:
+        """Return its inputs of a step."""
         return self.make_batch(batch_rows(self.job, self.examples, step))
 
     def loss(self, base: Base, states: States) -> Tensor:
+        """Return the mean loss of a batch from its states."""
         targets = self.targets[states.batch.rows]
         return self.answer.loss(base, self.head, states, targets, self.job.task)
 
     def trained(self, losses: list[float]) -> TrainedExpert:
+        """Return it as it is now."""
         final = None
         if self.head is not None:
             weight, bias = (part.detach().cpu().clone() for part in self.head_leaves.values())
