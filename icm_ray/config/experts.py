@@ -41,7 +41,7 @@ class Training(Part):
         default=50, description="Steps between states a killed run resumes from."
     )
     tasks_per_forward: Positive = Field(
-        default=1, description="Experts that one worker trains at once; more pays on a GPU."
+        default=1, description="Experts that one worker trains at once; on a CPU more save no time."
     )
 
 
