@@ -51,14 +51,15 @@ def routed(model: Any, names: Sequence[str], rows: int) -> Iterator[None]:
         return
     from peft.tuners.lora import LoraLayer
 
-    layers = {path: part for path, part in model.named_modules() if isinstance(part, LoraLayer)}
+    parts = model.named_modules()
+    layers: dict[str, Any] = {path: part for path, part in parts if isinstance(part, LoraLayer)}
     try:
         for path, layer in layers.items():
             layer.forward = partial(_forward, layer, path, names, rows)
         yield
     finally:
         for layer in layers.values():
-            layer.__dict__.pop("forward", None)  # the class's own shows again
+            vars(layer).pop("forward", None)  # the class's own shows again
 
 
 def _forward(

@@ -10,7 +10,7 @@ from icm_ray.command import run_job
 from icm_ray.config import EvaluateRecipe, EvidenceRecipe
 from icm_ray.evaluation.experts import find_experts
 from icm_ray.evidence.store import load_evidence
-from icm_ray.files import read_json
+from icm_ray.files import read_json, read_manifest
 
 SET = "shared-seed0"
 TASKS = ("depth", "supersense")
@@ -72,7 +72,13 @@ def test_the_finetune_job_reports_experts_without_any_merge(tiny_bert, tmp_path)
     from icm_ray.config import FinetuneRecipe
     from jobs.finetune import work
 
-    recipe = finetune_recipe(tiny_bert, tmp_path / "out", resources={"workers": 1})
+    recipe = finetune_recipe(
+        tiny_bert,
+        tmp_path / "out",
+        lora={"rank": 2},
+        training={"steps": 3, "batch": 8, "train_examples": 48, "tasks_per_forward": 2},
+        resources={"workers": 1},
+    )
     plain = json.loads(recipe.model_dump_json(exclude_defaults=True))
     path = write_yaml(tmp_path / "finetune.yaml", plain)
     assert run_job(FinetuneRecipe, work, "", ["-c", str(path)]) == 0
@@ -80,3 +86,7 @@ def test_the_finetune_job_reports_experts_without_any_merge(tiny_bert, tmp_path)
     assert (tmp_path / "out" / "report" / "index.html").is_file()
     assert "adapter" not in found["outputs"]
     assert any(name.endswith("/expert") for name in found["scores"])
+    for task in TASKS:
+        folder = tmp_path / "out" / "experts" / SET / task
+        assert read_manifest(folder)["together"] == list(TASKS)
+        assert load_adapter(folder / "adapter").config["target_modules"] == ["query", "value"]
