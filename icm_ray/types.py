@@ -19,7 +19,8 @@ from torch import Tensor
 from icm_ray.errors import InputError
 
 RankPolicy = int | str | None
-"""An int, "exact", "energy:0.99", "serving:64", or None for the method's own default."""
+"""An int, "exact", "energy:0.99", "serving:64", "total:400" over all modules, or None for the
+method's own default."""
 
 
 @dataclass(frozen=True)

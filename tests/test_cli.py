@@ -171,6 +171,14 @@ def test_all_problems_of_a_recipe_are_told(cli, recipe):
     assert len(errors(err)) == 3
 
 
+def test_a_cut_that_would_be_noticed_is_said_with_its_number(cli, recipe):
+    code, _, err = cli("merge", "-c", recipe, "output.rank=1")
+    report = json.loads((recipe.with_name("merged") / "merge_report.json").read_text())
+    energy = f"{report['retained_energy']:.0%}"
+    assert code == 0
+    assert f"warning: output.rank: 1: the cut kept {energy} of the energy, " in err
+
+
 def test_merge_writes_a_verified_folder(cli, recipe):
     code, out, err = cli("merge", "-c", recipe)
     assert (code, err) == (0, "")

@@ -18,7 +18,8 @@ from icm_ray.distributed.faults import MAX_RETRIES, LostWork
 from icm_ray.distributed.poison import Work, poisoned
 from icm_ray.distributed.progress import Bar, bar
 from icm_ray.merging.folder import Origin, write_merged
-from icm_ray.merging.merge import MergedModule, assemble, merge_as_asked, merge_modules
+from icm_ray.merging.merge import assemble, merge_as_asked, merge_modules
+from icm_ray.merging.module import MergedModule
 from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
 from icm_ray.merging.passes import Measured, concluded, measure_modules, passes_of
 from icm_ray.types import LoRAFactors, MergeResult, ModuleReport

@@ -9,10 +9,13 @@ from torch import Tensor
 from icm_ray.errors import RecipeError
 from icm_ray.linalg import blockwise
 from icm_ray.linalg.lowrank import rank_for_energy, svd
-from icm_ray.types import CutRoute, Delta, LoRAFactors, RankPolicy
+from icm_ray.types import CutRoute, Delta, LoRAFactors, MergeReport, RankPolicy
 
 SERVING_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks a serving engine can be started with (`--max-lora-rank` of vLLM)."""
+
+NOTICED = 0.9
+"""Share of the energy below which a cut is likely to be seen in scores."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,13 @@ class RankRule:
     """A parsed rank policy: what to do and its number.
 
     Attributes:
-        kind: "exact", "at most" (a rank), "energy" (a share in (0, 1]).
-        number: The rank or the share; unused for "exact".
+        kind: "exact", "at most" (a rank), "energy" (a share in (0, 1]), "total" (ranks of all
+            modules together; see `budget`).
+        number: The rank, the share or the sum; unused for "exact".
         tight: Drop ranks that hold nothing, even where the exact result already fits.
     """
 
-    kind: Literal["exact", "at most", "energy"]
+    kind: Literal["exact", "at most", "energy", "total"]
     number: float = 0.0
     tight: bool = False
 
@@ -55,11 +59,13 @@ class RankRule:
             if kind == "serving" and int(text) >= SERVING_RANKS[0]:
                 largest = max(rank for rank in SERVING_RANKS if rank <= int(text))
                 return cls("at most", largest, tight=True)
+            if kind == "total" and int(text) > 0:
+                return cls("total", int(text))
         except ValueError:
             pass
         raise RecipeError(
-            f"output.rank: {policy!r} but a positive int, 'exact', 'energy:0.99' or 'serving:64' "
-            "is expected."
+            f"output.rank: {policy!r} but a positive int, 'exact', 'energy:0.99', 'serving:64' or "
+            "'total:400' is expected."
         )
 
 
@@ -77,15 +83,16 @@ def cut(result: LoRAFactors | Delta, rule: RankRule) -> Cut:
     """Return `result` as factors of the rank `rule` asks for, with the energy that was kept.
 
     Factors that already satisfy the rule are returned untouched, so an exact merge stays exact.
+    Of a total, as much as one module could get of it is kept, by descending singular value.
     """
     if isinstance(result, LoRAFactors):
         fits = result.rank <= (rule.number if rule.kind == "at most" else min(result.shape))
-        if fits and rule.kind != "energy" and not rule.tight:
+        if fits and rule.kind not in ("energy", "total") and not rule.tight:
             return Cut(result, result.rank, 1.0, "none")
         if min(result.shape) <= blockwise.EXACT_SIDE or not _is_wide(result):
             return _cut_factors(result, rule)
         result = _product(result)
-    limit = int(rule.number) if rule.kind == "at most" else None
+    limit = int(rule.number) if rule.kind in ("at most", "total") else None
     found = blockwise.truncate(result.shape, result.blocks, lambda s: _rank(rule, s), limit)
     route: CutRoute = "exact" if found.is_exact else "randomised"
     return Cut(LoRAFactors(found.a, found.b), found.full_rank, found.retained_energy, route)
@@ -110,6 +117,18 @@ def _product(factors: LoRAFactors) -> Delta:
             yield factors.b[start : start + blockwise.CHUNK] @ factors.a
 
     return Delta(factors.shape, blocks)
+
+
+def loss_lines(report: MergeReport) -> list[str]:
+    """Return a line that says how much a cut lost, if a user would notice."""
+    if report.retained_energy >= NOTICED:
+        return []
+    worst = min(report.modules, key=lambda module: report.modules[module].retained_energy)
+    return [
+        f"output.rank: {report.output_rank or 'left out'}: the cut kept "
+        f"{report.retained_energy:.0%} of the energy, {report.modules[worst].retained_energy:.0%} "
+        f"in {worst}. Raise it, or compare scores with an uncut merge."
+    ]
 
 
 def serving_rank(ranks: list[int]) -> int:

@@ -239,8 +239,9 @@ def _sizes(
         d_out, d_in, _ = shapes[tasks[0]][module]
         total = sum(shapes[task][module][2] for task in tasks)
         stacked[module] = min(d_out, d_in) if row.is_dense else min(total, d_out, d_in)
-        limit = int(order.rule.number) if order.rule.kind == "at most" else stacked[module]
-        ranks[module] = min(limit, stacked[module])
+        even = int(order.rule.number) // len(order.present)  # of a total, before it is merged
+        limit = {"at most": int(order.rule.number), "total": even}.get(order.rule.kind)
+        ranks[module] = min(limit or stacked[module], stacked[module])
         if row.is_dense:
             looks = len(passes_of(order)) + 1
             flops += looks * d_out * d_in * (2.0 * total + VISIT * len(tasks))

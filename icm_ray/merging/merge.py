@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from icm_ray.adapters.base_names import chosen_name
 from icm_ray.devices import find_device, made_on, to_cpu
 from icm_ray.linalg import lowrank
 from icm_ray.linalg.threads import kernel_threads
+from icm_ray.merging.budget import within
 from icm_ray.merging.cut import Cut, cut
 from icm_ray.merging.inputs import ReadFactors, finite_only, inputs_of, not_finite
+from icm_ray.merging.module import MergedModule
 from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
 from icm_ray.merging.passes import with_statistics
 from icm_ray.methods import METHODS
@@ -26,21 +28,6 @@ from icm_ray.types import (
     PerTask,
     RankPolicy,
 )
-
-
-@dataclass(frozen=True)
-class MergedModule:
-    """One module after the merge and the cut.
-
-    Attributes:
-        factors: The merged change.
-        report: What happened to it.
-        tasks: Each task's own change, for methods that make them.
-    """
-
-    factors: LoRAFactors
-    report: ModuleReport
-    tasks: Mapping[str, LoRAFactors] = field(default_factory=dict)
 
 
 def merge(
@@ -61,9 +48,9 @@ def merge(
         params: The method's parameters by name; see `icm-ray methods --json`.
         evidence: What the method is told of models and data: a path, or tensors by name as
             docs/evidence.md lays them out; None for data-free methods.
-        output_rank: An int, "exact", "energy:0.99", "serving:64", or None for the method's own
-            default: exact for every linear and learned method, the largest input rank for `svd`
-            and for dense results.
+        output_rank: An int, "exact", "energy:0.99", "serving:64", "total:400" (over all modules),
+            or None for the method's own default: exact for every linear and learned method, the
+            largest input rank for `svd` and for dense results.
         seed: Keys every random draw, together with task and module.
 
     Returns:
@@ -157,6 +144,8 @@ def assemble(
 ) -> MergeResult:
     """Put merged modules together; `adapters` (loaded or open) give names, dtype and config."""
     inputs = sorted(adapters, key=lambda adapter: adapter.name)
+    if order.rule.kind == "total":
+        merged = within(merged, int(order.rule.number), order.steps)
     report = MergeReport(
         method=order.method,
         formula=METHODS[order.method].formula,

@@ -116,6 +116,11 @@ def plan_merge(
     by_name = {adapter.name: adapter for adapter in adapters}
     modules = sorted({module for adapter in adapters for module in adapter.modules})
     present = {m: tuple(t for t in tasks if m in by_name[t].modules) for m in modules}
+    if rule.kind == "total" and rule.number < len(modules):
+        raise RecipeError(
+            f"output.rank: {request.output_rank!r} but {len(modules)} modules keep a rank each. "
+            f"Give total:{len(modules)} or more."
+        )
     if request.evidence is not None and not row.takes:
         raise RecipeError(f"evidence: given but method {row.name!r} uses none. Leave it out.")
     evidence = as_evidence(request.evidence)

@@ -15,6 +15,7 @@ from icm_ray.devices import find_device
 from icm_ray.errors import RecipeError, counted
 from icm_ray.evidence.tensors import as_evidence
 from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
+from icm_ray.merging.cut import loss_lines
 from icm_ray.merging.estimate import check_sources, warn, warnings_of
 from icm_ray.merging.folder import Origin, write_merged
 from icm_ray.merging.merge import merge_as_asked
@@ -69,6 +70,7 @@ def merge_recipe(
         evidence = gatherer(files, base, evidence)
     request = replace(request, evidence=as_evidence(evidence))  # opened and hashed once
     result, seconds = merger(files, request)
+    warn(loss_lines(result.report))
     checks = write_merged(
         result,
         target,

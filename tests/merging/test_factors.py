@@ -26,12 +26,17 @@ def three(tmp_path):
     }
 
 
+def besides_cuts(err: str) -> list[str]:
+    """Return what was said of anything but a cut; random adapters have flat spectra."""
+    return [line for line in err.splitlines() if "the cut kept" not in line]
+
+
 def kept(cli, tmp_path, folders, *, silent=True, **keys):
     """Merge folders with their factors kept, lose them, and return the merge."""
     recipe = recipe_of(tmp_path / "first.yaml", folders, keep_factors=True, **keys)
     code, _, err = cli("merge", "-c", recipe)
     assert code == 0, err
-    assert not (silent and err)
+    assert not (silent and besides_cuts(err))
     for folder in folders.values():
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     return tmp_path / "merged"
@@ -55,7 +60,7 @@ def test_removed_is_as_if_it_had_never_been_there(cli, tmp_path, three, method):
     expected = at_once(cli, tmp_path, {name: three[name] for name in "ac"}, method=method)
     merged = kept(cli, tmp_path, three, method=method)
     code, _, err = cli("merge", "--from", merged, "--remove", "b", "-o", tmp_path / "later")
-    assert (code, err) == (0, "")
+    assert (code, besides_cuts(err)) == (0, [])
     same(tmp_path / "later", expected)
     verify_folder(tmp_path / "later")
     assert reproduce(tmp_path / "later")
@@ -66,7 +71,7 @@ def test_steps_around_a_method_are_kept_and_made_again(cli, tmp_path, three):
     expected = at_once(cli, tmp_path, {name: three[name] for name in "ac"}, params=params)
     merged = kept(cli, tmp_path, three, params=params)
     code, _, err = cli("merge", "--from", merged, "--remove", "b", "-o", tmp_path / "later")
-    assert (code, err) == (0, "")
+    assert (code, besides_cuts(err)) == (0, [])
     same(tmp_path / "later", expected)
     assert params.items() <= read_json(tmp_path / "later/merge_report.json")["params"].items()
     assert reproduce(tmp_path / "later")
@@ -80,7 +85,7 @@ def test_added_is_as_if_it_had_always_been_there(cli, tmp_path, three):
     output |= {"path": str(tmp_path / "merged")}
     merged = kept(cli, tmp_path, first, method="ties", params=params, output=output, seed=3)
     code, _, err = cli("merge", "--from", merged, three["c"], "-o", tmp_path / "later", "seed=0")
-    assert (code, err) == (0, "")
+    assert (code, besides_cuts(err)) == (0, [])
     same(tmp_path / "later", expected)
 
 
@@ -117,7 +122,7 @@ def test_weights_of_the_removed_go_with_them(cli, tmp_path, three):
     report = read_json(tmp_path / "later" / "merge_report.json")
     assert report["params"]["weights"] == {"a": 0.5, "c": 1.5}
     code, _, err = cli("merge", "--from", merged, "--method", "ties", "-o", tmp_path / "ties")
-    assert (code, err) == (0, "")  # whose parameters are others
+    assert (code, besides_cuts(err)) == (0, [])  # whose parameters are others
     assert read_json(tmp_path / "ties" / "merge_report.json")["method"] == "ties"
 
 
@@ -302,5 +307,5 @@ def test_gram_statistics_stay_with_the_adapters_and_are_joined(cli, tmp_path, th
         *("merge", "--from", merged, three["c"], "-o", tmp_path / "later"),
         f"evidence={tmp_path / 'joined'}",
     )
-    assert (code, err) == (0, "")
+    assert (code, besides_cuts(err)) == (0, [])
     assert sha256_of_file(tmp_path / "later" / WEIGHTS) == sha256_of_file(expected / WEIGHTS)

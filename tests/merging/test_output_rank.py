@@ -1,5 +1,7 @@
 """The last step of a merge: rank policies, what a cut keeps, and what the report says of it."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 import icm_ray
 from icm_ray import RecipeError
+from icm_ray.adapters import verify_written
 from icm_ray.linalg.lowrank import norm
 from icm_ray.merging.cut import SERVING_RANKS, RankRule, cut, serving_rank
 from icm_ray.types import Delta, LoRAFactors, MergeReport, ModuleReport
@@ -136,3 +139,44 @@ def test_input_norms_are_those_of_the_deltas(four) -> None:
     for adapter in four:
         factors = adapter.modules["m"]
         assert report.input_norms[adapter.name] == pytest.approx(norm(factors.b, factors.a))
+
+
+def test_one_budget_keeps_the_largest_singular_values_of_all_modules(four, tmp_path) -> None:
+    result = icm_ray.merge(four, "task_arithmetic", output_rank="total:9")
+    spectra = {module: torch.linalg.svdvals(exact_sum(four, module)) for module in SHAPES}
+    ninth = torch.cat(list(spectra.values())).sort(descending=True).values[8]
+    assert ranks(result) == {m: int((s >= ninth * (1 - 1e-6)).sum()) for m, s in spectra.items()}
+    assert sum(ranks(result).values()) == 9
+    for module, factors in result.adapter.modules.items():
+        alone = icm_ray.merge(four, "task_arithmetic", output_rank=factors.rank)
+        torch.testing.assert_close(factors.delta(), alone.adapter.modules[module].delta())
+        one, other = (r.report.modules[module] for r in (result, alone))
+        assert one.retained_energy == pytest.approx(other.retained_energy, abs=1e-6)
+        assert one.output_norm == pytest.approx(other.output_norm, rel=1e-6)
+    icm_ray.save_adapter(result.adapter, tmp_path / "cut")
+    assert verify_written(tmp_path / "cut", result.adapter)["max_relative_error"] < 1e-5
+    config = json.loads((tmp_path / "cut/adapter_config.json").read_text())
+    assert config["alpha_pattern"] == config["rank_pattern"]
+
+
+@pytest.mark.parametrize("method", ["ties", "emr", "iso_c"])
+def test_a_budget_holds_for_any_method_and_any_task_s_own_adapter(four, method) -> None:
+    result = icm_ray.merge(four, method, output_rank="total:7", params={"restore_norm": True})
+    for adapter in (result.adapter, *result.per_task.values()):
+        assert sum(f.rank for f in adapter.modules.values()) == 7
+        assert min(f.rank for f in adapter.modules.values()) >= 1
+    for report in result.report.modules.values():
+        mean = sum(report.input_norms.values()) / 4
+        assert report.output_norm == pytest.approx(mean, rel=1e-4)
+        assert 0 < report.retained_energy < 1
+
+
+def test_a_budget_that_holds_everything_takes_nothing(four) -> None:
+    result = icm_ray.merge(four, "soup", output_rank="total:1000")
+    assert ranks(result) == {"m": 12, "n": 9}
+    assert result.report.retained_energy == pytest.approx(1.0, abs=1e-9)
+
+
+def test_a_budget_below_one_rank_a_module_is_refused(four) -> None:
+    with pytest.raises(RecipeError, match="total:1' but 2 modules keep a rank each"):
+        icm_ray.merge(four, "soup", output_rank="total:1")

@@ -331,7 +331,7 @@ def splits(modules: Sequence[str]) -> Iterator[list[list[str]]]:
 
 
 @each_row()
-@pytest.mark.parametrize("rank", [None, "energy:0.9"])
+@pytest.mark.parametrize("rank", [None, "energy:0.9", "total:4"])
 def test_any_split_over_workers_gives_the_same_bits(abc, method: str, params: dict, rank) -> None:
     chosen = three(params, method)
     order = plan_merge(abc, MergeRequest(method, chosen, evidence_for(abc, method), rank, seed=3))
