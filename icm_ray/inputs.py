@@ -1,13 +1,18 @@
-"""What a model is asked before a tokenizer sees it: plain texts, pairs of texts, and prompts.
+"""What a model is asked before a tokenizer sees it: texts, pairs, prompts, and images beside them.
 
 They are tuples of plain values, so that they can be hashed as JSON and sent anywhere.
 """
 
+import io
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
+
+PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands in a turn's content where the next of its prompt's images goes."""
 
 
 class Pair(NamedTuple):
@@ -53,6 +58,7 @@ class Prompt(NamedTuple):
         said: What follows, if the model is judged by how likely it finds that.
         choices: What may be answered, if one of several is.
         room: Tokens that the model's own length must leave free for an answer.
+        images: The image files, in base64, whose places the turns hold, in their order.
     """
 
     turns: tuple[Turn, ...]
@@ -60,6 +66,7 @@ class Prompt(NamedTuple):
     said: str | None = None
     choices: tuple[str, ...] = ()
     room: int = 0
+    images: tuple[str, ...] = ()
 
 
 Text = str | Pair | Prompt
@@ -73,3 +80,13 @@ def image_bytes(images: "np.ndarray") -> "Iterator[bytes]":
         return
     for image in images:
         yield repr(image.shape).encode() + image.tobytes()
+
+
+def pixels(data: bytes) -> "np.ndarray":
+    """Return the pixels of an image file's bytes, uint8 `(height, width, 3)`."""
+    import numpy as np
+    from PIL import Image
+
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return np.asarray(image.convert("RGB"))

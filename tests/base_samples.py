@@ -32,3 +32,57 @@ def save_llama(folder: Path, **config: Any) -> None:
     torch.manual_seed(0)
     more = {"num_key_value_heads": 1, "tie_word_embeddings": True}
     LlamaForCausalLM(LlamaConfig(**SIZES, **more, **config)).save_pretrained(folder)
+
+
+IMAGE = "<image>"
+IN_PARTS = (
+    "{% for turn in messages %}[CLS] {% for part in turn.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %} {% endfor %}[SEP] "
+    "{% endfor %}{% if add_generation_prompt %}[CLS] {% endif %}"
+)
+"""A chat template as vision-language models have them: contents are lists of parts."""
+
+
+def save_llava(folder: Path, tokenizer: Any, **config: Any) -> None:
+    """Save a random LLaVA that reads 28 x 28 pixels as 4 tokens, with its processor."""
+    from transformers import (
+        Dinov2Config,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tower = Dinov2Config(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        mlp_ratio=2, initializer_range=0.5,
+    )  # fmt: skip
+    words = LlamaConfig(
+        **SIZES,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        vocab_size=len(tokenizer),
+        **config,
+    )
+    LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=tower.to_dict(),
+            text_config=words.to_dict(),
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+            vision_feature_layer=-1,
+            tie_word_embeddings=True,
+        )
+    ).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False)
+    LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=IN_PARTS,
+    ).save_pretrained(folder)

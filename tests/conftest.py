@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from base_samples import save_bert, save_llama
+from base_samples import save_bert, save_llama, save_llava
 from fake_gpu import REAL, STAND_IN  # before any backward pass: torch counts its devices there
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
@@ -141,6 +141,16 @@ def tiny_llama(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random LLaVA: a two-layer DINOv2 and the tiny Llama's words."""
+    folder = tmp_path_factory.mktemp("tiny-llava")
+    from transformers import AutoTokenizer
+
+    save_llava(folder, AutoTokenizer.from_pretrained(tiny_llama))
     return folder
 
 

@@ -62,14 +62,28 @@ def class_named(base: BaseFolder, name: str) -> Any:
 
 def own_class(config: Any) -> Any:
     """Return what to load a folder with: language models keep their head, others are bare."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if is_image_text(config):
+        return AutoModelForImageTextToText
     return AutoModelForCausalLM if is_language_model(config) else AutoModel
 
 
 def is_language_model(config: Any) -> bool:
     """Say whether the saved model has the head of a language model."""
-    return str((config.architectures or [""])[0]).endswith(("ForCausalLM", "LMHeadModel"))
+    return is_image_text(config) or _saved_as(config).endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def is_image_text(config: Any) -> bool:
+    """Say whether the saved model is a decoder of texts that images may stand in."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return known == _saved_as(config) and not config.is_encoder_decoder
+
+
+def _saved_as(config: Any) -> str:
+    return str((config.architectures or [""])[0])
 
 
 def build(base: BaseFolder, model_class: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from icm_ray.base_model.loading import Base
-from icm_ray.base_model.readers import Answered, Batch, pad_batch, to_device
+from icm_ray.base_model.readers import Answered, Batch, join, pad_batch, to_device
 from icm_ray.errors import RecipeError
 
 Readout = Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows vocabulary"]]
@@ -26,7 +26,7 @@ def readout_of(base: Base) -> Readout:
     Raises:
         RecipeError: the base has no such head.
     """
-    config: Any = base.model.config
+    config: Any = base.model.config.get_text_config()  # type: ignore[operator]
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in SCALED):
         raise RecipeError(f"base: {config.model_type} bends its logits, which is not supported.")
     outputs: Any = getattr(base.whole, "get_output_embeddings", lambda: None)()
@@ -71,7 +71,7 @@ def next_token_nats(
 def greedy(
     model: nn.Module,
     readout: Readout,
-    prompts: list[list[int]],
+    prompts: Batch,
     max_new_tokens: int,
     end: int | None = None,
 ) -> list[list[int]]:
@@ -79,18 +79,25 @@ def greedy(
 
     Prompts are padded on the left, so that all answers grow at the same place.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    asked = ids_of(prompts)
+    width = max(map(len, asked))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in asked])
+    lengths = torch.tensor([len(prompt) for prompt in asked])
     mask = torch.arange(width)[None] >= width - lengths[:, None]
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in asked]
+    images = {} if prompts.pixels is None else {"pixel_values": prompts.pixels}
+    image = getattr(model.config, "image_token_id", None)
     cache: Any = None
     for _ in range(max_new_tokens):
         places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": places}
+        inputs |= images if cache is None else {}  # they are read with the prompts alone
         seen = model(**to_device(inputs, model), past_key_values=cache, use_cache=True)
         cache = seen.past_key_values
-        chosen = readout(seen.last_hidden_state[:, -1]).argmax(-1).cpu()
+        logits = readout(seen.last_hidden_state[:, -1])
+        if image is not None:  # an answer shows none, so nothing may stand for one
+            logits[:, image] = -torch.inf
+        chosen = logits.argmax(-1).cpu()
         for answer, token in zip(answers, chosen.tolist(), strict=True):
             if end is None or answer[-1:] != [end]:
                 answer.append(token)
@@ -108,9 +115,9 @@ def answered(
     end: int | None,
 ) -> list[Answered]:
     """Return batches of prompts with what the model as it stands answers, decoded all at once."""
-    prompts = [ids[m].tolist() for b in batches for ids, m in zip(b.ids, b.mask, strict=True)]
+    prompts = join(batches)
     answers = greedy(model, readout, prompts, max_new_tokens, end)
-    pairs = list(zip(prompts, answers, strict=True))
+    pairs = list(zip(ids_of(prompts), answers, strict=True))
     with_answers, start = [], 0
     for batch in batches:
         own = pairs[start : start + len(batch.rows)]
@@ -119,7 +126,13 @@ def answered(
         whole = pad_batch([p + a[:-1] for p, a in own], batch.rows.tolist(), 0)
         place = torch.arange(whole.ids.shape[1])[None]
         first = torch.tensor([len(prompt) - 1 for prompt, _ in own])[:, None]
+        counts = whole.mask & (place >= first)
         with_answers.append(
-            Answered(whole.ids, whole.mask, whole.rows, whole.mask & (place >= first))
+            Answered(whole.ids, whole.mask, whole.rows, counts, pixels=batch.pixels)
         )
     return with_answers
+
+
+def ids_of(batch: Batch) -> list[list[int]]:
+    """Return each example's token ids without padding."""
+    return [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]

@@ -22,6 +22,7 @@ from icm_ray.adapters.base_skeleton import (
     own_class,
 )
 from icm_ray.adapters.contents import DTYPES
+from icm_ray.base_model.image_text import load_processor
 from icm_ray.base_model.pictures import ANY_SIZE, Preprocessing
 from icm_ray.base_model.prompts import UNBOUNDED
 from icm_ray.base_model.readers import ImageReader, Reader, TextReader
@@ -181,7 +182,10 @@ def build_base(path: Path, weights: Weights, *, device: str, dtype: str | None =
 
 
 def load_reader(path: Path) -> Reader:
-    """Return what turns a base's inputs into batches: its tokenizer, or its patches' size."""
+    """Return what turns a base's inputs into batches: its tokenizer, or its patches' size.
+
+    A vision-language model's processor comes with its tokenizer.
+    """
     from transformers import AutoTokenizer
 
     config = _config(path)
@@ -190,7 +194,10 @@ def load_reader(path: Path) -> Reader:
         preprocessing = Preprocessing(path, config.patch_size, side)
         return ImageReader(preprocessing, 1 + getattr(config, "num_register_tokens", 0))
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return TextReader(tokenizer, _longest(config, tokenizer))
+    processor = load_processor(path, config)
+    if processor and not tokenizer.chat_template:
+        tokenizer.chat_template = processor.own.chat_template
+    return TextReader(tokenizer, _longest(config, tokenizer), processor)
 
 
 def _longest(config: Any, tokenizer: Any) -> int:

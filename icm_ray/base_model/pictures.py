@@ -14,6 +14,8 @@ from icm_ray.errors import InputError
 from icm_ray.files import sha256_of
 
 PREPROCESSING = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+"""Where a vision-language model says how its images and texts go together."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of red, green and blue in [0, 1], where a base says nothing of its own."""
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -117,11 +119,10 @@ class Preprocessing:
 
     @cached_property
     def _said(self) -> dict[str, Any]:
-        return _said_in(self.folder)
+        return _said_in(self.folder / PREPROCESSING)
 
 
-def _said_in(folder: Path) -> dict[str, Any]:
-    file = folder / PREPROCESSING
+def _said_in(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
@@ -137,7 +138,9 @@ def preprocessing_key(folder: Path) -> str:
 
     It decides what a vision model sees, and so belongs to whatever was measured with it.
     """
-    said = _said_in(folder)
+    said = _said_in(folder / PREPROCESSING)
+    if with_texts := _said_in(folder / PROCESSOR):
+        return sha256_of([said, with_texts])
     usual = [list(numbers) for numbers in IMAGENET]
     is_usual = [said.get("image_mean"), said.get("image_std")] == usual
     if not said or (is_usual and not said.get("do_center_crop")):

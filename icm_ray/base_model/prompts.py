@@ -1,7 +1,8 @@
 """From what a model is asked to token ids: chat templates, answers, and what a long row loses.
 
-A text loses its end, a prompt its oldest part behind the system's turn; what a tokenizer puts in
-front of every text stays. Chat templates run in Jinja's sandbox, as transformers runs them.
+A text loses its end, a prompt its oldest part behind the system's turn, but no image; what a
+tokenizer puts in front of every text stays. Chat templates run in Jinja's sandbox, as transformers
+runs them.
 """
 
 import itertools
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from icm_ray.base_model.image_text import ImageProcessor
 from icm_ray.errors import InputError, RecipeError
-from icm_ray.inputs import Pair, Prompt, Question, Text, Turn
+from icm_ray.inputs import PLACE, Pair, Prompt, Question, Text, Turn
 
 UNBOUNDED = 1 << 30
 
@@ -21,13 +23,17 @@ class Pieces(list[int]):
     Attributes:
         segments: For each token which of two texts it is of, if the model is told.
         start: Number of tokens before those that count; None if all do.
+        images: Files of the images whose tokens are among them, in base64.
     """
 
     segments: list[int] | None = None
     start: int | None = None
+    images: tuple[str, ...] = ()
 
 
-def pieces_of(tokenizer: Any, asked: Text, limit: int, longest: int) -> Pieces:
+def pieces_of(
+    tokenizer: Any, asked: Text, limit: int, longest: int, processor: ImageProcessor | None = None
+) -> Pieces:
     """Return one example's token ids.
 
     Args:
@@ -35,22 +41,37 @@ def pieces_of(tokenizer: Any, asked: Text, limit: int, longest: int) -> Pieces:
         asked: What is asked.
         limit: Most tokens.
         longest: Most tokens of the model, answer included.
+        processor: What reads images, if the base does.
     """
     if isinstance(asked, Pair):
         return _pair(tokenizer, asked, min(limit, longest))
     if isinstance(asked, Prompt):
-        return _prompt(tokenizer, asked, min(limit, longest - asked.room))
+        return _prompt(tokenizer, asked, min(limit, longest - asked.room), processor)
     room = asked.room if isinstance(asked, Question) else 0
     ids = tokenizer(str(asked), add_special_tokens=True)["input_ids"]
     return Pieces(kept_end(ids, min(limit, longest - room), _front(tokenizer)))
 
 
-def kept_end(ids: Sequence[int], limit: int, front: int) -> list[int]:
-    """Return ids without the oldest behind the first `front`, so that at most `limit` are left."""
+def kept_end(ids: Sequence[int], limit: int, front: int, image: int | None = None) -> list[int]:
+    """Return ids without the oldest behind the first `front`, so that at most `limit` are left.
+
+    Tokens of images stay, whatever their age.
+
+    Raises:
+        InputError: the images leave no room for a word.
+    """
     if len(ids) <= limit:
         return list(ids)
-    front = min(front, max(limit - 1, 0))
-    return [*ids[:front], *ids[len(ids) - max(limit - front, 1) :]]
+    room = max(limit, 1)
+    loose = [place for place, token in enumerate(ids) if token != image]
+    front = min(front, room - 1)
+    gone = set(loose[front : front + len(ids) - room])
+    if len(ids) - len(gone) > room:
+        raise InputError(
+            f"data: images of {len(ids) - len(loose)} tokens but a row has at most {limit}. Give "
+            "fewer of them, or raise max_tokens."
+        )
+    return [token for place, token in enumerate(ids) if place not in gone]
 
 
 def answer_ids(tokenizer: Any, asked: Text, answer: str, limit: int = UNBOUNDED) -> list[int]:
@@ -104,37 +125,44 @@ def _pair(tokenizer: Any, pair: Pair, limit: int) -> Pieces:
     return ids
 
 
-def _prompt(tokenizer: Any, prompt: Prompt, limit: int) -> Pieces:
+def _prompt(tokenizer: Any, prompt: Prompt, limit: int, processor: ImageProcessor | None) -> Pieces:
     said: list[int] = []
     if prompt.said is not None:
         said = answer_ids(tokenizer, prompt, prompt.said, limit - 1)
+    if prompt.images and processor is None:
+        raise InputError(
+            "data: images beside texts but the base has no vision tower, or no processor beside "
+            "its weights. Name a vision-language model, or take the images out."
+        )
+    image = processor.token if processor and prompt.images else ""
     if prompt.chat:
-        ids, front = _chat_ids(tokenizer, prompt)
+        asks = prompt.said is not None or bool(prompt.room or prompt.choices)
+        text = rendered(tokenizer, prompt.turns, asks, image)
+        header = _header(tokenizer, prompt.turns)
+        front = len(tokenizer(header, add_special_tokens=False)["input_ids"])
     else:
-        ids = tokenizer(prompt.turns[-1].content, add_special_tokens=True)["input_ids"]
-        front = _front(tokenizer)
-    pieces = Pieces([*kept_end(ids, limit - len(said), front), *said])
+        text, front = prompt.turns[-1].content, _front(tokenizer)
+        text = text.replace(PLACE, image) if image else text
+    if processor and image:
+        ids = processor.ids(text, prompt.images, special=not prompt.chat)
+    else:
+        ids = tokenizer(text, add_special_tokens=not prompt.chat)["input_ids"]
+    token = processor.token_id if processor else None
+    pieces = Pieces([*kept_end(ids, limit - len(said), front, token), *said])
+    pieces.images = prompt.images
     if said:
         pieces.start = len(pieces) - len(said)
     return pieces
 
 
-def _chat_ids(tokenizer: Any, prompt: Prompt) -> tuple[list[int], int]:
-    """Return the tokens of a conversation, and how many of them are before its first user."""
-    asks = prompt.said is not None or bool(prompt.room or prompt.choices)
-    text = rendered(tokenizer, prompt.turns, asks)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    header = _header(tokenizer, prompt.turns)
-    return ids, len(tokenizer(header, add_special_tokens=False)["input_ids"])
-
-
-def rendered(tokenizer: Any, turns: Sequence[Turn], asks: bool) -> str:
+def rendered(tokenizer: Any, turns: Sequence[Turn], asks: bool, image: str = "") -> str:
     """Return a conversation as the tokenizer's own chat template writes it.
 
     Args:
         tokenizer: The base's.
         turns: The conversation.
         asks: Whether the assistant is to speak next.
+        image: What stands for an image in a text; empty if none is there.
 
     Raises:
         InputError: there is no template, or it refuses the conversation.
@@ -144,7 +172,8 @@ def rendered(tokenizer: Any, turns: Sequence[Turn], asks: bool) -> str:
             "base: its tokenizer has no chat template, but messages or chat: true need one. Choose "
             "a base that was trained on chats, or give plain prompts."
         )
-    plain = [turn._asdict() for turn in turns]
+    in_parts = _wants_parts(tokenizer, tokenizer.chat_template, bool(image))
+    plain = [_as_written(turn, image, in_parts=in_parts) for turn in turns]
     try:
         return tokenizer.apply_chat_template(plain, add_generation_prompt=asks, tokenize=False)
     except Exception as error:  # a template is a program, and raises what it likes
@@ -153,6 +182,34 @@ def rendered(tokenizer: Any, turns: Sequence[Turn], asks: bool) -> str:
             f"the base's chat template refuses turns of {roles} ({type(error).__name__}: {error}). "
             "Mend or drop the line."
         ) from None
+
+
+@cache
+def _wants_parts(tokenizer: Any, template: str, with_images: bool) -> bool:
+    """Say whether a template gets contents as lists of parts: with images if it can, or always."""
+
+    def reads(content: object) -> bool:
+        turns = [{"role": "user", "content": content}]
+        try:
+            said = tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # whatever a template raises of a content it does not take
+            return False
+        return "a word" in said and "'type'" not in said  # some write the list as it is
+
+    text = "a word"
+    return (with_images or not reads(text)) and reads([{"type": "text", "text": text}])
+
+
+def _as_written(turn: Turn, image: str, *, in_parts: bool) -> dict[str, Any]:
+    """Return a turn as a template gets it, with `image`, if there is one, at its places."""
+    texts = turn.content.split(PLACE) if image else [turn.content]
+    if not in_parts:
+        return {"role": turn.role, "content": image.join(texts)}
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(texts):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return {"role": turn.role, "content": parts}
 
 
 def _header(tokenizer: Any, turns: Sequence[Turn]) -> str:

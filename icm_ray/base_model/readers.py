@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from icm_ray.base_model.image_text import ImageProcessor
 from icm_ray.base_model.pictures import Preprocessing
 from icm_ray.base_model.prompts import UNBOUNDED, Pieces, pieces_of
 from icm_ray.errors import InputError
@@ -32,8 +33,9 @@ class Batch:
         mask: `(examples, tokens)` bool over the model's tokens, False on padding.
         rows: Position of each example in the original order.
         prefix: Tokens before those of an image's patches.
-        pixels: `(examples, channels, height, width)` float, images read together with token ids;
-            the ids hold the model's image token wherever it puts an image feature.
+        pixels: `(images, channels, height, width)` float, what is read together with token ids, in
+            the order of the examples; the ids hold the model's image token wherever it puts an
+            image feature.
         segments: `(examples, tokens)` int64, which of two texts a token is of.
     """
 
@@ -41,9 +43,7 @@ class Batch:
     mask: Bool[Tensor, "examples tokens"]
     rows: Int[Tensor, " examples"]
     prefix: int = field(default=0, kw_only=True)
-    pixels: Float[Tensor, "examples channels height width"] | None = field(
-        default=None, kw_only=True
-    )
+    pixels: Float[Tensor, "images channels height width"] | None = field(default=None, kw_only=True)
     segments: Int[Tensor, "examples tokens"] | None = field(default=None, kw_only=True)
 
     @property
@@ -93,31 +93,45 @@ class TextReader:
     Attributes:
         tokenizer: The tokenizer.
         longest: Most tokens that the model reads.
+        processor: What reads images beside texts, if the base does.
     """
 
     tokenizer: Any
     longest: int = UNBOUNDED
+    processor: ImageProcessor | None = None
 
     def read(self, inputs: Inputs, max_tokens: int) -> list[list[int]]:
         """Return each text's token ids; `prompts` says what a long one loses.
 
         Raises:
-            InputError: they are no texts.
+            InputError: they are no texts, or images stand in them that the base cannot read.
         """
+        read = self._ids(inputs, max_tokens)
+        for row, ids in enumerate(read):
+            _check_tokens(row, ids)
+            self._check_images(row, ids)
+        return read
+
+    def _ids(self, inputs: Inputs, max_tokens: int) -> list[list[int]]:
         if isinstance(inputs, np.ndarray) and inputs.size and not isinstance(inputs.flat[0], str):
             raise InputError("data: images but the base reads texts. Choose a suite of texts.")
         if all(isinstance(text, str) and not isinstance(text, Question) for text in inputs):
             texts = [str(text) for text in inputs]
             return tokenize(self.tokenizer, texts, min(max_tokens, self.longest))
-        read: list[list[int]] = []
-        for row, asked in enumerate(inputs):
-            read.append(pieces_of(self.tokenizer, asked, max_tokens, self.longest))
-            _check_tokens(row, read[-1])
-        return read
+        how = (max_tokens, self.longest, self.processor)
+        return [pieces_of(self.tokenizer, asked, *how) for asked in inputs]
+
+    def _check_images(self, row: int, ids: Sequence[int]) -> None:
+        shown = getattr(ids, "images", ())
+        if self.processor and not shown and self.processor.token_id in ids:
+            raise InputError(
+                f"texts: number {row} holds {self.processor.token!r}, which stands for an image, "
+                "and has none. Take it out."
+            )
 
     def overlong(self, inputs: Inputs, max_tokens: int) -> list[int]:
         """Return which examples lose tokens."""
-        whole = TextReader(self.tokenizer).read(inputs, UNBOUNDED)
+        whole = replace(self, longest=UNBOUNDED).read(inputs, UNBOUNDED)
         cut = self.read(inputs, max_tokens)
         return [row for row, ids in enumerate(whole) if len(ids) > len(cut[row])]
 
@@ -125,6 +139,10 @@ class TextReader:
         """Return one padded batch; where a part counts alone, it is marked."""
         own = [read[row] for row in rows]
         batch = pad_batch(own, rows, self.tokenizer.pad_token_id)
+        images = [image for ids in own for image in getattr(ids, "images", ())]
+        if images:
+            assert self.processor is not None
+            batch = replace(batch, pixels=self.processor.pixels(images))
         if any(isinstance(ids, Pieces) and ids.segments for ids in own):
             width = batch.ids.shape[1]
             parts = [getattr(ids, "segments", None) or [0] * len(ids) for ids in own]
@@ -139,7 +157,8 @@ def _marked(batch: Batch, starts: Sequence[int | None]) -> "Answered":
     place = torch.arange(batch.ids.shape[1])[None]
     first = torch.tensor([1 if start is None else start for start in starts])[:, None] - 1
     last = batch.mask.sum(1, keepdim=True) - 1
-    return Answered(batch.ids, batch.mask, batch.rows, (place >= first) & (place < last))
+    answers = (place >= first) & (place < last)
+    return Answered(batch.ids, batch.mask, batch.rows, answers, pixels=batch.pixels)
 
 
 def with_answers(batch: Batch, answers: Sequence[Sequence[int]]) -> "Answered":
@@ -147,7 +166,8 @@ def with_answers(batch: Batch, answers: Sequence[Sequence[int]]) -> "Answered":
     lengths = batch.mask.sum(1).tolist()
     prompts = [ids[:n].tolist() for ids, n in zip(batch.ids, lengths, strict=True)]
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    return _marked(pad_batch(whole, batch.rows.tolist(), 0), lengths)
+    padded = replace(pad_batch(whole, batch.rows.tolist(), 0), pixels=batch.pixels)
+    return _marked(padded, lengths)
 
 
 @dataclass(frozen=True)
@@ -233,10 +253,17 @@ def pad_batch(ids: Sequence[Sequence[int]], rows: Sequence[int], pad: int | None
 
 def alike(batches: Mapping[str, Batch]) -> list[dict[str, Batch]]:
     """Return which batches can be joined: images of several sizes cannot."""
-    groups: dict[tuple[int, ...], dict[str, Batch]] = {}
+    groups: dict[tuple[object, ...], dict[str, Batch]] = {}
     for name, batch in batches.items():
-        groups.setdefault(tuple(batch.data.shape[2:]), {})[name] = batch
+        groups.setdefault(_kind(name, batch), {})[name] = batch
     return list(groups.values())
+
+
+def _kind(name: str, batch: Batch) -> tuple[object, ...]:
+    """Return what batches share that can be one: their images' size, and one image an example."""
+    if batch.pixels is None:
+        return tuple(batch.data.shape[2:])
+    return (None if len(batch.pixels) == len(batch.rows) else name, *batch.pixels.shape[1:])
 
 
 def join(batches: Sequence[Batch]) -> Batch:
@@ -247,8 +274,6 @@ def join(batches: Sequence[Batch]) -> Batch:
     mask = torch.cat([_widened(batch.mask, width) for batch in batches])
     data = [b.data if b.data.ndim > 2 else _widened(b.data, width) for b in batches]
     pixels = [batch.pixels for batch in batches if batch.pixels is not None]
-    if pixels and len(pixels) < len(batches):
-        raise InputError("batches: some have images beside their texts but all or none must.")
     parts = [torch.zeros_like(b.data) if b.segments is None else b.segments for b in batches]
     told = any(batch.segments is not None for batch in batches)
     return Batch(

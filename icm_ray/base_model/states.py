@@ -52,7 +52,7 @@ def outputs(
         tower: Any = model.text_model if "input_ids" in inputs else model.vision_model
         return tower(**inputs).last_hidden_state, None
     accepted = inspect.signature(model.forward).parameters
-    if "use_cache" in accepted:
+    if {"use_cache", "past_key_values"} & set(accepted):  # some take the former unnamed
         inputs["use_cache"] = False
     if "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _delayed(inputs["input_ids"], model.config)

@@ -161,7 +161,7 @@ class _Decoded(_Spoken):
         end = end_of(base.tokenizer, is_chat(examples.texts[0]))
         readout, scores = readout_of(base), {}
         for rows in by_length(prompts, size):
-            asked = [list(prompts[row]) for row in rows]
+            asked = base.reader.batch(prompts, rows)
             said = greedy(base.model, readout, asked, task.max_new_tokens, end)
             texts = base.tokenizer.batch_decode(said, skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icm_ray.base_model.decoding import Readout, next_token_nats
 from icm_ray.base_model.prompts import choice_ids
-from icm_ray.base_model.readers import Answered, Inputs, Reader, TextReader, pad_batch, with_answers
+from icm_ray.base_model.readers import Answered, Inputs, Reader, TextReader, with_answers
 from icm_ray.inputs import Prompt
 
 IMPOSSIBLE = -1e9
@@ -53,10 +53,12 @@ def choice_batches(reader: Reader, inputs: Inputs, max_tokens: int) -> MakeChoic
         own = [range(len(said[row])) for row in rows] if only is None else [[i] for i in only]
         places = [(at, i) for at, indices in enumerate(own) for i in indices]
         sequence = [rows[at] for at, _ in places]
-        whole = pad_batch([prompts[row] for row in sequence], sequence, 0)
-        batch = with_answers(whole, [said[rows[at]][i] for at, i in places])
+        batch = with_answers(
+            reader.batch(prompts, sequence), [said[rows[at]][i] for at, i in places]
+        )
         owner = torch.tensor([at for at, _ in places])
-        return Chosen(batch.ids, batch.mask, batch.rows, batch.answers, owner)
+        whole = (batch.ids, batch.mask, batch.rows, batch.answers)
+        return Chosen(*whole, owner, pixels=batch.pixels)
 
     return make
 

@@ -12,12 +12,24 @@ from typing import Any, NamedTuple
 
 from icm_ray.config import TaskFile
 from icm_ray.errors import did_you_mean
-from icm_ray.inputs import Pair, Prompt, Question, Text, Turn
-from icm_ray.suites.answers import Wrong, answer_of, short, text_of
+from icm_ray.inputs import PLACE, Pair, Prompt, Question, Text, Turn
+from icm_ray.suites.answers import Wrong, answer_of, text_of
+from icm_ray.suites.values import (
+    Image,
+    choices_of,
+    image_of,
+    images_of,
+    placed,
+    turns_of,
+    word_of,
+)
 
-USUAL = ("text", "text_pair", "image", "choices", "answer", "target", "document", "split")
+USUAL = ("text", "text_pair", "choices", "answer", "target", "document", "split")
 LOOKALIKES = ("label", "labels", "class", "score", "value", "y", "output", "response")
 """Names that mean an answer elsewhere; to read such a table as unlabelled would be a loss."""
+
+
+Turns = tuple[Turn, ...]
 
 
 class Record(NamedTuple):
@@ -29,6 +41,7 @@ class Record(NamedTuple):
         document: What it was cut from.
         asked: What a model reads: a text, a pair, a prompt, or an image's bytes or path.
         answer: A class's name or index, a number, a text or a list of numbers; None without one.
+        images: What stands at the places of a prompt.
     """
 
     where: str
@@ -36,6 +49,7 @@ class Record(NamedTuple):
     document: str
     asked: Text | bytes
     answer: Any
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,17 +59,25 @@ class Columns:
     Attributes:
         task: What suite.yaml says.
         names: Column by role; roles without one are left out.
-        fields: Columns of the prompt's template.
+        fields: Columns of the prompt's template, in its order.
+        images: Columns of images.
     """
 
     task: TaskFile
     names: Mapping[str, str]
     fields: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
     @property
     def read(self) -> list[str]:
         """Every column that is looked at."""
-        return list(dict.fromkeys([*self.names.values(), *self.fields, *self.task.where]))
+        every = [*self.names.values(), *self.fields, *self.images, *self.task.where]
+        return list(dict.fromkeys(every))
+
+    @property
+    def shows(self) -> bool:
+        """Whether an image is all that a model reads."""
+        return bool(self.images) and self.task.prompt is None and "messages" not in self.names
 
     def takes(self, row: Mapping[str, Any]) -> bool:
         """Say whether a row is the task's."""
@@ -64,7 +86,7 @@ class Columns:
     def record(self, where: str, row: Mapping[str, Any], problems: list[str]) -> Record | None:
         """Return a row's record; None, and why, if a value is wrong."""
         before = len(problems)
-        asked = self._tried(problems, lambda: self._asked(row))
+        read = self._tried(problems, lambda: self._asked(row))
         answer = self._tried(problems, lambda: self._answer(row))
         document, split = (
             self._tried(problems, lambda role=role: self._word(row, role))
@@ -72,10 +94,11 @@ class Columns:
         )
         if len(problems) > before:
             return None
+        asked, images = read
         if document is None:
             inputs: Any = asked.turns if isinstance(asked, Prompt) else asked
-            document = repr(inputs)
-        return Record(where, split, document, asked, answer)
+            document = repr((inputs, images) if images else inputs)
+        return Record(where, split, document, asked, answer, images)
 
     @property
     def is_said(self) -> bool:
@@ -94,42 +117,59 @@ class Columns:
             problems.append(str(wrong))
             return None
 
-    def _asked(self, row: Mapping[str, Any]) -> Text | bytes:
-        if "image" in self.names:
-            return image_of(self.names["image"], row.get(self.names["image"]))
+    def _asked(self, row: Mapping[str, Any]) -> tuple[Text | bytes, tuple[Image, ...]]:
+        """Return what a model reads, and the images at its places."""
+        if self.shows:
+            return image_of(self.images[0], row.get(self.images[0])), ()
         if "text" in self.names:
-            text = text_of(self.names["text"], row.get(self.names["text"]))
-            if "text_pair" not in self.names:
-                asks = self.task.kind == "generation"
-                return Question(text, self.task.max_new_tokens) if asks else text
-            return Pair(text, text_of(self.names["text_pair"], row.get(self.names["text_pair"])))
-        turns, said = self._turns(row)
+            return self._text(row), ()
+        turns, said, images = self._turns(row)
         choices: tuple[str, ...] = ()
         if self.task.kind == "multiple_choice":
             name = self.names["choices"]
             choices = tuple(choices_of(name, row.get(name)))
         chat = self.task.chat or "messages" in self.names
         if self.is_said:
-            return Prompt(turns, chat, said or None)
+            return Prompt(turns, chat, said or None), images
         room = self.task.max_new_tokens if self.task.kind == "generation" else 0
-        return Prompt(turns, chat, choices=choices, room=room)
+        return Prompt(turns, chat, choices=choices, room=room), images
 
-    def _turns(self, row: Mapping[str, Any]) -> tuple[tuple[Turn, ...], str | None]:
-        """Return the turns before the answer, and the answer if it is one of them."""
+    def _text(self, row: Mapping[str, Any]) -> Text:
+        text = text_of(self.names["text"], row.get(self.names["text"]))
+        if "text_pair" in self.names:
+            return Pair(text, text_of(self.names["text_pair"], row.get(self.names["text_pair"])))
+        asks = self.task.kind == "generation"
+        return Question(text, self.task.max_new_tokens) if asks else text
+
+    def _turns(self, row: Mapping[str, Any]) -> tuple[Turns, str | None, tuple[Image, ...]]:
+        """Return the turns before the answer, the answer if it is one of them, and the images."""
+        columns = {name: images_of(name, row.get(name)) for name in self.images}
         if "messages" in self.names:
-            turns = turns_of(self.names["messages"], row.get(self.names["messages"]))
-            last = turns[-1]
-            if last.role != "assistant" or self._answers_elsewhere:
-                return turns, None
-            if len(turns) == 1:
-                raise Wrong(
-                    f"{self.names['messages']}: one turn of the assistant but a turn before "
-                    "it is expected. Mend or drop the line."
-                )
-            return turns[:-1], last.content
-        values = {name: word_of(name, row.get(name)) for name in self.fields}
-        text = (self.task.prompt or "").format(**values)
-        return (Turn("user", text),), self._said(row) if self.is_said else None
+            name = self.names["messages"]
+            turns, images = turns_of(name, row.get(name))
+            turns, said = self._parted(name, turns)
+            beside = [image for own in columns.values() for image in own]
+            return turns, said, placed(name, turns, images, beside)
+        values = {
+            name: PLACE * len(columns[name]) if name in columns else word_of(name, row.get(name))
+            for name in self.fields
+        }
+        turns = (Turn("user", (self.task.prompt or "").format(**values)),)
+        images = tuple(image for name in self.fields for image in columns.get(name, ()))
+        said = self._said(row) if self.is_said else None
+        return turns, said, placed("prompt", turns, images, ())
+
+    def _parted(self, name: str, turns: Turns) -> tuple[Turns, str | None]:
+        """Return a conversation without its last answer, and that answer if it ends so."""
+        last = turns[-1]
+        if last.role != "assistant" or self._answers_elsewhere:
+            return turns, None
+        if len(turns) == 1:
+            raise Wrong(
+                f"{name}: one turn of the assistant but a turn before it is expected. Mend or "
+                "drop the line."
+            )
+        return turns[:-1], last.content
 
     @property
     def _answers_elsewhere(self) -> bool:
@@ -150,7 +190,7 @@ class Columns:
             known = row.get(choices) if choices and self.task.kind == "multiple_choice" else None
             return None if value is None else answer_of(self.task, name, value, known)
         if "messages" in self.names and self.task.kind != "multiple_choice":
-            _, said = self._turns(row)
+            _, said, _ = self._turns(row)
             name = self.names["messages"]
             return None if said is None else answer_of(self.task, name, said, None)
         return None
@@ -167,31 +207,42 @@ def columns_of(task: TaskFile, known: Sequence[str], problems: list[str]) -> Col
     named = {role: getattr(task, role) for role in USUAL if role != "target"}
     named["messages"] = task.messages
     names = {role: name for role, name in named.items() if isinstance(name, str)}
+    images = tuple([task.image] if isinstance(task.image, str) else task.image or ())
     wanted = {**{role: [name] for role, name in names.items()}, "prompt": list(fields)}
-    wanted["where"] = list(task.where)
+    wanted |= {"image": list(images), "where": list(task.where)}
     for role, columns in wanted.items():
         problems += [
             f"{role}: no column {name!r}.{did_you_mean(name, known)} There are: {_listed(known)}."
             for name in columns
             if name not in known
         ]
-    if not {"text", "image", "messages"} & set(names) and task.prompt is None:
+    if not images and not {"text", "messages"} & set(names) and task.prompt is None:
         usual = next((role for role in ("text", "messages", "image") if role in known), None)
         if usual is None:
             problems.append(
                 f"text: no column 'text'. There are: {_listed(known)}. Name the column with text:, "
                 "prompt:, messages: or image:."
             )
+        elif usual == "image":
+            images = (usual,)
         else:
             names[usual] = usual
-    _add_usual(task, known, names, problems)
-    return Columns(task, names, fields)
+    if task.prompt is not None:
+        problems += [
+            f"prompt: no place for {name!r}, a column of images. Write {{{name}}} where they go."
+            for name in images
+            if name not in fields
+        ]
+    columns = Columns(task, names, fields, images)
+    _add_usual(columns, known, names, problems)
+    return columns
 
 
 def _add_usual(
-    task: TaskFile, known: Sequence[str], names: dict[str, str], problems: list[str]
+    columns: Columns, known: Sequence[str], names: dict[str, str], problems: list[str]
 ) -> None:
     """Add the columns that need no naming, and say which ones are missing."""
+    task = columns.task
     for role in ("document", "split", *(["text_pair"] if "text" in names else [])):
         if role in known:
             names.setdefault(role, role)
@@ -201,7 +252,7 @@ def _add_usual(
             problems.append(
                 f"choices: no column 'choices'. There are: {_listed(known)}. Name the column."
             )
-        if {"text", "image"} & set(names):
+        if columns.shows or "text" in names:
             problems.append("kind: multiple_choice needs a prompt or messages. Set one of them.")
     if task.answer is None:
         usual = next((role for role in ("answer", "target") if role in known), None)
@@ -238,60 +289,6 @@ def _fields(task: TaskFile, problems: list[str]) -> Iterator[str]:
             )
         else:
             yield name
-
-
-def word_of(name: str, value: Any) -> str:
-    """Return a short value as text: for templates, splits and documents."""
-    if value is None:
-        raise Wrong(f"{name}: null but a value is expected. Mend or drop the line.")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise Wrong(f"{name}: {short(value)} but a text or number is expected. Mend the line.")
-    return text_of(name, value, empty=True) if isinstance(value, str) else str(value)
-
-
-def choices_of(name: str, value: Any) -> list[str]:
-    """Return the texts to choose from."""
-    if not isinstance(value, list) or len(value) < 2 or len(set(map(str, value))) < len(value):
-        raise Wrong(
-            f"{name}: {short(value)} but a list of two or more different texts is expected."
-            " Mend or drop the line."
-        )
-    return [text_of(name, one) for one in value]
-
-
-def turns_of(name: str, value: Any) -> tuple[Turn, ...]:
-    """Return the turns of a conversation."""
-    if not isinstance(value, list) or not value:
-        raise Wrong(f"{name}: {short(value)} but a list of turns is expected. Mend the line.")
-    turns = []
-    for number, turn in enumerate(value):
-        role = turn.get("role") if isinstance(turn, dict) else None
-        if not isinstance(role, str) or not role:
-            raise Wrong(
-                f"{name}[{number}]: {short(turn)} but role and content are expected. Mend the line."
-            )
-        turns.append(Turn(role, _content(f"{name}[{number}].content", turn.get("content"))))
-    return tuple(turns)
-
-
-def _content(name: str, value: Any) -> str:
-    if not isinstance(value, list):
-        return text_of(name, value, empty=True)
-    parts = [part if isinstance(part, dict) else {} for part in value]
-    if any(part.get("type") != "text" for part in parts):
-        raise Wrong(f"{name}: {short(value)} but texts are expected. Other parts are not read.")
-    return "".join(text_of(name, part.get("text"), empty=True) for part in parts)
-
-
-def image_of(name: str, value: Any) -> bytes | str:
-    """Return an image's bytes, or its path beside the table."""
-    if isinstance(value, dict):  # as the datasets library stores images
-        value = value.get("bytes") or value.get("path")
-    if not isinstance(value, bytes | str) or not value:
-        raise Wrong(
-            f"{name}: {short(value)} but an image's bytes or path is expected. Mend the line."
-        )
-    return value
 
 
 def _listed(names: Sequence[str]) -> str:

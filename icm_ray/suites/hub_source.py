@@ -54,9 +54,9 @@ class HubSource:
         hashes = [[str(p.relative_to(self.local)), sha256_of_file(p)] for p in files]
         return sha256_of([said, hashes])
 
-    def beside(self, path: str) -> bytes:
+    def beside(self, path: str) -> Path:
         """Refuse a path: a data set's images are bytes."""
-        raise InputError(f"{self}: {path!r}: a path but an image's bytes are expected.")
+        raise InputError(f"{path!r}: a path but an image's bytes are expected.")
 
     @cached_property
     def _splits(self) -> dict[str, Any]:

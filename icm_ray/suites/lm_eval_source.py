@@ -58,9 +58,9 @@ class LmEvalSource:
         """What identifies the data: everything that is asked, and what is right."""
         return sha256_of([row for _, row in self._rows])
 
-    def beside(self, path: str) -> bytes:
+    def beside(self, path: str) -> Path:
         """Refuse a path: there are no images."""
-        raise InputError(f"{self}: {path!r}: a path but texts are expected.")
+        raise InputError(f"{path!r}: a path but texts are expected.")
 
     @cached_property
     def _rows(self) -> list[Row]:

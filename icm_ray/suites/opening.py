@@ -106,9 +106,14 @@ def _problems(name: str, task: TaskFile) -> list[str]:
             f"{where}.metric: {task.metric} but {package} is not installed. Run pip install "
             f"'icm-ray[{extra}]'."
         )
-    asked = [key for key in ("text", "image", "prompt", "messages") if getattr(task, key)]
-    if isinstance(task.image, list):
-        lines.append(f"{where}.image: a list but one column is read. Name one.")
+    asked = [key for key in ("text", "prompt", "messages") if getattr(task, key)]
+    if task.image and not {"prompt", "messages"} & set(asked):
+        asked.append("image")
+        if isinstance(task.image, list):
+            lines.append(
+                f"{where}.image: a list but one column is read without prompt or messages. Name "
+                "one, or write a prompt with their places."
+            )
     if len(asked) > 1:
         lines.append(f"{where}: {' and '.join(asked)} but one of them is read. Keep one.")
     if task.text_pair and not task.text:

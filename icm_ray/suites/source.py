@@ -40,18 +40,17 @@ class Source:
         """The sha256 of its bytes."""
         return sha256_of_file(self.file)
 
-    def beside(self, path: str) -> bytes:
-        """Return the bytes of a file that a row names, in the table's folder or below."""
+    def beside(self, path: str) -> Path:
+        """Return the file that a row names, in the table's folder or below."""
         folder = self.file.parent.resolve()
         place = (folder / path).resolve()
         if not place.is_relative_to(folder) or not place.is_file():
             raise InputError(
-                f"{self.file}: {path!r}: no file in its folder but an image is expected. Put it "
-                "beside the table."
+                f"{path!r}: no file in the table's folder but an image is expected. Put it there."
             )
         if place.stat().st_size > MAX_IMAGE_BYTES:
-            raise InputError(f"{place}: over {MAX_IMAGE_BYTES} bytes. Give a smaller image.")
-        return place.read_bytes()
+            raise InputError(f"{path!r}: over {MAX_IMAGE_BYTES} bytes. Give a smaller image.")
+        return place
 
 
 def find_table(folder: Path, task: str, data: str | None) -> Source:

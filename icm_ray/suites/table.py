@@ -3,9 +3,7 @@
 Between the two nothing is held of a row but two hashes, so a table may be larger than memory.
 """
 
-import io
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,20 +15,23 @@ from icm_ray.files import sha256_of
 from icm_ray.inputs import Prompt, Text, Turn
 from icm_ray.suites.columns import Columns, Record, columns_of
 from icm_ray.suites.drawing import Key, draw, key_of
-from icm_ray.suites.hub_source import HubSource
-from icm_ray.suites.lm_eval_source import LmEvalSource
-from icm_ray.suites.source import Source
+from icm_ray.suites.images import (
+    AnySource,
+    Opening,
+    asked_with_images,
+    astray,
+    images_alone,
+    together,
+)
 from icm_ray.suites.tasks import Examples
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 MAX_PROBLEMS = 10_000
 """After so many a table is not read to its end."""
 MAX_TOLD = 20
 MAX_CLASSES = 100_000
-MAX_PIXEL_BYTES = 4_000_000_000
-"""Of a split's images, which are held decoded."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Table:
 
     name: str
     task: TaskFile
-    source: Source | HubSource | LmEvalSource
+    source: AnySource
     seed: int = 0
     known: tuple[str, ...] = ()
     is_packaged: bool = False
@@ -88,16 +89,26 @@ class Table:
         Args:
             records: The rows.
             choices: Names of the classes, where a language model is asked for one of them.
+
+        Raises:
+            InputError: every image that is none, too large, or of another size than must be.
         """
         import numpy as np
 
         told = self.task.kind == "generation" and self.found.labelled
         targets = [self._target(record.answer) for record in records]
-        images = None
-        if "image" in self.found.columns.names:
-            images = _together(self._images(records))
+        texts, images, opening = (), None, Opening(self.source, [])
+        if self.found.columns.shows:
+            is_dense = self.task.kind.startswith("dense")
+            found = images_alone(opening, records, of_one_size=is_dense)
+            images = None if opening.problems else together(found)
+        else:
+            asked = asked_with_images(opening, records)
+            texts = tuple(_asked(one, choices) for one in asked)
+        if opening.problems:
+            raise InputError(_told(opening.problems))
         return Examples(
-            texts=() if images is not None else tuple(_asked(r.asked, choices) for r in records),
+            texts=texts,
             targets=np.asarray(targets, dtype=np.float64),
             documents=tuple(record.document for record in records),
             answers=tuple(record.answer for record in records) if told else (),
@@ -120,6 +131,7 @@ class Table:
         seen = _Seen(self.task, columns)
         for record in self._rows(columns, problems):
             seen.add(record, self.seed)
+            problems += astray(self.source, columns, record)
         problems += [] if problems else seen.problems(self.known)
         if problems:
             raise InputError([where + line for line in _told(problems)])
@@ -167,38 +179,6 @@ class Table:
             return float(self.found.classes.index(answer))
         return answer
 
-    def _images(self, records: Sequence[Record]) -> "list[np.ndarray]":
-        """Return the rows' images; all of one size where each patch has a value.
-
-        Raises:
-            InputError: a row's is none, or too large, or of another size than must be.
-        """
-        images, problems, total = [], [], 0
-        for record in records:
-            try:
-                images.append(pixels(self._bytes(record.asked)))
-            except (OSError, ValueError) as error:  # what Pillow says of damaged or huge ones
-                problems.append(f"{self.source}: {record.where}: no readable image ({error}).")
-                continue
-            total += images[-1].nbytes
-            if total > MAX_PIXEL_BYTES:
-                raise InputError(
-                    f"{self.source}: {record.where}: over {MAX_PIXEL_BYTES} bytes of pixels up to "
-                    "here. Make the images smaller, or draw fewer (splits:)."
-                )
-            if self.task.kind.startswith("dense") and images[-1].shape != images[0].shape:
-                sizes = [f"{one.shape[1]} x {one.shape[0]}" for one in (images.pop(), images[0])]
-                problems.append(
-                    f"{self.source}: {record.where}: an image of {sizes[0]} but {sizes[1]} as in "
-                    "the first row is expected. Resize it."
-                )
-        if problems:
-            raise InputError(_told(problems))
-        return images
-
-    def _bytes(self, image: Text | bytes) -> bytes:
-        return image if isinstance(image, bytes) else self.source.beside(str(image))
-
 
 class _Seen:
     """What the rows showed so far."""
@@ -212,7 +192,7 @@ class _Seen:
 
     def add(self, record: Record, seed: int) -> None:
         """Look at one more row."""
-        content = repr((record.asked, record.answer))
+        content = repr((record.asked, record.answer, *record.images))
         self.keys.append(key_of(seed, record.split, record.document, content))
         answers = record.answer if isinstance(record.answer, list) else [record.answer]
         for answer in answers if self.task.kind.endswith("classification") else ():
@@ -274,24 +254,3 @@ def _asked(asked: Any, choices: Sequence[str]) -> Text:
     if isinstance(asked, Prompt):
         return asked._replace(choices=tuple(choices))
     return Prompt((Turn("user", str(asked)),), choices=tuple(choices))
-
-
-def _together(images: "list[np.ndarray]") -> "np.ndarray":
-    """Return images as one array; those of different sizes as an array of arrays."""
-    import numpy as np
-
-    if len({image.shape for image in images}) == 1:
-        return np.stack(images)
-    apart = np.empty(len(images), dtype=object)
-    apart[:] = images
-    return apart
-
-
-def pixels(data: bytes) -> "np.ndarray":
-    """Return an image's pixels, uint8 `(height, width, 3)`."""
-    import numpy as np
-    from PIL import Image
-
-    with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return np.asarray(image.convert("RGB"))

@@ -52,7 +52,8 @@ def one_by_one(base: Base, prompt: list[int]) -> list[int]:
 
 def test_answers_are_those_of_each_prompt_alone(base, texts):
     prompts = base.reader.read(texts, 16)
-    together = greedy(base.model, readout_of(base), prompts, NEW, END)
+    batch = base.reader.batch(prompts, range(len(prompts)))
+    together = greedy(base.model, readout_of(base), batch, NEW, END)
     assert together == [one_by_one(base, prompt) for prompt in prompts]
     assert len({tuple(answer) for answer in together}) > 5
 

@@ -7,7 +7,7 @@ from test_golden import DATA, MANIFEST
 from torch import Tensor, nn
 
 from icm_ray.base_model.decoding import greedy
-from icm_ray.base_model.states import Batch
+from icm_ray.base_model.states import Batch, pad_batch
 from icm_ray.config import OptimisationSpec
 from icm_ray.learning.descent import Descent
 from icm_ray.learning.forward import merged
@@ -223,17 +223,21 @@ def test_tasks_that_are_answered_in_one_batch_give_the_same_step(llama, adapters
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def said(model, prompts: list[list[int]], end: int | None = None) -> list[list[int]]:
+    return greedy(model, readout, pad_batch(prompts, range(len(prompts)), 0), 5, end)
+
+
 def test_greedy_answers_equal_the_reference_alone_and_in_one_padded_batch(llama, adapters) -> None:
     theirs = stored("adamerging_full_token_5")
     parameters = Coefficients(own_terms(adapters), START)
     prompts = [theirs[f"generated.{task}"][:12].tolist() for task in TASKS]
     expected = [theirs[f"generated.{task}"][12:].tolist() for task in TASKS]
     with merged(llama, parameters.frames, parameters.cores()):
-        assert [greedy(llama, readout, [prompt], 5)[0] for prompt in prompts] == expected
-        shorter = greedy(llama, readout, [prompts[1][:7]], 5)[0]
-        together = greedy(llama, readout, [prompts[0], prompts[1][:7], prompts[2]], 5)
+        assert [said(llama, [prompt])[0] for prompt in prompts] == expected
+        shorter = said(llama, [prompts[1][:7]])[0]
+        together = said(llama, [prompts[0], prompts[1][:7], prompts[2]])
         assert together == [expected[0], shorter, expected[2]]
-        ended = greedy(llama, readout, prompts[:1], 5, end=expected[0][1])
+        ended = said(llama, prompts[:1], end=expected[0][1])
         assert ended == [expected[0][: expected[0].index(expected[0][1]) + 1]]
 
 
