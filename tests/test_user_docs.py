@@ -8,10 +8,12 @@ from typing import get_args
 
 import pytest
 import yaml
+from PIL import Image
 
 from icm_ray.config import FinetuneRecipe, PipelineRecipe, PrepareRecipe, TaskFile, TaskKind
 from icm_ray.config.loading import load_recipe
 from icm_ray.finetuning.targets import with_targets
+from icm_ray.inputs import PLACE
 from icm_ray.jobs import JOBS
 from icm_ray.suites import find_suite
 from icm_ray.suites.tasks import METRICS
@@ -59,6 +61,26 @@ def test_a_look_at_a_suite_counts_its_rows(folder: Path, capsys) -> None:
     (folder / "my_suite" / "mood.jsonl").write_text('{"text": 3, "answer": "good"}\n')
     with pytest.raises(Exception, match=r"mood.jsonl: line 1: text: 3 but a text is expected"):
         prepare.run(recipe, folder / "runs" / "look")
+
+
+def test_images_stand_where_the_page_says(folder: Path) -> None:
+    Image.new("RGB", (8, 8)).save(folder / "seen" / "a.png")
+    parts = [{"type": "text", "text": "see"}, {"type": "image"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "this"}]
+    rows = {
+        "signs": {"photo": "a.png", "words": "exit"},
+        "talk": {"conversation": turns, "photos": ["a.png"]},
+    }
+    for task, row in rows.items():
+        text = "\n".join(json.dumps({**row, "document": str(i)}) for i in range(9))
+        (folder / "seen" / f"{task}.jsonl").write_text(text)
+    suite = find_suite("seen")
+    asked = [suite.load(task, "test", 1).texts[0] for task in rows]
+    assert [one.turns[0].content for one in asked] == [
+        f"{PLACE} What does the sign say?",
+        f"see{PLACE}",
+    ]
+    assert len({one.images for one in asked}) == 1
 
 
 def test_the_pipeline_s_recipe_is_one(folder: Path) -> None:

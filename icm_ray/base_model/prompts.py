@@ -126,14 +126,14 @@ def _pair(tokenizer: Any, pair: Pair, limit: int) -> Pieces:
 
 
 def _prompt(tokenizer: Any, prompt: Prompt, limit: int, processor: ImageProcessor | None) -> Pieces:
-    said: list[int] = []
-    if prompt.said is not None:
-        said = answer_ids(tokenizer, prompt, prompt.said, limit - 1)
     if prompt.images and processor is None:
         raise InputError(
             "data: images beside texts but the base has no vision tower, or no processor beside "
             "its weights. Name a vision-language model, or take the images out."
         )
+    said: list[int] = []
+    if prompt.said is not None:
+        said = answer_ids(tokenizer, prompt, prompt.said, limit - 1)
     image = processor.token if processor and prompt.images else ""
     if prompt.chat:
         asks = prompt.said is not None or bool(prompt.room or prompt.choices)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import AdapterFile, open_all
+from icm_ray.adapters import AdapterFile, check_base, open_all
 from icm_ray.config import USUAL_SIZES, EvaluateRecipe
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
@@ -76,6 +76,7 @@ def wanted(recipe: EvaluateRecipe) -> Wanted:
     check_counts(suite, experts, {recipe.split: limit})
     recipe = with_base(recipe, suite, own)
     base = prepared_base(recipe, suite, heads_of(suite, experts)[1], [recipe.split])
+    check_base([*own, *files], base)
     data = task_data(suite, experts, recipe.split, limit)
     return Wanted(recipe, base, data, own, items)
 

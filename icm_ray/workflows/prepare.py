@@ -5,7 +5,9 @@ from typing import Any
 
 from icm_ray.config import PrepareRecipe
 from icm_ray.errors import RecipeError
+from icm_ray.merging.estimate import warn
 from icm_ray.suites import SPLITS, find_suite, prepare_base
+from icm_ray.workflows.prepared import cut_lines
 
 
 def run(recipe: PrepareRecipe, target: Path) -> dict[str, Any]:
@@ -20,5 +22,7 @@ def run(recipe: PrepareRecipe, target: Path) -> dict[str, Any]:
     for task in suite.tasks if suite else ():
         sizes = counts[task] = {split: suite.count(task, split) for split in SPLITS}
         print(f"{task}: " + ", ".join(f"{n} {split}" for split, n in sizes.items()))
+    if suite and not suite.is_packaged:
+        warn(cut_lines(suite, path))
     target.mkdir(parents=True, exist_ok=True)
     return {"outputs": {"base": str(path), "examples": counts}}

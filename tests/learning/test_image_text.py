@@ -20,7 +20,7 @@ from icm_ray.config import (
     OptimisationSpec,
     Training,
 )
-from icm_ray.evaluation.answers import answer_of
+from icm_ray.evaluation.answers import answer_of, head_features
 from icm_ray.evaluation.fidelity import Asked, fidelity, said_by
 from icm_ray.evaluation.scoring import TaskData, evaluate, values
 from icm_ray.evidence.gather import gather
@@ -152,6 +152,13 @@ def test_an_expert_is_trained_and_scored_and_true_to_itself(base, task, tmp_path
     total = [s.sum(0)[0] / s.sum(0)[1] if s.ndim == 2 else s.mean() for s in shares]
     assert total[0] == pytest.approx(1, abs=1e-5)
     assert total[1] < 0.999
+
+
+def test_a_head_reads_images_and_words(base) -> None:
+    task, own = Task("sort", "classification", "accuracy", ("a", "b"), 64), examples(KINDS["say"])
+    many, one = (head_features(base, own, task, size) for size in (4, 1))
+    assert many.shape == (6, base.d_model)
+    torch.testing.assert_close(many, one)
 
 
 def test_choices_are_those_of_each_prompt_alone(base, adapters) -> None:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from icm_ray.adapters import check_base
 from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.distributed.session import opened
 from icm_ray.evaluation.experts import heads_of
@@ -40,6 +41,7 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
         shared = recipe.training.tasks_per_forward > 1
         lora = with_targets(recipe.lora, base, shared=shared)
         recipe = recipe.model_copy(update={"lora": lora})
+    check_base(one.files() if one else (), base)
     target.mkdir(parents=True, exist_ok=True)
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         table = Table(recipe, suite, target, session)
