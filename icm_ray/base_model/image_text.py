@@ -5,6 +5,7 @@ some tokens of the text and its pixels ride along.
 """
 
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icm_ray.adapters.base_folder import named
 from icm_ray.adapters.base_skeleton import is_image_text
 from icm_ray.base_model.pictures import PREPROCESSING, PROCESSOR
 from icm_ray.errors import InputError
@@ -39,7 +41,7 @@ class ImageProcessor:
     @property
     def token_id(self) -> int:
         """The token that an image's features take the places of."""
-        return self.own.image_token_id
+        return self.own.tokenizer.convert_tokens_to_ids(self.token)
 
     def ids(self, text: str, images: Sequence[str], *, special: bool) -> list[int]:
         """Return a text's tokens, as many for each image as it has features.
@@ -52,8 +54,8 @@ class ImageProcessor:
         Raises:
             InputError: the text has other places, or the model reads more than pixels.
         """
-        known = {"pixel_values", *self.own.tokenizer.model_input_names}
-        if more := sorted(set(self.own.model_input_names) - known):
+        known = Counter(["pixel_values", *self.own.tokenizer.model_input_names])
+        if more := sorted(Counter(self.own.model_input_names) - known):
             raise InputError(
                 f"base: its processor gives {', '.join(more)} beside images, which are not read. "
                 "Choose a base of LLaVA's shape, whose images are pixels alone."
@@ -88,11 +90,16 @@ def _opened(image: str) -> np.ndarray:
 
 
 def load_processor(path: Path, config: Any) -> ImageProcessor | None:
-    """Return a vision-language model's processor; None for other models, or if it has none."""
+    """Return a vision-language model's processor; None for other models, or if it has none.
+
+    Raises:
+        InputError: transformers cannot load it.
+    """
     from transformers import AutoProcessor
 
     files = (path / PROCESSOR, path / PREPROCESSING)
     if not is_image_text(config) or not any(file.is_file() for file in files):
         return None
-    own = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return ImageProcessor(own)
+    with named(path, "no loadable processor"):
+        own = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return ImageProcessor(own) if hasattr(own, "image_token") else None

@@ -252,7 +252,7 @@ def pad_batch(ids: Sequence[Sequence[int]], rows: Sequence[int], pad: int | None
 
 
 def alike(batches: Mapping[str, Batch]) -> list[dict[str, Batch]]:
-    """Return which batches can be joined: images of several sizes cannot."""
+    """Return which batches can be joined."""
     groups: dict[tuple[object, ...], dict[str, Batch]] = {}
     for name, batch in batches.items():
         groups.setdefault(_kind(name, batch), {})[name] = batch
@@ -260,7 +260,11 @@ def alike(batches: Mapping[str, Batch]) -> list[dict[str, Batch]]:
 
 
 def _kind(name: str, batch: Batch) -> tuple[object, ...]:
-    """Return what batches share that can be one: their images' size, and one image an example."""
+    """Return what batches have in common that go into one forward.
+
+    Images of several sizes cannot be one batch, and a tower's inputs are only split by examples
+    where each has one image.
+    """
     if batch.pixels is None:
         return tuple(batch.data.shape[2:])
     return (None if len(batch.pixels) == len(batch.rows) else name, *batch.pixels.shape[1:])

@@ -28,7 +28,6 @@ USUAL = ("text", "text_pair", "choices", "answer", "target", "document", "split"
 LOOKALIKES = ("label", "labels", "class", "score", "value", "y", "output", "response")
 """Names that mean an answer elsewhere; to read such a table as unlabelled would be a loss."""
 
-
 Turns = tuple[Turn, ...]
 
 
