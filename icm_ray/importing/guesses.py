@@ -14,6 +14,7 @@ MESSAGES = ("messages", "conversation", "conversations", "chat")
 PROMPTS = ("prompt", "question", "instruction", "query", "input", "source")
 ANSWERS = ("answer", "response", "completion", "reply", "output", "target", "label", "labels")
 TEXTS = ("text", "sentence", "sentence1", "premise", "content", "document_text", "body")
+IMAGES = ("image", "images", "picture", "pictures", "photo", "photos")
 PAIRS = ("text_pair", "sentence2", "hypothesis")
 SCORES = ("target", "label", "labels", "answer", "class", "score", "similarity")
 
@@ -36,12 +37,15 @@ def guessed_task(file: Path, *, is_language_model: bool) -> dict[str, Any]:
         is_language_model: Whether the task's adapter is of a causal language model.
     """
     columns, rows = first_rows(file)
+    image = _first(columns, IMAGES)
+    seen = {"image": image} if image else {}
     if name := _first(columns, MESSAGES):
-        return {"kind": "generation", "messages": name}
+        return {"kind": "generation", "messages": name, **seen}
     text, prompt = _first(columns, TEXTS), _first(columns, PROMPTS)
     if prompt and not text:
         answer = _first([c for c in columns if c != prompt], ANSWERS)
-        asked = {"kind": "generation", "prompt": f"{{{prompt}}}"}
+        place = f"{{{image}}} " if image else ""
+        asked = {"kind": "generation", **seen, "prompt": f"{place}{{{prompt}}}"}
         return {**asked, "answer": answer} if answer else asked
     text = text or _longest(columns, rows)
     if text is None:

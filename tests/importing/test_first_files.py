@@ -35,6 +35,17 @@ def lines(path, *rows):
         ),
         ([{"Prompt": "why"}], True, {"kind": "generation", "prompt": "{Prompt}"}),
         (
+            [{"photo": "a.png", "question": "what", "answer": "this"}],
+            True,
+            {"kind": "generation", "image": "photo", "prompt": "{photo} {question}"}
+            | {"answer": "answer"},
+        ),
+        (
+            [{"messages": [{"role": "user", "content": "hi"}], "images": ["a.png"]}],
+            True,
+            {"kind": "generation", "messages": "messages", "image": "images"},
+        ),
+        (
             [{"premise": "a", "hypothesis": "b", "label": n % 3} for n in range(9)],
             False,
             {"kind": "classification", "text": "premise", "text_pair": "hypothesis"}
