@@ -1,7 +1,7 @@
 """Where tensors are computed on: the one way by which they get there and come back."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ def made_on(device: torch.device) -> Iterator[None]:
         return
     with device:
         yield
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as one, on the first one's device; they may be on several."""
+    return torch.stack([part.to(parts[0].device) for part in parts])
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

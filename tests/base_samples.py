@@ -1,11 +1,14 @@
 """Random two-layer models, small enough for every test."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+WEIGHTS = "model.safetensors"
 SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -86,3 +89,28 @@ def save_llava(folder: Path, tokenizer: Any, **config: Any) -> None:
         image_token=IMAGE,
         chat_template=IN_PARTS,
     ).save_pretrained(folder)
+
+
+def save_packed(base: Path, folder: Path, bits: int) -> None:
+    """Save a base as bitsandbytes packs it into 4 or 8 bits."""
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    shutil.copytree(base, folder)
+    _own_model(base, quantization_config=how).save_pretrained(folder)
+
+
+def save_unpacked(base: Path, packed: Path, folder: Path) -> None:
+    """Save a base with the numbers that stand in a packed one."""
+    shutil.copytree(base, folder)
+    numbers = _own_model(packed).dequantize().state_dict()
+    weights = {name: numbers[name].contiguous() for name in load_file(base / WEIGHTS)}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _own_model(folder: Path, **options: Any) -> Any:
+    from icm_ray.adapters.base_folder import open_base
+    from icm_ray.adapters.base_skeleton import own_class
+
+    kind = own_class(open_base(folder).config)
+    return kind.from_pretrained(folder, device_map={"": "cpu"}, **options)

@@ -2,8 +2,8 @@
 
 torch's FakeTensorMode follows devices without values, so it cannot pass what looks at a value
 (a norm, a rank, a number of entries). Tensors here hold their values in ordinary memory and say
-that they are on cuda:0; an operation that takes some from there and some from the processor, and
-numpy on one of them, fail as they would on a GPU.
+that they are on a GPU; an operation that takes some from there and some from the processor or from
+another such GPU, and numpy on one of them, fail as they would on a GPU.
 
     with fake_gpu():
         torch.ones(2).to("cuda:0") + torch.ones(2)   # RuntimeError
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -39,14 +40,14 @@ class OnGpu(torch.Tensor):
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> "OnGpu":
+    def __new__(cls, inner: torch.Tensor, device: torch.device = DEVICE) -> "OnGpu":
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=DEVICE,
+            device=device,
         )
         made.inner = inner
         return made
@@ -85,18 +86,22 @@ class OnGpu(torch.Tensor):
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Do an operation on the values, after a look at where its tensors are."""
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-    on_gpu = any(isinstance(x, OnGpu) for x in tensors)
+    gpus = {x.device for x in tensors if isinstance(x, OnGpu)}
     name = func.name().split(".")[0]
     others = [x for x in tensors if x.dim() and not isinstance(x, OnGpu)]
-    if on_gpu and others and name not in COPIES and not _index_only(name, args, others):
-        raise RuntimeError(f"{name}: expected all tensors on one device, found fakegpu:0 and cpu")
+    mixed = len(gpus) > 1 or (gpus and others and not _index_only(name, args, others))
+    if mixed and name not in COPIES:
+        found = sorted({str(x.device) for x in tensors})
+        raise RuntimeError(f"{name}: expected all tensors on one device, found {found}")
     device = kwargs.get("device")
     plain_args, plain = tree_map(_inner, (args, kwargs))
     out = func(*plain_args, **plain)
     if func._schema.is_mutable:
         return kwargs["out"] if "out" in kwargs else args[0]
-    goes = torch.device(device).type == DEVICE.type if device is not None else on_gpu
-    return tree_map(lambda x: OnGpu(x) if isinstance(x, torch.Tensor) and goes else x, out)
+    goes = torch.device(device) if device is not None else next(iter(gpus), None)
+    if goes is None or goes.type != DEVICE.type:
+        return out
+    return tree_map(lambda x: OnGpu(x, goes) if isinstance(x, torch.Tensor) else x, out)
 
 
 def _inner(value: Any) -> Any:
@@ -145,6 +150,13 @@ class Accelerator:
 
     name: str
     on: Callable[[], contextlib.AbstractContextManager[None]]
+
+    def several(self, count: int) -> str:
+        """Return what several such are called without their numbers; real ones have to be there."""
+        kind = self.name.partition(":")[0]
+        if kind == "cuda" and torch.cuda.device_count() < count:
+            pytest.skip(f"fewer than {count} CUDA devices here")
+        return kind
 
     def find(self, name: str) -> torch.device:
         """Return it for "cuda", in the place of `devices.find_device`."""

@@ -14,6 +14,10 @@ from command_samples import SHAPES, recipe_of, save_lora
 from safetensors.torch import load_file, save_file
 
 from icm_ray.command import quiet_libraries
+from icm_ray.config import MergeRecipe
+from icm_ray.config.loading import load_recipe
+from icm_ray.errors import RecipeError
+from icm_ray.merging.recipe import refuse_unused
 from icm_ray.methods import METHODS
 
 
@@ -157,6 +161,16 @@ def test_a_wrong_recipe_ends_with_two(cli, recipe, command, override, words):
     assert out == ""
     assert words in errors(err)[0]
     assert not recipe.with_name("merged").exists()
+
+
+def test_what_only_a_base_uses_is_refused_where_none_is_run(recipe):
+    asked = ["resources.gpus_per_worker=2", "resources.device=cuda", "resources.dtype=bfloat16"]
+    with pytest.raises(RecipeError) as error:
+        refuse_unused(load_recipe(MergeRecipe, recipe, asked))
+    assert [line.split(":")[0] for line in error.value.problems] == [
+        "resources.dtype",
+        "resources.gpus_per_worker",
+    ]
 
 
 def test_a_recipe_that_is_not_there(cli, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from icm_ray.adapters.base_folder import BaseFolder, named, open_base, require_weights
-from icm_ray.adapters.base_skeleton import build, class_named, is_finite, model_classes
+from icm_ray.adapters.base_skeleton import SAFELY, build, class_named, is_finite, model_classes
 from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.fused import find_parameter, is_expert, matched_path, place_of
@@ -146,7 +146,7 @@ def load_base(path: Path, adapter: Adapter) -> Any:
 
 
 def _loaded(path: Path, kind: Any) -> Any:
-    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    options = {"dtype": torch.float32, "device_map": {"": "cpu"}, **SAFELY}
     with named(path, "no loadable base model"):
         model, info = kind.from_pretrained(path, output_loading_info=True, **options)
     bad = [name for name, weight in model.named_parameters() if not is_finite(weight.detach())]

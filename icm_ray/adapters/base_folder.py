@@ -5,6 +5,7 @@ and names neither file nor key when one is damaged. So what it is about to open 
 """
 
 import contextlib
+import importlib.util
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,14 @@ MAX_INDEX_BYTES = 100_000_000
 DOWNLOAD = "Download it again."
 MAX_COUNT = 100_000
 """Layers, heads, experts or labels of one model."""
+
+LIBRARIES = {
+    "bitsandbytes": ("bitsandbytes",),
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel",),
+    "compressed-tensors": ("compressed-tensors",),
+}
+"""Quantisations that run as they are stored, and what they need beside transformers."""
 
 _COUNTED = re.compile(r"layer|label|depth|block|expert|stage|head")
 _CODE_KEYS = re.compile(r"(attn|experts)_implementation(_internal)?$")
@@ -83,16 +92,28 @@ def open_base(path: Path) -> BaseFolder:
 
 
 def require_weights(base: BaseFolder) -> None:
-    """Raise InputError unless the folder holds weights that are the model's own numbers."""
+    """Raise InputError unless the folder holds weights that can be run here."""
     if base.quantised:
-        raise InputError(
-            f"{base.config_file}: quantization_config: {short(base.quantised)} but plain weights "
-            "are expected. Give the base that was quantised."
-        )
+        _require_library(base, base.quantised)
     if not base.tensors:
         raise InputError(
             f"{base.path}: no {WEIGHTS_FILE} and no {INDEX_FILE} but one is expected. Save the "
             "model with save_pretrained."
+        )
+
+
+def _require_library(base: BaseFolder, quantised: str) -> None:
+    where = f"{base.config_file}: quantization_config: {short(quantised)}"
+    if quantised not in LIBRARIES:
+        raise InputError(
+            f"{where} but one of {', '.join(sorted(LIBRARIES))} is expected. Give the base that "
+            "was quantised."
+        )
+    wanted = LIBRARIES[quantised]
+    if any(importlib.util.find_spec(name.replace("-", "_")) is None for name in wanted):
+        raise InputError(
+            f"{where} but {' and '.join(wanted)} is not installed. Run pip install "
+            f"{' '.join(wanted)}, or give the base that was quantised."
         )
 
 
@@ -161,8 +182,11 @@ def _packing(raw: Mapping[str, Any]) -> str | None:
     packing = raw.get("quantization_config")
     if not packing:
         return None
-    method = packing.get("quant_method") if isinstance(packing, dict) else None
-    return str(method or "unknown")
+    if not isinstance(packing, dict):
+        return "unknown"
+    # Folders of before transformers wrote the method's name are of the one library there was.
+    is_bitsandbytes = packing.get("load_in_4bit") or packing.get("load_in_8bit")
+    return str(packing.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "unknown"))
 
 
 def _parse_config(path: Path) -> Any:

@@ -19,6 +19,8 @@ from icm_ray.adapters.base_folder import CONFIG_FILE, BaseFolder, named
 from icm_ray.adapters.policy import short
 from icm_ray.errors import InputError
 
+SAFELY = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+"""How transformers may read a stranger's folder."""
 MAX_MODULES = 50_000
 """Modules of one model: the largest known has 2,000, and ten seconds build 50,000."""
 
@@ -117,15 +119,13 @@ def missing_weights(base: BaseFolder) -> list[str]:
     Raises:
         InputError: weights have another shape than the config says, or the config makes no model.
     """
-    with named(base.path, "no loadable base model"), _bounded(base), _silent():
+    with named(base.path, "no loadable base model"), _bounded(base), silent():
         _, loading = own_class(base.config).from_pretrained(
             base.path,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
             device_map="meta",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **SAFELY,
         )
     problems = [
         f"{base.path}: {name}: {short(tuple(stored))} but {short(tuple(wanted))} is expected, as "
@@ -178,7 +178,7 @@ def _bounded(base: BaseFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Keep transformers from reporting on its own what is reported here."""
     from transformers.utils import logging
 

@@ -31,7 +31,7 @@ def readout_of(base: Base) -> Readout:
         raise RecipeError(f"base: {config.model_type} bends its logits, which is not supported.")
     outputs: Any = getattr(base.whole, "get_output_embeddings", lambda: None)()
     if outputs is not None:
-        return outputs
+        return lambda hidden: outputs(hidden).to(hidden.device)  # of a spread base it moves them
     if not getattr(config, "tie_word_embeddings", False):
         raise RecipeError(
             "base: a language model is needed, saved with its head or with one that is its input "

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from icm_ray.adapters.base_folder import BaseFolder, named, open_base, require_weights
 from icm_ray.adapters.base_skeleton import (
+    SAFELY,
     build,
     is_finite,
     missing_lines,
@@ -23,7 +24,9 @@ from icm_ray.adapters.base_skeleton import (
 )
 from icm_ray.adapters.contents import DTYPES
 from icm_ray.base_model.image_text import load_processor
+from icm_ray.base_model.packed import load_packed
 from icm_ray.base_model.pictures import ANY_SIZE, Preprocessing
+from icm_ray.base_model.placing import device_plan, placed
 from icm_ray.base_model.prompts import UNBOUNDED
 from icm_ray.base_model.readers import ImageReader, Reader, TextReader
 from icm_ray.errors import InputError
@@ -66,7 +69,7 @@ class Base:
 
 
 def load_weights(path: Path, *, is_known: bool = False) -> Weights:
-    """Return a base's weights in the precision they are stored in.
+    """Return a base's weights as they are stored; of a quantised one all that its files hold.
 
     Where the files hold them under the model's own names they are mapped, not read: processes of
     one machine share their pages, and what nobody touches stays on disk.
@@ -82,9 +85,12 @@ def load_weights(path: Path, *, is_known: bool = False) -> Weights:
     """
     base = open_base(path)
     require_weights(base)
-    for line in [] if is_known else missing_lines(path, missing_weights(base)):
-        warnings.warn(line, stacklevel=2)
-    weights = _mapped(base) or _converted(base)
+    if base.quantised:
+        weights = _read(base, base.tensors)
+    else:
+        for line in [] if is_known else missing_lines(path, missing_weights(base)):
+            warnings.warn(line, stacklevel=2)
+        weights = _mapped(base) or _converted(base)
     bad = [] if is_known else [name for name, tensor in weights.items() if not is_finite(tensor)]
     if bad:
         raise InputError(
@@ -101,13 +107,20 @@ def _mapped(base: BaseFolder) -> Weights | None:
     stored = {name: info.shape for name, (_, info) in base.tensors.items()}
     if any(stored.get(name) != tuple(tensor.shape) for name, tensor in wanted.items()):
         return None
-    files = sorted({base.tensors[name][0] for name in wanted})
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            mine = [name for name in wanted if base.tensors[name][0] == file]
-            weights |= {name: handle.get_tensor(name) for name in mine}
+    weights = _read(base, wanted)
     return weights if len(_precisions(weights)) <= 1 else None
+
+
+def _read(base: BaseFolder, names: Iterable[str]) -> Weights:
+    """Return tensors of a base's files, mapped."""
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(base.tensors[name][0], []).append(name)
+    weights: dict[str, Tensor] = {}
+    for file, mine in sorted(by_file.items()):
+        with safe_open(file, framework="pt") as handle:
+            weights |= {name: handle.get_tensor(name) for name in mine}
+    return weights
 
 
 def _converted(base: BaseFolder) -> Weights:
@@ -116,17 +129,15 @@ def _converted(base: BaseFolder) -> Weights:
     with named(base.path, "no loadable base model"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = own_class(base.config).from_pretrained(
-            base.path,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=stored_dtype(base),
-            trust_remote_code=False,
+            base.path, dtype=stored_dtype(base), **SAFELY
         )
     return _distinct(model.state_dict())
 
 
 def stored_dtype(base: BaseFolder) -> torch.dtype:
-    """Return the precision that most numbers of a base are stored in."""
+    """Return the precision that most numbers of a base are stored in, or run in if quantised."""
+    if base.quantised and base.config.dtype:
+        return base.config.dtype
     sizes: Counter[torch.dtype] = Counter()
     for _, info in base.tensors.values():
         if info.dtype in DTYPES:
@@ -157,28 +168,48 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name] for name in state if name in set(first.values())}
 
 
-def build_base(path: Path, weights: Weights, *, device: str, dtype: str | None = None) -> Base:
+def build_base(
+    path: Path, weights: Weights, *, device: str, dtype: str | None = None, gpus: int = 1
+) -> Base:
     """Return a Base around `weights`, without copying them where device and precision allow.
+
+    A quantised base is read from its folder by the library that packed it.
 
     Args:
         path: Folder with config and tokenizer.
         weights: As `load_weights` returns them; never written to.
         device: Where the model goes.
-        dtype: What its floats become; None: as they are stored.
+        dtype: What its floats become; None: as they are stored. What is packed stays packed.
+        gpus: Over how many such devices its blocks are spread.
+
+    Raises:
+        InputError: the weights are not what the config says, or cannot be unpacked here.
     """
+    base = open_base(path)
+    plan = {"": device}
+    if gpus > 1:
+        plan = device_plan(build(base, own_class(base.config)), device, gpus)
+    precision = getattr(torch, dtype) if dtype else None
+    if base.quantised:
+        whole = load_packed(base, plan, precision or stored_dtype(base))
+    else:
+        precision = precision or next(iter(_precisions(weights)), None)
+        whole = placed(_around(base, weights), plan, precision)
+    whole = whole.eval().requires_grad_(False)
+    return Base(whole.base_model, load_reader(path), path, whole)
+
+
+def _around(base: BaseFolder, weights: Weights) -> Any:
     from accelerate import init_empty_weights
 
-    config = _config(path)
     with init_empty_weights(include_buffers=False):
-        whole = own_class(config).from_config(config, trust_remote_code=False)
+        whole = own_class(base.config).from_config(base.config, trust_remote_code=False)
     found = whole.load_state_dict(weights, strict=False, assign=True)
     whole.tie_weights()
     empty = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
     if empty or found.unexpected_keys:
-        raise InputError(f"{path}: other weights than its config says ({empty[:1]}).")
-    precision = getattr(torch, dtype) if dtype else next(iter(_precisions(weights)), None)
-    whole = whole.to(device=device, dtype=precision).eval().requires_grad_(False)
-    return Base(whole.base_model, load_reader(path), path, whole)
+        raise InputError(f"{base.path}: other weights than its config says ({empty[:1]}).")
+    return whole
 
 
 def load_reader(path: Path) -> Reader:
@@ -209,9 +240,9 @@ def _longest(config: Any, tokenizer: Any) -> int:
     return min([UNBOUNDED, *said])
 
 
-def load_base(path: Path, *, device: str = "cpu", dtype: str | None = None) -> Base:
+def load_base(path: Path, *, device: str = "cpu", dtype: str | None = None, gpus: int = 1) -> Base:
     """Load a base model and its tokenizer from a folder; see `build_base`."""
-    return build_base(path, load_weights(path), device=device, dtype=dtype)
+    return build_base(path, load_weights(path), device=device, dtype=dtype, gpus=gpus)
 
 
 def fingerprint_weights(weights: Weights) -> str:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,39 +28,56 @@ def applied(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
             module = find_module(model, path)
             _check_shape(path, module, factors)
             layout = adapter.layouts.get(path, "linear") if adapter else "linear"
-            handles.append(module.register_forward_hook(_update(factors, layout, module)))
+            hook = _update(factors, layout, module, precision_of(model))
+            handles.append(module.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+def precision_of(model: nn.Module) -> torch.dtype:
+    """Return what passes between a base's layers; the weights of some may be packed."""
+    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+
+
+def change_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return the `(d_out, d_in)` of a change of a module; None if it has no weight matrix."""
+    if hasattr(module, "in_features"):  # quantised layers keep their weights in other shapes
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    weight = next(module.parameters(), None)
+    if weight is None or weight.ndim < 2:
+        return None
+    d_out, d_in = weight.flatten(1).shape
+    # GPT-2's Conv1D, which transformers defines, and embeddings store their weight transposed.
+    is_turned = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+    return (d_in, d_out) if is_turned else (d_out, d_in)
+
+
 def _update(
-    factors: LoRAFactors, layout: str, module: nn.Module
+    factors: LoRAFactors, layout: str, module: nn.Module, dtype: torch.dtype
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     weight = next(module.parameters())
-    a = factors.a.to(weight.device, weight.dtype)
-    b = factors.b.to(weight.device, weight.dtype)
-    if layout == "embedding":
-        return lambda _module, inputs, output: output + F.embedding(inputs[0], a.T) @ b.T
-    if layout.startswith("conv"):
-        kernel = a.reshape(a.shape[0], *weight.shape[1:])
-        convolve: Any = module._conv_forward  # with the module's own stride and padding
-        # A 1x1 convolution after the kernel is a linear map over channels.
-        return lambda _module, inputs, output: (
-            output + (convolve(inputs[0], kernel, None).movedim(1, -1) @ b.T).movedim(-1, 1)
-        )
-    return lambda _module, inputs, output: output + (inputs[0] @ a.T) @ b.T
+    a, b = factors.a.to(weight.device, dtype), factors.b.to(weight.device, dtype)
+
+    def update(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = inputs[0].to(a.device)  # of a spread base it may come from the device before
+        if layout == "embedding":
+            return output + F.embedding(x, a.T) @ b.T
+        if layout.startswith("conv"):
+            convolve: Any = module._conv_forward  # with the module's own stride and padding
+            inside = convolve(x, a.reshape(a.shape[0], *weight.shape[1:]), None)
+            # A 1x1 convolution after the kernel is a linear map over channels.
+            return output + (inside.movedim(1, -1) @ b.T).movedim(-1, 1)
+        return output + (x @ a.T) @ b.T
+
+    return update
 
 
 def _check_shape(path: str, module: nn.Module, factors: LoRAFactors) -> None:
-    weight = next(module.parameters(), None)
-    if weight is None or weight.ndim < 2:
+    expected = change_shape(module)
+    if expected is None:
         raise InputError(f"module {path}: has no weight matrix. The adapter is for another base.")
-    expected = tuple(weight.flatten(1).shape)
-    # GPT-2's Conv1D, which transformers defines, and embeddings store their weight transposed.
-    if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":
-        expected = expected[::-1]
     if factors.shape != expected:
         raise InputError(
             f"module {path}: the base's change is {expected} but the adapter's delta is "

@@ -6,9 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from icm_ray.base_model.loading import Base, build_base, fingerprint_weights, load_weights
+from icm_ray.adapters.base_folder import open_base
+from icm_ray.base_model.loading import (
+    Base,
+    build_base,
+    fingerprint_weights,
+    load_weights,
+    stored_dtype,
+)
 from icm_ray.errors import InputError
 
 Prepare = Callable[[], Path]
@@ -33,12 +38,13 @@ class SharedBase:
     bytes: int
     prepare: Prepare | None = None
 
-    def load(self, device: str, dtype: str | None) -> Base:
+    def load(self, device: str, dtype: str | None, gpus: int = 1) -> Base:
         """Return the base inside a worker, mapped from the node's own folder.
 
         Args:
             device: Where the model goes.
             dtype: What its floats become; None: as they are stored.
+            gpus: Over how many such devices its blocks are spread.
 
         Raises:
             InputError: the node has no such folder, or holds another base in it.
@@ -58,7 +64,7 @@ class SharedBase:
                 f"{path}: another base on node {node} than the driver's. Name a revision, or put "
                 "the base on storage that all nodes see."
             )
-        return build_base(path, weights, device=device, dtype=dtype)
+        return build_base(path, weights, device=device, dtype=dtype, gpus=gpus)
 
 
 def share_base(path: Path, prepare: Prepare | None = None) -> SharedBase:
@@ -68,11 +74,10 @@ def share_base(path: Path, prepare: Prepare | None = None) -> SharedBase:
         InputError: as `load_weights`.
     """
     weights = load_weights(path)
-    floats = [tensor.dtype for tensor in weights.values() if tensor.is_floating_point()]
     return SharedBase(
         path=path,
         fingerprint=fingerprint_weights(weights),
-        dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
+        dtype=str(stored_dtype(open_base(path))).removeprefix("torch."),
         bytes=sum(tensor.nbytes for tensor in weights.values()),
         prepare=prepare,
     )

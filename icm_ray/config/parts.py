@@ -65,7 +65,11 @@ class Resources(Part):
         default=None, description="At most so many; None: as the CPUs allow."
     )
     cpus_per_worker: float = Field(default=1.0, ge=0)
-    gpus_per_worker: float = Field(default=0.0, ge=0, description="May be a fraction.")
+    gpus_per_worker: float = Field(
+        default=0.0,
+        ge=0,
+        description="May be a fraction; over several, device cuda, a base is spread by blocks.",
+    )
     memory_per_worker: Positive | None = Field(default=None, description="Bytes to reserve.")
     custom: dict[str, float] = Field(default={}, description="Custom Ray resources, name: amount.")
     threads: Positive = Field(
@@ -83,6 +87,19 @@ class Resources(Part):
     timeout_seconds: Positive = Field(
         default=1800, description="Longest wait for one piece of work."
     )
+
+    @model_validator(mode="after")
+    def _spread(self) -> "Resources":
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError("gpus_per_worker: above 1 a whole number is expected")
+        if self.gpus_per_worker > 1 and self.device != "cuda":
+            raise ValueError("gpus_per_worker: several need device cuda, without a number")
+        return self
+
+    @property
+    def whole_gpus(self) -> int:
+        """Over how many devices a worker spreads its base."""
+        return max(1, int(self.gpus_per_worker))
 
 
 class AdapterRef(Part):

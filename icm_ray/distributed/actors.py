@@ -127,7 +127,7 @@ class AdapterActor:
 
     def __init__(self, shared: SharedBase, resources: Resources) -> None:
         torch.set_num_threads(resources.threads)
-        self.base = shared.load(resources.device, resources.dtype)
+        self.base = shared.load(resources.device, resources.dtype, resources.whole_gpus)
         self.threads = resources.threads
         self.held: tuple[Source, Adapter] | None = None
         self.measurer: tuple[Any, Measurer] | None = None

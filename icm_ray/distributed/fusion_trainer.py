@@ -64,7 +64,7 @@ def check_resources(resources: Resources) -> None:
     if resources.gpus_per_worker != gpus:
         problems.append(
             f"resources.gpus_per_worker: {resources.gpus_per_worker:g} but {gpus:g} is expected "
-            f"on device {resources.device}."
+            f"on device {resources.device}: DeepSpeed spreads no base. Give each worker as many."
         )
     if problems:
         raise RecipeError(problems)

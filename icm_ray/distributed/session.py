@@ -46,7 +46,8 @@ class Session:
 
     def load_base(self) -> Base:
         """Return the base as workers run it."""
-        return self.shared.load(self.resources.device, self.resources.dtype)
+        how = self.resources
+        return self.shared.load(how.device, how.dtype, how.whole_gpus)
 
     @contextlib.contextmanager
     def pool(self, items: int) -> Iterator["Pool"]:

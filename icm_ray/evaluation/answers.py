@@ -79,7 +79,7 @@ class _Headed:
     ) -> Tensor:
         """Return the mean loss of a batch from its states."""
         assert head is not None
-        logits = head(self._read(states).to(head.weight.dtype))
+        logits = head(self._read(states).to(head.weight))
         return loss(logits.flatten(0, -2), targets.flatten(), task)
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ def gather_grams(
     try:
         for path in modules:
             module = find_module(model, path)
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            if hasattr(module, "in_features") or type(module).__name__ == "Conv1D":
                 handles.append(module.register_forward_pre_hook(sums.hook(path)))
         with applied(model, adapter):
             for batch in batches:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from icm_ray.adapters.blocks import block_path
 from icm_ray.base_model.loading import find_module
+from icm_ray.base_model.low_rank import change_shape, precision_of
 from icm_ray.base_model.states import Batch, outputs
 from icm_ray.errors import InputError
 from icm_ray.learning.inputs import Seen
@@ -33,7 +34,8 @@ def merged(
         for path, frame in frames.items():
             module = find_module(model, path)
             _check_shape(path, module, frame)
-            handles.append(module.register_forward_hook(_update(frame, cores[path], module)))
+            hook = _update(frame, cores[path], module, precision_of(model))
+            handles.append(module.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
@@ -41,10 +43,10 @@ def merged(
 
 
 def _update(
-    frame: Frame, core: Tensor, module: nn.Module
+    frame: Frame, core: Tensor, module: nn.Module, dtype: torch.dtype
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     weight = next(module.parameters())
-    right, left = (t.to(weight.device, weight.dtype) for t in (frame.right, frame.left))
+    right, left = (t.to(weight.device, dtype) for t in (frame.right, frame.left))
     core = core.to(weight.device)
     learned = right.shape[0]
     if frame.residual is not None:  # one product for both on either side
@@ -52,7 +54,7 @@ def _update(
         left = torch.cat([left, frame.residual.b.to(left)], 1)
 
     def update(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
+        x = inputs[0].to(right.device)  # of a spread base it may come from the device before
         inside = F.embedding(x, right.T) if frame.layout == "embedding" else x @ right.T
         if frame.residual is None:  # a slice of everything would cost a pass in the backward
             return output + _times(inside, core) @ left.T
@@ -70,10 +72,7 @@ def _times(inside: Tensor, core: Tensor) -> Tensor:
 
 
 def _check_shape(path: str, module: nn.Module, frame: Frame) -> None:
-    weight = next(module.parameters(), None)
-    expected = tuple(weight.shape) if weight is not None and weight.ndim == 2 else None
-    if expected and (isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"):
-        expected = expected[::-1]
+    expected = change_shape(module)
     shape = (frame.left.shape[0], frame.right.shape[1])
     if expected != shape:
         raise InputError(
@@ -128,19 +127,22 @@ class _Seen(Exception):
 @contextlib.contextmanager
 def _saving(model: nn.Module, modules: Sequence[str], hidden: bool) -> Iterator[None]:
     """Checkpoint every block of the model, except the one the pass ends inside of."""
-    blocks = {p: m for p, m in model.named_modules() if block_path(p) == p}
+    blocks: dict[str, Any] = {p: m for p, m in model.named_modules() if block_path(p) == p}
     if not hidden:
         watched = {id(find_module(model, path)) for path in modules}
         holding = [p for p, m in blocks.items() if watched & {id(part) for part in m.modules()}]
         for path in holding[-1:]:  # blocks are named in the order they run
             del blocks[path]
+    before = {path: vars(block).get("forward") for path, block in blocks.items()}
     try:
         for block in blocks.values():
-            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+            block.forward = _checkpointed(block.forward)
         yield
     finally:
-        for block in blocks.values():
+        for path, block in blocks.items():
             del block.forward  # the class's own shows again
+            if before[path] is not None:  # a spread base's blocks have one each
+                block.forward = before[path]
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

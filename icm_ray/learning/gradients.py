@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.readers import Batch, alike, join
 from icm_ray.config import OptimisationSpec
+from icm_ray.devices import stacked
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged, observe
 from icm_ray.learning.inputs import Seen, TaskInputs
@@ -145,7 +146,7 @@ class TaskGradients:
         leaves = self.parameters.tensors()
         with merged(self.model, self.parameters.frames, self.parameters.cores()):
             losses = self._losses(numbers)
-            total = torch.stack([self.weights[t] * loss for t, loss in losses.items()]).sum()
+            total = stacked([self.weights[t] * loss for t, loss in losses.items()]).sum()
             # Inside the block: recomputed layers need the merge on the model too.
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}

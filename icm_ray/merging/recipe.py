@@ -49,11 +49,7 @@ def merge_recipe(
     """
     refuse_inputs(target, sources_of(recipe))
     refuse_foreign(target)
-    if recipe.resources.dtype and recipe.data is None:
-        raise RecipeError(
-            f"resources.dtype: {recipe.resources.dtype} but merges compute in float32 and no base "
-            "is run without data. Leave it out; output.dtype is what is written."
-        )
+    refuse_unused(recipe)
     check_sources(recipe, can_gather=gatherer is not None)
     files = open_inputs(recipe)
     request = MergeRequest.of(recipe)
@@ -91,6 +87,23 @@ def merge_recipe(
         f"{result.report.retained_energy:.2%} of the energy kept, verified"
     )
     return {"outputs": {"adapter": str(target)}, "checks": checks}
+
+
+def refuse_unused(recipe: MergeRecipe) -> None:
+    """Raise RecipeError, with all problems, if resources are asked for that a base alone uses."""
+    problems, how = [], recipe.resources
+    if how.dtype:
+        problems.append(
+            f"resources.dtype: {how.dtype} but merges compute in float32 and no base is run "
+            "without data. Leave it out; output.dtype is what is written."
+        )
+    if how.whole_gpus > 1:
+        problems.append(
+            f"resources.gpus_per_worker: {how.whole_gpus} but a worker merges on one and no base "
+            "is run without data. Give it one."
+        )
+    if problems and recipe.data is None:
+        raise RecipeError(problems)
 
 
 def merge_here(recipe: MergeRecipe, target: Path) -> dict[str, Any]:

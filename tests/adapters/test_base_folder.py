@@ -190,10 +190,10 @@ def test_an_adapter_beside_a_base_would_be_added_to_it(base):
     assert "adapter_config.json lies beside it" in problems_of(base)[0]
 
 
-def test_packed_weights_and_none_at_all_may_be_looked_at_but_not_loaded(base):
-    edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+def test_unknown_weights_and_none_at_all_may_be_looked_at_but_not_loaded(base):
+    edit(base / "config.json", quantization_config={"quant_method": "zip"})
     folder = open_base(base)
-    with pytest.raises(InputError, match=r"config\.json: quantization_config: \"bitsandbytes\""):
+    with pytest.raises(InputError, match=r"config\.json: quantization_config: \"zip\""):
         require_weights(folder)
     edit(base / "config.json", quantization_config=None)
     (base / "model.safetensors").unlink()

@@ -117,7 +117,7 @@ def test_weights_that_would_spoil_every_result_are_refused(copy) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config: "),
+        ({"quantization_config": {"quant_method": "zip"}}, "quantization_config: "),
         ({"architectures": [["BertModel"]]}, "architectures: "),
         ({"num_attention_heads": 0}, ""),
         ({"hidden_size": "wide"}, "no config of a known model"),

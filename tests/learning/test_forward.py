@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from learning_samples import merged_factors
 from torch import nn
 
-from icm_ray.base_model.loading import find_module
+from icm_ray.base_model.loading import find_module, load_base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.readers import join
 from icm_ray.errors import InputError
@@ -149,3 +150,12 @@ def test_a_rank_of_zero_changes_nothing(tiny, adapter_around, make_tasks) -> Non
         plain = observe(tiny.model, batch, (), hidden=True).hidden
         with merged(tiny.model, parameters.frames, parameters.cores()):
             assert torch.equal(observe(tiny.model, batch, (), hidden=True).hidden, plain)
+
+
+def test_blocks_of_a_spread_base_keep_what_moves_their_inputs(tiny_bert, make_tasks) -> None:
+    model = load_base(tiny_bert).model
+    block = model.get_submodule("encoder.layer.0")
+    add_hook_to_module(block, AlignDevicesHook("cpu"))
+    moved = block.forward
+    observe(model, make_tasks()[0].batches[0], TARGETS, hidden=True, save=True)
+    assert block.forward is moved

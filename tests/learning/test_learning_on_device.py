@@ -12,7 +12,8 @@ from icm_ray.base_model.states import features
 from icm_ray.config import LearnSpec, changed
 from icm_ray.evidence.gather import example_ratios, gather
 from icm_ray.evidence.grams import gather_grams
-from icm_ray.learning.learner import learn
+from icm_ray.learning.gradients import TaskGradients, TaskLosses
+from icm_ray.learning.learner import covered_tasks, learn
 from icm_ray.learning.recipes import LEARNERS, plan_of
 
 
@@ -21,6 +22,14 @@ def there(tiny_bert, accelerator) -> Base:
     with accelerator.on():
         base = load_base(tiny_bert, device=accelerator.name)
     assert {str(p.device) for p in base.model.parameters()} == {accelerator.name}
+    return base
+
+
+@pytest.fixture(scope="module")
+def spread(tiny_bert, accelerator) -> Base:
+    with accelerator.on():
+        base = load_base(tiny_bert, device=accelerator.several(2), gpus=2)
+    assert len({p.device for p in base.model.parameters()}) == 2
     return base
 
 
@@ -54,6 +63,19 @@ def test_grams(accelerator, tiny, there, make_tasks, adapters) -> None:
         close(found.grams[module], gram)
 
 
+def test_evidence_over_two_gpus(accelerator, tiny, spread, adapters, make_tasks) -> None:
+    task, modules = make_tasks()[0], list(adapters[0].modules)
+    here = gather(tiny.model, task.adapter, task.batches)
+    grams = gather_grams(tiny.model, task.adapter, modules, task.batches).grams
+    with accelerator.on():
+        found = gather(spread.model, task.adapter, task.batches)
+        theirs = gather_grams(spread.model, task.adapter, modules, task.batches).grams
+    close(found.task_vector, here.task_vector)
+    assert found.expert_ratios == pytest.approx(here.expert_ratios, rel=1e-5)
+    for module, gram in grams.items():
+        close(theirs[module], gram)
+
+
 def short(name: str, **changes: Any) -> LearnSpec:
     spec = changed(LEARNERS[name], changes, name)
     residual = None if spec.start.residual == "regmean" else spec.start.residual
@@ -85,6 +107,27 @@ def test_every_learner(accelerator, tiny, there, make_tasks, adapters, name, cha
     for key, tensor in here.tensors.items():
         assert found.tensors[key].device.type == "cpu", key
         torch.testing.assert_close(found.tensors[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_objective_over_two_gpus(
+    accelerator, tiny, spread, make_tasks, adapters, name
+) -> None:
+    """Losses alone: torch's autograd knows one stand-in for a GPU and no second."""
+    tasks, plan = make_tasks(labels=True), plan_of(short(name), adapters)
+
+    def losses(base: Base) -> dict[str, TaskLosses]:
+        learning = plan.learning(base)
+        covered = covered_tasks(tasks, learning.objective)
+        side = TaskGradients(base.model, learning, tasks, covered=covered)
+        return {task: side.start(task) for task in covered}
+
+    here = losses(tiny)
+    with accelerator.on():
+        found = losses(spread)
+    for task, expected in here.items():
+        assert found[task].start == pytest.approx(expected.start, rel=1e-4)
+        assert found[task].expert == pytest.approx(expected.expert, rel=1e-4, abs=1e-6)
 
 
 def test_a_coefficient_of_a_half_precision_base_moves_by_its_own_step(

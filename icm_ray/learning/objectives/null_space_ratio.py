@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from icm_ray.base_model.states import Batch
+from icm_ray.devices import stacked
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives.module_inputs import REAL_TOKENS, Tokens, row_spaces
 from icm_ray.learning.objectives.protocol import Measured, Memory, Scaling, TaskObjective
@@ -49,4 +50,4 @@ class _Ratio(TaskObjective):
                 ratios = null_space_ratio(z.reshape(-1, z.shape[-1]), basis.to(z.device))
             sums.append((ratios * weights).sum())
             count = float(weights.sum())
-        return torch.stack(sums), count
+        return stacked(sums), count

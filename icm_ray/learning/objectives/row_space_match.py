@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from icm_ray.base_model.states import Batch
+from icm_ray.devices import stacked
 from icm_ray.learning.inputs import Seen, TaskInputs
 from icm_ray.learning.objectives.module_inputs import REAL_TOKENS, Tokens, row_spaces
 from icm_ray.learning.objectives.protocol import Measured, Memory, Scaling, TaskObjective
@@ -59,7 +59,7 @@ class _RowSpace(TaskObjective):
             gap = y - self._projected(base, path) if self.against == "gap" else y
             weights = self.tokens.weights(batch, expert.inputs[path])
             energies.append((gap.square().sum(-1) * weights).sum())
-        return {**memory, "energy": torch.stack(energies)}
+        return {**memory, "energy": stacked(energies)}
 
     def measure(self, batch: Batch, seen: Seen, memory: Memory) -> Measured:
         """Return sums by component, and how many things were summed."""
@@ -69,4 +69,4 @@ class _RowSpace(TaskObjective):
             weights = self.tokens.weights(batch, seen.inputs[path])
             sums.append((error * weights).sum())
             count = float(weights.sum())
-        return torch.stack(sums), count
+        return stacked(sums), count
