@@ -26,7 +26,14 @@ def readout_of(base: Base) -> Readout:
     Raises:
         RecipeError: the base has no such head.
     """
-    config: Any = base.model.config.get_text_config()  # type: ignore[operator]
+    own: Any = base.model.config
+    if base.whole is base.model and _reads_whole(own):
+        raise RecipeError(
+            f"base: {own.model_type} reads a whole text before it says any of it, but a decoder "
+            "that says one token after the other is needed. Choose another base, or an objective "
+            "or task that reads no tokens."
+        )
+    config: Any = own.get_text_config()
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in SCALED):
         raise RecipeError(f"base: {config.model_type} bends its logits, which is not supported.")
     outputs: Any = getattr(base.whole, "get_output_embeddings", lambda: None)()
@@ -39,6 +46,12 @@ def readout_of(base: Base) -> Readout:
         )
     weight = base.model.get_input_embeddings().weight  # type: ignore[operator]
     return lambda hidden: nn.functional.linear(hidden, weight)
+
+
+def _reads_whole(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def counted(batch: Batch) -> Bool[Tensor, "examples places"]:

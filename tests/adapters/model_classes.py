@@ -84,6 +84,36 @@ def t5() -> Any:
     return T5ForConditionalGeneration(config)
 
 
+def bart() -> Any:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(BartConfig(**BART, **TOKENS))
+
+
+def qwen2_vl() -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {
+        "depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4,
+        "mlp_ratio": 1,
+    }  # fmt: skip
+    turned = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    text = {**TEXT, **TOKENS, "num_key_value_heads": 1, "rope_parameters": turned}
+    config = Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=31, video_token_id=30
+    )
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def distilbert() -> Any:
+    from transformers import DistilBertConfig, DistilBertForTokenClassification
+
+    config = DistilBertConfig(
+        vocab_size=32, dim=16, hidden_dim=24, n_layers=2, n_heads=2, num_labels=32
+    )
+    return DistilBertForTokenClassification(config)
+
+
 def mixtral() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -150,6 +180,30 @@ KINDS = {
             "a": options(2, 4, "q", "v"),
             "b": options(3, 2, "q", "wi"),
             "c": options(1, 3, "wo", "v", "o"),
+        },
+    ),
+    "bart": Kind(
+        bart,
+        {
+            "a": options(2, 4, "q_proj", "v_proj"),
+            "b": options(3, 2, "q_proj", "fc1"),
+            "c": options(1, 3, "fc2", "v_proj"),
+        },
+    ),
+    "qwen2_vl": Kind(
+        qwen2_vl,
+        {
+            "a": options(2, 4, "q_proj", "v_proj"),
+            "b": options(3, 2, "q_proj", "up_proj"),
+            "c": options(1, 3, "down_proj", "v_proj"),
+        },
+    ),
+    "tokens": Kind(
+        distilbert,
+        {
+            "a": options(2, 4, "q_lin", "v_lin"),
+            "b": options(3, 2, "q_lin", "lin1"),
+            "c": options(1, 3, "lin2", "v_lin"),
         },
     ),
     "mixtral": Kind(

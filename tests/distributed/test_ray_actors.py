@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from base_samples import save_packed
 from ray_samples import save_tiny_bert, session_on
 from safetensors.torch import load_file, save_file
 
 from icm_ray.adapters import load_adapter, open_all
 from icm_ray.base_model.loading import fingerprint_weights, load_base
-from icm_ray.base_model.states import make_batches, tokenize
+from icm_ray.base_model.states import batches_of, make_batches, tokenize
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.evidence import evidence_key, gather_on_ray
 from icm_ray.distributed.scores import ScoreItem, load_scores, score_on_ray
@@ -94,6 +95,19 @@ def equal(found, expected):
     assert found.expert_ratios == expected.expert_ratios
     assert found.base_ratios == expected.base_ratios
     assert found.inputs == expected.inputs
+
+
+def test_an_actor_unpacks_a_quantised_base_as_the_serial_path_does(
+    ray_session, tiny_bert, files, inputs, tmp_path, one_thread
+):
+    save_packed(tiny_bert, tmp_path / "packed", 4)
+    base, file = load_base(tmp_path / "packed"), files[0]
+    batches = batches_of(base.reader, *inputs[file.name], BATCH)
+    expected = gather(base.model, load_adapter(file.path, file.name), batches)
+    session = session_on(tmp_path / "packed", cpus_per_worker=0.25, workers=1, timeout_seconds=300)
+    with session.pool(1) as pool:
+        found = gather_on_ray(pool, [file], {file.name: inputs[file.name]}, BATCH)
+    equal(found[0], expected)
 
 
 def test_any_number_of_actors_gives_the_serial_evidence(pool, files, inputs, tiny_bert, one_thread):

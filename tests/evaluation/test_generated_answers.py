@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import T5Config, T5Model
 
 from icm_ray.base_model import decoding
 from icm_ray.base_model.decoding import greedy, readout_of
@@ -13,6 +14,7 @@ from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.readers import Answered, by_length
 from icm_ray.base_model.states import hidden_states, states_of
 from icm_ray.config import OptimisationSpec
+from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import answer_of
 from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import Seen, TaskInputs
@@ -56,6 +58,16 @@ def test_answers_are_those_of_each_prompt_alone(base, texts):
     together = greedy(base.model, readout_of(base), batch, NEW, END)
     assert together == [one_by_one(base, prompt) for prompt in prompts]
     assert len({tuple(answer) for answer in together}) > 5
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_what_reads_a_whole_text_first_says_no_tokens(tiny_bert, kind):
+    base = load_base(tiny_bert)
+    if kind == "t5":
+        model = T5Model(T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=24, num_layers=1))
+        base = replace(base, model=model, whole=model)
+    with pytest.raises(RecipeError, match=rf"base: {kind} reads a whole text before it says any"):
+        readout_of(base)
 
 
 def test_what_the_model_says_itself_is_a_perfect_answer(base, examples):
