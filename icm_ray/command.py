@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import logging
 import math
 import os
 import re
@@ -268,6 +269,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at every 8-bit product
     warnings.showwarning = _show_warning
 
 

@@ -1,6 +1,7 @@
 """Adapters applied to a base as low-rank updates on the fly; no weight is copied or changed."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ def applied(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
             module = find_module(model, path)
             _check_shape(path, module, factors)
             layout = adapter.layouts.get(path, "linear") if adapter else "linear"
-            hook = _update(factors, layout, module, precision_of(model))
+            hook = _update(factors, layout, module, seat_of(module, model))
             handles.append(module.register_forward_hook(hook))
         yield
     finally:
@@ -36,9 +37,15 @@ def applied(model: nn.Module, adapter: Adapter | None) -> Iterator[None]:
             handle.remove()
 
 
-def precision_of(model: nn.Module) -> torch.dtype:
-    """Return what passes between a base's layers; the weights of some may be packed."""
-    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+Seat = tuple[torch.device, torch.dtype]
+"""Where a module computes, and in which precision."""
+
+
+def seat_of(module: nn.Module, model: nn.Module) -> Seat:
+    """Return where a module of a model computes; its own weights may be packed, as buffers too."""
+    own = next(itertools.chain(module.parameters(), module.buffers()))
+    plain = next(weight for weight in model.parameters() if weight.is_floating_point())
+    return own.device, plain.dtype
 
 
 def change_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -55,18 +62,17 @@ def change_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _update(
-    factors: LoRAFactors, layout: str, module: nn.Module, dtype: torch.dtype
+    factors: LoRAFactors, layout: str, module: Any, seat: Seat
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    weight = next(module.parameters())
-    a, b = factors.a.to(weight.device, dtype), factors.b.to(weight.device, dtype)
+    a, b = factors.a.to(*seat), factors.b.to(*seat)
 
     def update(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         x = inputs[0].to(a.device)  # of a spread base it may come from the device before
         if layout == "embedding":
             return output + F.embedding(x, a.T) @ b.T
         if layout.startswith("conv"):
-            convolve: Any = module._conv_forward  # with the module's own stride and padding
-            inside = convolve(x, a.reshape(a.shape[0], *weight.shape[1:]), None)
+            kernel = a.reshape(a.shape[0], *module.weight.shape[1:])
+            inside = module._conv_forward(x, kernel, None)  # with its own stride and padding
             # A 1x1 convolution after the kernel is a linear map over channels.
             return output + (inside.movedim(1, -1) @ b.T).movedim(-1, 1)
         return output + (x @ a.T) @ b.T

@@ -1,6 +1,5 @@
 """Quantised bases, run as they are stored by the library that packed them."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +21,6 @@ def load_packed(base: BaseFolder, plan: Mapping[str, str], dtype: torch.dtype) -
     Raises:
         InputError: its library cannot run it on these devices, or weights are missing.
     """
-    # Said of every product with 8-bit weights, whatever anybody asks for.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with named(base.path, "no loadable base model"), silent():
         model, found = own_class(base.config).from_pretrained(
             base.path, dtype=dtype, device_map=dict(plan), output_loading_info=True, **SAFELY

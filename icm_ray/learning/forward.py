@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from icm_ray.adapters.blocks import block_path
 from icm_ray.base_model.loading import find_module
-from icm_ray.base_model.low_rank import change_shape, precision_of
+from icm_ray.base_model.low_rank import Seat, change_shape, seat_of
 from icm_ray.base_model.states import Batch, outputs
 from icm_ray.errors import InputError
 from icm_ray.learning.inputs import Seen
@@ -34,7 +34,7 @@ def merged(
         for path, frame in frames.items():
             module = find_module(model, path)
             _check_shape(path, module, frame)
-            hook = _update(frame, cores[path], module, precision_of(model))
+            hook = _update(frame, cores[path], seat_of(module, model))
             handles.append(module.register_forward_hook(hook))
         yield
     finally:
@@ -43,11 +43,10 @@ def merged(
 
 
 def _update(
-    frame: Frame, core: Tensor, module: nn.Module, dtype: torch.dtype
+    frame: Frame, core: Tensor, seat: Seat
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    weight = next(module.parameters())
-    right, left = (t.to(weight.device, dtype) for t in (frame.right, frame.left))
-    core = core.to(weight.device)
+    right, left = frame.right.to(*seat), frame.left.to(*seat)
+    core = core.to(seat[0])
     learned = right.shape[0]
     if frame.residual is not None:  # one product for both on either side
         right = torch.cat([right, frame.residual.a.to(right)])

@@ -82,6 +82,16 @@ def test_its_states_are_those_of_its_numbers(bases, tasks, bits) -> None:
             near(*(hidden_states(base.model, batch)[batch.mask] for base in bases), bits)
 
 
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same(packed, bases, tasks) -> None:
+    there = load_base(packed, device="cuda")
+    assert {weight.device.type for weight in there.whole.parameters()} == {"cuda"}
+    batch = tasks[0].batches[0]
+    with torch.no_grad():
+        states, expected = (hidden_states(b.model, batch).cpu() for b in (there, bases[1]))
+    near(states[batch.mask], expected[batch.mask], 8)  # kernels of their own round otherwise
+
+
 def test_its_fingerprint_is_of_its_files(packed, tmp_path) -> None:
     known = share_base(packed)
     assert known.dtype == "float32"
