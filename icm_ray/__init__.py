@@ -6,12 +6,17 @@ result = icm_ray.merge(adapters, "soup")
 icm_ray.save_adapter(result.adapter, "merged")
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import icm_ray.interruption  # noqa: F401 - first: it answers Ctrl-C while the rest is imported
-from icm_ray.adapters import load_adapter, save_adapter
 from icm_ray.errors import ClusterError, ICMRayError, InputError, RecipeError, ResourceError
-from icm_ray.merging.merge import merge
 from icm_ray.methods import METHODS
-from icm_ray.types import Adapter, LoRAFactors, MergeReport, MergeResult
+
+if TYPE_CHECKING:
+    from icm_ray.adapters import load_adapter, save_adapter
+    from icm_ray.merging.merge import merge
+    from icm_ray.types import Adapter, LoRAFactors, MergeReport, MergeResult
 
 __version__ = "0.1.0"
 
@@ -31,3 +36,17 @@ __all__ = [
     "merge",
     "save_adapter",
 ]
+
+_NEEDS_TORCH = {
+    "icm_ray.adapters": ("load_adapter", "save_adapter"),
+    "icm_ray.merging.merge": ("merge",),
+    "icm_ray.types": ("Adapter", "LoRAFactors", "MergeReport", "MergeResult"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for: help and a wrong recipe never do."""
+    for module, names in _NEEDS_TORCH.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

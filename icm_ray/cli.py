@@ -21,6 +21,7 @@ from icm_ray.config import MergeRecipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import InputError, RecipeError, did_you_mean, one_line
 from icm_ray.jobs import JOBS
+from icm_ray.merging.requirements import check_sources
 from icm_ray.methods import METHODS
 
 app = typer.Typer(
@@ -91,17 +92,18 @@ def methods(
 
     def work() -> None:
         rows = {name: find_method(name)} if name else METHODS
-        schemas = {key: row.schema() for key, row in rows.items()}
         if as_json:
-            print(json.dumps(schemas, indent=2))
+            print(json.dumps({key: row.schema() for key, row in rows.items()}, indent=2))
             return
-        families = {key: row.family for key, row in rows.items()}
         console = _console()
         if name:
-            told = getdoc(rows[name].function) or ""
-            console.print(method_page(name, schemas[name], families[name], told))
+            row = rows[name]
+            page = method_page(name, row.schema(), row.family, getdoc(row.function) or "")
+            console.print(page)
         else:
-            console.print(method_list(schemas, families, console.width))
+            facts = {key: row.facts() for key, row in rows.items()}
+            families = {key: row.family for key, row in rows.items()}
+            console.print(method_list(facts, families, console.width))
 
     _finish(work, debug)
 
@@ -192,12 +194,15 @@ def plan(
     A merge's plan is read from file headers; that of a job that runs the base times a few of its
     own inputs.
     """
-    from icm_ray.merging.estimate import warn
 
     def work() -> None:
         job, changes = _job_of(words or [])
         recipe: Any = load_recipe(JOBS[job].kind, config, changes)
+        if isinstance(recipe, MergeRecipe):
+            check_sources(recipe, can_gather=True)
         found = JOBS[job].plan(recipe)
+        from icm_ray.merging.estimate import warn  # once the recipe is right
+
         if as_json:
             print(json.dumps(found, indent=2))
             return
@@ -235,8 +240,6 @@ def merge(
     A recipe says what, or the command line alone does: ADAPTER... --method NAME -o FOLDER, or
     --from MERGED [ADAPTER...] [--remove NAME]... -o FOLDER for a merge with keep_factors=true.
     """
-    from icm_ray.merging.recipe import merge_here
-
     changes = [word for word in words or [] if _CHANGE.match(word)]
     said = {
         "adapters": [word for word in words or [] if not _CHANGE.match(word)],
@@ -249,9 +252,16 @@ def merge(
     needed = {"output", "earlier"} if earlier else {"output", "adapters", "method"}
     if said if config else not needed <= said.keys() or (remove and not earlier):
         _finish(_refuse_half, debug)
-    code = run_recipe(MergeRecipe, merge_here, config or said, changes, debug=debug)
+    code = run_recipe(MergeRecipe, _merge_here, config or said, changes, debug=debug)
     if code:
         raise typer.Exit(code)
+
+
+def _merge_here(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
+    check_sources(recipe, can_gather=False)
+    from icm_ray.merging.recipe import merge_here  # once the recipe is right
+
+    return merge_here(recipe, target)
 
 
 def _refuse_half() -> NoReturn:

@@ -255,15 +255,6 @@ class MergeResult:
     report: MergeReport
 
 
-EvidenceKind = Literal["task_vectors", "gram_statistics", "learned_merge", "fusion_model"]
-"""What evidence says: how adapters change the base, second moments of inputs, what was learned
-between the adapters' factors, or a trained Fusion-VAE."""
-
-SavedModulesPolicy = Literal["refuse", "drop", "keep", "mean"]
-"""What to do with `modules_to_save`: refuse the adapter, leave them out, keep them per task, or
-average them."""
-
-
 @dataclass(frozen=True)
 class TaskVectors:
     """Task vectors of K adapters.

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from icm_ray import METHODS
 from icm_ray.evidence.learned import LearnedMerge
-from icm_ray.evidence.rebuild import KINDS, added, combined, rebuild
+from icm_ray.evidence.rebuild import added, combined, rebuild
 from icm_ray.evidence.tensors import as_evidence
 from icm_ray.learning.parameters import Parameters
 from icm_ray.types import Adapter, LoRAFactors
@@ -30,6 +31,6 @@ def rebuilt(learned: LearnedMerge, adapters: Sequence[Adapter]) -> dict[str, LoR
     factors = {}
     for path in sorted({path for adapter in adapters for path in adapter.modules}):
         present = {t: by_name[t][path] for t in learned.tasks if path in by_name[t]}
-        tensors = evidence.of(path, KINDS, learned.tasks)
+        tensors = evidence.of(path, METHODS["nsc"].takes, learned.tasks)
         factors[path] = rebuild(present, learned.tasks, tensors)
     return factors

@@ -13,7 +13,8 @@ from icm_ray.adapters.fused import refuse_experts
 from icm_ray.adapters.peft_format import AdapterFile, open_adapter
 from icm_ray.adapters.renaming import FAMILIES, changed_names, renamings
 from icm_ray.errors import InputError, by_cause
-from icm_ray.types import Adapter, SavedModulesPolicy
+from icm_ray.kinds import SavedModulesPolicy
+from icm_ray.types import Adapter
 
 
 def open_all(

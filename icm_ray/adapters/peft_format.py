@@ -28,7 +28,8 @@ from icm_ray.adapters.formats.repositories import REPOSITORY
 from icm_ray.adapters.policy import check_config, has_heads_alone
 from icm_ray.adapters.values import Scan, not_finite, scan
 from icm_ray.errors import InputError, by_cause
-from icm_ray.types import Adapter, LoRAFactors, SavedModulesPolicy
+from icm_ray.kinds import SavedModulesPolicy
+from icm_ray.types import Adapter, LoRAFactors
 
 __all__ = ["WEIGHTS_FILE", "AdapterFile", "load_adapter", "open_adapter"]
 

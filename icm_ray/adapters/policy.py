@@ -22,7 +22,7 @@ from icm_ray.adapters.patterns import (
     unsafe_keys,
 )
 from icm_ray.errors import masked
-from icm_ray.types import SavedModulesPolicy
+from icm_ray.kinds import SavedModulesPolicy
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 7_000_000

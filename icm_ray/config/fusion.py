@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from icm_ray.config.parts import Adapters, DataSpec, Part, Positive, Recipe
-from icm_ray.types import SavedModulesPolicy
+from icm_ray.kinds import SavedModulesPolicy
 
 
 class RepresentationSpec(Part):

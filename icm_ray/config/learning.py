@@ -8,7 +8,7 @@ from pydantic import Field
 
 from icm_ray.config.fusion import InContext
 from icm_ray.config.parts import Adapters, DataSpec, Part, Positive, Recipe
-from icm_ray.types import SavedModulesPolicy
+from icm_ray.kinds import SavedModulesPolicy
 
 
 class ParametersSpec(Part):

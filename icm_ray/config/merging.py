@@ -9,7 +9,7 @@ from icm_ray.config.earlier import ASKED, OF_OUTPUT, with_earlier
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import Adapters, DataSpec, Name, Output, Positive, Recipe
 from icm_ray.errors import RecipeError
-from icm_ray.types import SavedModulesPolicy
+from icm_ray.kinds import SavedModulesPolicy
 
 
 class MergeRecipe(Recipe):

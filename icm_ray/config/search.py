@@ -7,7 +7,7 @@ from pydantic import Field
 from icm_ray.config.fusion import FusionChanges
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import DataSpec, Name, Part, Positive, ReadyAdapters, Recipe
-from icm_ray.types import SavedModulesPolicy
+from icm_ray.kinds import SavedModulesPolicy
 
 Searched = Annotated[
     dict[str, str | list[Any]],

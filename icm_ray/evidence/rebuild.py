@@ -9,16 +9,6 @@ from torch import Tensor
 from icm_ray.linalg.orthogonal import polar
 from icm_ray.types import LoRAFactors, ModuleEvidence
 
-KINDS: Mapping[str, str] = {
-    "coefficients": "(tasks, blocks): multiplies the terms' ranks",
-    "core": "(p, q): stands between the polar factors of the stacked terms",
-    "a.<task>": "(rank, d_in): replaces the adapter's A as the task's term",
-    "b.<task>": "(d_out, rank): replaces the adapter's B as the task's term",
-    "residual_a": "(rank, d_in): A of what is added as it is",
-    "residual_b": "(d_out, rank): B of what is added as it is",
-}
-"""What a learned merge is stored as: `<module>.<kind>`."""
-
 
 def rebuild(
     factors: Mapping[str, LoRAFactors], tasks: tuple[str, ...], learned: ModuleEvidence
@@ -28,7 +18,7 @@ def rebuild(
     Args:
         factors: The adapters' own factors by task, tasks without the module left out.
         tasks: All tasks, sorted: the rows of the coefficients.
-        learned: Tensors by kind; see KINDS.
+        learned: Tensors by kind, stored as `<module>.<kind>`; rows of learned methods name them.
 
     Returns:
         Exact factors; their rank is the sum of ranks, plus the residual's.

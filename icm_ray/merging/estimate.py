@@ -18,7 +18,7 @@ from icm_ray.adapters import (
 from icm_ray.adapters.base_folder import BaseFolder, open_base
 from icm_ray.adapters.fused import is_expert
 from icm_ray.config import MergeRecipe, folder_names
-from icm_ray.errors import InputError, RecipeError, one_line
+from icm_ray.errors import InputError, one_line
 from icm_ray.files import refuse_inputs
 from icm_ray.linalg.radix import digits_for
 from icm_ray.merging.cut import serving_rank
@@ -118,11 +118,9 @@ def plan(recipe: MergeRecipe) -> dict[str, Any]:
     """Return what the recipe will make and need: rank, size, memory, time, cluster.
 
     Raises:
-        RecipeError: the method, its parameters or the rank policy are wrong.
+        RecipeError: the method's parameters or the rank policy are wrong.
         InputError: adapters are missing, broken or do not fit together; all of them are named.
     """
-    find_method(recipe.method)
-    check_sources(recipe, can_gather=True)
     if "://" not in recipe.output.path:
         refuse_inputs(Path(recipe.storage or "", recipe.output.path), sources_of(recipe))
     files = open_inputs(recipe)
@@ -170,38 +168,6 @@ def merge_seconds(files: Sequence[AdapterFile], request: MergeRequest) -> float:
     """Return about how long one core takes to merge open files as asked."""
     *_, flops, _ = _sizes(plan_merge(files, request, is_gathered_later=True), files)
     return flops / FLOPS_PER_SECOND
-
-
-def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
-    """Refuse a recipe whose evidence is missing, doubled, useless or cannot be gathered here.
-
-    Raises:
-        RecipeError: every such problem.
-    """
-    needs = find_method(recipe.method).needs
-    problems = []
-    if recipe.learn and needs != "learned_merge":
-        problems.append(f"learn: method {recipe.method!r} learns nothing. Leave it out.")
-    if recipe.data is not None and needs is None:
-        problems.append(f"data: method {recipe.method!r} gathers none. Leave it out.")
-    elif recipe.data is not None and needs == "fusion_model":
-        problems.append("data: a Fusion-VAE is trained by jobs.train_fusion. Name it as evidence.")
-    elif recipe.data is not None and recipe.evidence is not None and needs != "gram_statistics":
-        problems.append("data, evidence: both named but one is expected. Leave one out.")
-    elif recipe.data is not None and not recipe.base:
-        problems.append("base: missing but data are run through it. Name the adapters' base.")
-    elif recipe.data is not None and not can_gather:
-        problems.append(
-            "data: gathered by running the base on Ray, which this command does not. Run "
-            "python -m jobs.merge with the same recipe, or name evidence that is ready."
-        )
-    elif needs and recipe.data is None and recipe.evidence is None:
-        advice = "Name base and data, or a folder written by jobs.evidence."
-        if needs == "fusion_model":
-            advice = "Name a folder written by jobs.train_fusion."
-        problems.append(f"evidence: missing but method {recipe.method!r} needs {needs}. {advice}")
-    if problems:
-        raise RecipeError(problems)
 
 
 def _base_bytes(recipe: MergeRecipe) -> int:

@@ -27,10 +27,12 @@ from icm_ray.files import (
     read_json,
     whole_folder,
 )
+from icm_ray.kinds import SavedModulesPolicy
 from icm_ray.merging.factors import keep_factors
 from icm_ray.merging.whole_layers import usage_of, with_mean, write_each
-from icm_ray.report import ScoreRow, model_card
-from icm_ray.types import MergeReport, MergeResult, ModuleReport, SavedModulesPolicy
+from icm_ray.report import ScoreRow
+from icm_ray.report.model_card import model_card
+from icm_ray.types import MergeReport, MergeResult, ModuleReport
 
 REPORT = "merge_report.json"
 SCORES = "scores.json"

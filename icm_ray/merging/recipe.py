@@ -16,7 +16,7 @@ from icm_ray.errors import RecipeError, counted
 from icm_ray.evidence.tensors import as_evidence
 from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
 from icm_ray.merging.cut import loss_lines
-from icm_ray.merging.estimate import check_sources, warn, warnings_of
+from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.merging.folder import Origin, write_merged
 from icm_ray.merging.merge import merge_as_asked
 from icm_ray.merging.order import MergeRequest, idle_lines, plan_merge
@@ -38,7 +38,7 @@ def merge_recipe(
     """Check everything, gather what the method needs, merge, write and verify; see `MergeRecipe`.
 
     Args:
-        recipe: What to merge, and how.
+        recipe: What to merge, and how; it has passed `check_sources`.
         target: The output folder; appears whole or not at all.
         merger: The serial merge, or the one over Ray; both give the same bytes.
         gatherer: Gathers evidence from `data`; None where the base cannot be run.
@@ -50,7 +50,6 @@ def merge_recipe(
     refuse_inputs(target, sources_of(recipe))
     refuse_foreign(target)
     refuse_unused(recipe)
-    check_sources(recipe, can_gather=gatherer is not None)
     files = open_inputs(recipe)
     request = MergeRequest.of(recipe)
     checked = plan_merge(files, request, is_gathered_later=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 from icm_ray.adapters import AdapterFile, class_of
 from icm_ray.adapters.contents import is_saved
 from icm_ray.errors import InputError, by_cause
-from icm_ray.report import Usage
-from icm_ray.types import Adapter, SavedModulesPolicy
+from icm_ray.kinds import SavedModulesPolicy
+from icm_ray.report.usage import Usage
+from icm_ray.types import Adapter
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of full tensors by their path in the base model."""

@@ -1,46 +1,16 @@
 """The merge methods: one file each, one row each in METHODS.
 
-To add a method: write `methods/<name>.py` with one function whose keyword-only parameters are its
-schema, add a row here and in the README, `configs/merge/<name>.yaml` and a golden test. Help,
-validation, contract tests and the search space read the row.
+To add a method: write `methods/<name>.py` with one function of that name whose keyword-only
+parameters are its schema, add a row here and in the README, `configs/merge/<name>.yaml` and a
+golden test. Help, validation, contract tests and the search space read the row. Methods need torch,
+which takes seconds to import: the table imports none, and a row its own when it is first used.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from icm_ray.errors import RecipeError, did_you_mean
-from icm_ray.evidence.rebuild import KINDS
-from icm_ray.methods.breadcrumbs import breadcrumbs
-from icm_ray.methods.cat import cat
-from icm_ray.methods.compress_then_merge import compress_then_merge
-from icm_ray.methods.core_space import core_space
-from icm_ray.methods.dare import dare
-from icm_ray.methods.dare_ties import dare_ties, dare_ties_passes
-from icm_ray.methods.della import della
-from icm_ray.methods.emr import emr, emr_passes
-from icm_ray.methods.esm import esm, esm_passes
-from icm_ray.methods.fr_merging import fr_merging
-from icm_ray.methods.icm_fusion import FUSED, icm_fusion, prepared
-from icm_ray.methods.iso_c import iso_c
-from icm_ray.methods.iso_cts import iso_cts
-from icm_ray.methods.knots_dare_ties import knots_dare_ties, knots_dare_ties_passes
-from icm_ray.methods.knots_ties import knots_ties, knots_ties_passes
-from icm_ray.methods.learned import learned
-from icm_ray.methods.linear import linear
-from icm_ray.methods.lora_lego import lora_lego
-from icm_ray.methods.magnitude_prune import magnitude_prune
-from icm_ray.methods.model_stock import model_stock
-from icm_ray.methods.negate_add import negate_add
-from icm_ray.methods.regmean import regmean
-from icm_ray.methods.robust_merge import robust_merge
-from icm_ray.methods.soup import soup
-from icm_ray.methods.svd import svd
-from icm_ray.methods.svd_latent import svd_latent, svd_latent_passes
 from icm_ray.methods.table import Method, frozen
-from icm_ray.methods.task_arithmetic import adds_up, task_arithmetic
-from icm_ray.methods.ties import ties, ties_passes
-from icm_ray.methods.tsv import tsv
-from icm_ray.methods.wudi import wudi
 
 _STACK = "O(R (d_out + d_in))"
 _GRAM = "O(R^2 (d_out + d_in))"
@@ -54,8 +24,16 @@ _INPUTS = {"gram.<task>": "(d_in, d_in): X^T X / n over the module's inputs"}
 _LEARNED: dict[str, Any] = {
     "cost": "steps x tasks forward and backward passes of the base in jobs.learn, then a stack",
     "needs": "learned_merge",
-    "takes": KINDS,
+    "takes": {
+        "coefficients": "(tasks, blocks): multiplies the terms' ranks",
+        "core": "(p, q): stands between the polar factors of the stacked terms",
+        "a.<task>": "(rank, d_in): replaces the adapter's A as the task's term",
+        "b.<task>": "(d_out, rank): replaces the adapter's B as the task's term",
+        "residual_a": "(rank, d_in): A of what is added as it is",
+        "residual_b": "(d_out, rank): B of what is added as it is",
+    },
     "family": "learned",
+    "module": "learned",
 }
 _FLATTENED = {"identity": "every singular value of a single adapter becomes their mean, too"}
 
@@ -63,7 +41,6 @@ METHODS: Mapping[str, Method] = frozen(
     {
         "soup": Method(
             "soup",
-            soup,
             formula="sum_k w_k delta_k, w_k = 1/K",
             paper="arXiv 2203.05482",
             use="The safe first try: nothing to choose and nothing to tune.",
@@ -71,16 +48,13 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "task_arithmetic": Method(
             "task_arithmetic",
-            task_arithmetic,
             formula="scale * sum_k w_k delta_k, w_k = 1",
             paper="arXiv 2212.04089",
             use="When a scale can be chosen on validation data.",
             cost=_STACK,
-            warns=adds_up,
         ),
         "cat": Method(
             "cat",
-            cat,
             formula="sum_k w_k delta_k as [w_1 B_1 .. w_K B_K][A_1; ..; A_K], w_k = 1/K",
             paper="peft add_weighted_adapter(cat)",
             use="Exactly the weighted sum you name; rank is the sum of ranks.",
@@ -88,7 +62,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "svd": Method(
             "svd",
-            svd,
             formula="best rank-q approximation of sum_k w_k delta_k, w_k = 1/K",
             paper="peft add_weighted_adapter(svd)",
             use="When the result must be as small as one input adapter.",
@@ -97,7 +70,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "linear": Method(
             "linear",
-            linear,
             formula="scale * (sum_k beta_k B_k)(sum_k alpha_k A_k)",
             paper="peft add_weighted_adapter(linear); arXiv 2603.26317",
             use="Only as a baseline: cross terms B_i A_j spoil it beyond two tasks.",
@@ -109,7 +81,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "negate_add": Method(
             "negate_add",
-            negate_add,
             formula="delta_target + scale * (delta_a - delta_b)",
             paper="arXiv 2509.01363",
             use="To move a capability from one adapter to another, or to take it away.",
@@ -117,17 +88,14 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "svd_latent": Method(
             "svd_latent",
-            svd_latent,
             formula="sum_k c_k x_k, c = P 1/K, P on the first principal components of all x_k",
             paper="arXiv 2508.04153 names it without a definition; our reading",
             use="As the linear counterpart of icm_fusion, or to average away what few tasks share.",
             cost=f"{_GRAM}, after one pass over all modules",
             family="factors",
-            passes=svd_latent_passes,
         ),
         "regmean": Method(
             "regmean",
-            regmean,
             formula="scale * (sum_k B_k A_k G_k)(sum_k G_k)^-1, G_k = X_k^T X_k / n_k",
             paper="arXiv 2212.09849",
             use="With a few hundred unlabelled inputs of every task; nothing is trained.",
@@ -137,7 +105,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "wudi": Method(
             "wudi",
-            wudi,
             formula="scale * (sum_k delta_k G_k)(sum_k G_k)^-1, G_k that of the rows of delta_k",
             paper="arXiv 2503.08099",
             use="As a baseline: regmean without inputs. Tune the scale; see inspect's row overlap.",
@@ -145,7 +112,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "lora_lego": Method(
             "lora_lego",
-            lora_lego,
             formula="sum_c f_c^2 sqrt(r/k) b_c a_c, [a_c; b_c] the mean of cluster c of all units",
             paper="arXiv 2409.16167; arXiv 2603.26317 (preset nsc)",
             use="When adapters share an initialisation and the result must have a chosen rank.",
@@ -159,7 +125,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "model_stock": Method(
             "model_stock",
-            model_stock,
             formula="scale * t * (1/K) sum_k delta_k, t = n c / (1 + (n - 1) c), c mean cosine",
             paper="arXiv 2403.19522",
             use="For adapters of one task trained several times; unlike tasks end near the base.",
@@ -167,7 +132,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "fr_merging": Method(
             "fr_merging",
-            fr_merging,
             formula="scale * sum_k c_k highpass(delta_k), c_k = max_j m_j / m_k, m mean magnitude",
             paper="arXiv 2411.16815",
             use="To compare with FREE-Merging's backbone; on square modules close to the sum.",
@@ -179,7 +143,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "robust_merge": Method(
             "robust_merge",
-            robust_merge,
             formula="scale * (sum_k w_k S_k B_k / sum_k S_k)(sum_k w_k A_k), A and B pruned, w = 2",
             paper="arXiv 2502.17159",
             use="As a baseline with the rank of one adapter; holds cross terms B_i A_j.",
@@ -192,18 +155,15 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "knots_ties": Method(
             "knots_ties",
-            knots_ties,
             formula="scale * U TIES(P_1 .. P_K), [delta_1 .. delta_K] = U [P_1 .. P_K]",
             paper="arXiv 2410.19735",
             use="Like ties where adapters are poorly aligned; the result stays an exact LoRA.",
             cost="O(R^2 (d_out + d_in) + K R r d_in), four sweeps over K R d_in coordinates",
             family="subspaces",
             takes={"U": "(d_out, q), preset nsc: signs of the singular vectors to take"},
-            passes=knots_ties_passes,
         ),
         "knots_dare_ties": Method(
             "knots_dare_ties",
-            knots_dare_ties,
             formula="scale * U TIES(M_1 * P_1 / density ..), [delta_1 .. delta_K] = U [P_1 .. P_K]",
             paper="arXiv 2410.19735, 2311.03099",
             use="Like knots_ties, with entries dropped by chance in place of the trim.",
@@ -213,11 +173,9 @@ METHODS: Mapping[str, Method] = frozen(
                 "mask.<task>": "(q, d_in), nonzero keeps; rows by descending singular value",
                 "U": "(d_out, q), signs of the singular vectors to take",
             },
-            passes=knots_dare_ties_passes,
         ),
         "core_space": Method(
             "core_space",
-            core_space,
             formula="scale * U inner(M_1 .. M_K) V, delta_k = U M_k V",
             paper="arXiv 2509.17786",
             use="To merge any way in the small space all adapters span; fast for any model size.",
@@ -227,7 +185,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "compress_then_merge": Method(
             "compress_then_merge",
-            compress_then_merge,
             formula="scale * U inner(U^T delta_1 V .. U^T delta_K V) V^T, U and V of a chosen rank",
             paper="arXiv 2606.03723",
             use="When the result must have a small rank: nothing is cut after the merge.",
@@ -237,7 +194,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "tsv": Method(
             "tsv",
-            tsv,
             formula="scale * U diag(w s) V, U and V orthonormal, nearest to all singular vectors",
             paper="arXiv 2412.00081",
             use="For several unlike tasks without data; tune the scale, from about 1.5 / K.",
@@ -246,7 +202,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "esm": Method(
             "esm",
-            esm,
             formula="scale * l^2 mean(s_U) mean(s_V) U V, U and V nearest to all output shifts",
             paper="arXiv 2602.20208",
             use="As a baseline: tsv in the metric of unlabelled inputs. Tune the scale.",
@@ -254,12 +209,10 @@ METHODS: Mapping[str, Method] = frozen(
             needs="gram_statistics",
             family="subspaces",
             takes=_INPUTS,
-            passes=esm_passes,
             exempt=_FLATTENED,
         ),
         "iso_c": Method(
             "iso_c",
-            iso_c,
             formula="scale * mean(s) U V, sum_k delta_k = U diag(s) V",
             paper="arXiv 2502.04959",
             use="When weak tasks drown in the sum: all directions get one strength.",
@@ -269,7 +222,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "iso_cts": Method(
             "iso_cts",
-            iso_cts,
             formula="scale * mean(s) U V over common directions and each task's own",
             paper="arXiv 2502.04959",
             use="Like iso_c with many tasks, whose own directions the sum would lose.",
@@ -279,19 +231,16 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "ties": Method(
             "ties",
-            ties,
             formula="scale / n * sum of w_k trim(delta_k) over the n tasks with the elected sign",
             paper="arXiv 2306.01708",
             use="When tasks pull single weights in opposite directions; tune the scale.",
             cost=_ENTRIES.format("three to four sweeps"),
             family="signs and sparsity",
             is_dense=True,
-            passes=ties_passes,
             default_rank="largest input",
         ),
         "dare": Method(
             "dare",
-            dare,
             formula="scale * sum_k w_k (M_k * delta_k) / density, M_k random keep-masks, w_k = 1",
             paper="arXiv 2311.03099",
             use="As a baseline; for LoRA an unbiased but noisy task_arithmetic.",
@@ -303,7 +252,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "dare_ties": Method(
             "dare_ties",
-            dare_ties,
             formula="ties of (M_k * delta_k) / density, M_k random keep-masks, nothing trimmed",
             paper="arXiv 2311.03099, 2306.01708",
             use="Like ties, with chance in place of magnitude; high densities suit LoRA.",
@@ -311,12 +259,10 @@ METHODS: Mapping[str, Method] = frozen(
             family="signs and sparsity",
             is_dense=True,
             takes=_MASKS,
-            passes=dare_ties_passes,
             default_rank="largest input",
         ),
         "magnitude_prune": Method(
             "magnitude_prune",
-            magnitude_prune,
             formula="scale * sum_k w_k top(delta_k), the largest entries of each module, w_k = 1",
             paper="peft add_weighted_adapter(magnitude_prune)",
             use="To see how much of a merge its largest entries carry.",
@@ -327,7 +273,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "breadcrumbs": Method(
             "breadcrumbs",
-            breadcrumbs,
             formula="scale * sum_k w_k middle(delta_k), neither smallest nor largest entries",
             paper="arXiv 2312.06795",
             use="Like magnitude_prune where a few outliers dominate a delta.",
@@ -338,7 +283,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "della": Method(
             "della",
-            della,
             formula="ties of M_k * delta_k / p, kept with probability p by rank in the row",
             paper="arXiv 2406.11617",
             use="Between ties and dare_ties: chance that favours large entries.",
@@ -349,19 +293,16 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "emr": Method(
             "emr",
-            emr,
             formula="unified = gamma max_k |delta_k|; for each task rescaler_k mask_k unified",
             paper="arXiv 2405.17461",
             use="When a mask can be swapped for each task: adapters close to the experts, untuned.",
             cost="O(K R d_out d_in), K + 2 sweeps over K d_out d_in entries",
             family="signs and sparsity",
             is_dense=True,
-            passes=emr_passes,
             default_rank="largest input",
         ),
         "nsc": Method(
             "nsc",
-            learned,
             formula="sum_k c_k delta_k, c minimises the null-space ratio of each task's inputs",
             paper="arXiv 2603.26317",
             use="To compare with the paper; check the report for tasks without a signal.",
@@ -369,7 +310,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "row_space_match": Method(
             "row_space_match",
-            learned,
             formula="U C V + RegMean, C so that each A sees in the merge what its expert saw",
             paper="ours, from the geometry of arXiv 2603.26317",
             use="Unlabelled inputs, any kind of task, cheap: the forward stops after the targets.",
@@ -377,7 +317,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "task_vector_match": Method(
             "task_vector_match",
-            learned,
             formula="U C V + RegMean, C so that each input's task vector is the expert's",
             paper="ours, from Eq. 1 of arXiv 2508.04153",
             use="Unlabelled inputs, any kind of task; also seen by heads (heads: true).",
@@ -385,7 +324,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "distillation": Method(
             "distillation",
-            learned,
             formula="U C V + RegMean, C so that heads say of each input what the expert says",
             paper="ours, from arXiv 1503.02531 and 1606.07947",
             use="Unlabelled inputs and the experts' heads, or a language model: the first choice.",
@@ -393,7 +331,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "adamerging": Method(
             "adamerging",
-            learned,
             formula="sum_k c_k delta_k, c in [0, 1] minimises the entropy of the heads' answers",
             paper="arXiv 2310.02575",
             use="Classifications and language models; says nothing about regressions.",
@@ -401,7 +338,6 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "atlas": Method(
             "atlas",
-            learned,
             formula="sum_k c_k delta_k, c fitted to a few labelled inputs, from zero",
             paper="arXiv 2407.02880",
             use="With a few labels of every task.",
@@ -409,14 +345,19 @@ METHODS: Mapping[str, Method] = frozen(
         ),
         "icm_fusion": Method(
             "icm_fusion",
-            icm_fusion,
             formula="sum_k w_k delta_k + D(z*; v*) - sum_k w_k D(z_k; v_k), D a trained decoder",
             paper="arXiv 2508.04153",
             use="Any subset of the tasks one Fusion-VAE knows, without learning again.",
             cost="the decoder once a task, then a stack",
             needs="fusion_model",
-            takes=FUSED,
-            prepare=prepared,
+            takes={
+                "left": "(d_out, p), what a Fusion-VAE decoded: left @ core @ right",
+                "core": "(p, q), or a diagonal (q,)",
+                "right": "(q, d_in)",
+                "shares": "(tasks,), weights of the adapters that are added to it",
+                "residual_a": "(rank, d_in), A of what is added as it is",
+                "residual_b": "(d_out, rank), B of what is added as it is",
+            },
             family="learned",
         ),
     }

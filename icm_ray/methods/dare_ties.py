@@ -37,7 +37,7 @@ RULES = {
 TRIMS = ("dare_ties", "nsc")
 
 
-def dare_ties_passes(*, trim_density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
+def passes(*, trim_density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
     """Return the passes over all modules; only the original's election looks beyond one."""
     return trim_passes(_dropped, trim_density) if preset == "dare_ties" else ()
 

@@ -51,7 +51,7 @@ def emr(
     )
 
 
-def emr_passes(**_params: Any) -> tuple[Pass, ...]:
+def passes(**_params: Any) -> tuple[Pass, ...]:
     """Return the one pass that finds the rescalers, which average over the whole adapter.
 
     It leaves `rescaler` in `context.statistics`, float64 `(all tasks,)`.

@@ -62,7 +62,7 @@ def esm(
     return LoRAFactors(found.a, found.b * (scale * level))
 
 
-def esm_passes(**_params: Any) -> tuple[Pass, ...]:
+def passes(**_params: Any) -> tuple[Pass, ...]:
     """Return the pass that finds the mean norm of each type of module."""
     return (Pass(_measure, _conclude),)
 

@@ -15,16 +15,6 @@ from icm_ray.linalg.lowrank import norm
 from icm_ray.methods.shared.parameters import Scale, Weights
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 
-FUSED: Mapping[str, str] = {
-    "left": "(d_out, p), what a Fusion-VAE decoded: left @ core @ right",
-    "core": "(p, q), or a diagonal (q,)",
-    "right": "(q, d_in)",
-    "shares": "(tasks,), weights of the adapters that are added to it",
-    "residual_a": "(rank, d_in), A of what is added as it is",
-    "residual_b": "(d_out, rank), B of what is added as it is",
-}
-"""What a fused module is stored as: `<module>.<kind>`; shares and residual may be missing."""
-
 
 def icm_fusion(
     factors: Sequence[LoRAFactors],
@@ -71,7 +61,7 @@ def icm_fusion(
         RecipeError: there is no evidence for this module.
         InputError: evidence that does not fit the adapters.
     """
-    del weights, rule, temperature, strength, residual, latent  # `prepared` has acted on them
+    del weights, rule, temperature, strength, residual, latent  # `prepare` has acted on them
     if not evidence or not {"left", "core", "right"} <= set(evidence):
         raise RecipeError(
             f"evidence: {context.module}: nothing fused. Train a Fusion-VAE with jobs.train_fusion."
@@ -107,7 +97,7 @@ def _between(left: Tensor, factors: LoRAFactors, right: Tensor) -> Tensor | None
     return core if whole - float(core.double().square().sum()) <= 1e-6 * whole else None
 
 
-def prepared(
+def prepare(
     model_evidence: Evidence,
     tasks: Sequence[str],
     *,

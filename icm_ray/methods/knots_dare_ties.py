@@ -18,7 +18,7 @@ from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 RULES = {"knots": "dare_ties", "nsc": "nsc"}
 
 
-def knots_dare_ties_passes(*, trim_density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
+def passes(*, trim_density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
     """Return the passes over all modules; preset nsc looks at one module alone."""
     return trim_passes(_dropped, trim_density) if preset == "knots" else ()
 

@@ -17,7 +17,7 @@ from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 RULES = {"knots": "ties", "nsc": "nsc", "core": "core"}
 
 
-def knots_ties_passes(*, density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
+def passes(*, density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
     """Return the passes over all modules; preset nsc looks at one module alone."""
     return trim_passes(coordinate_blocks, density) if preset == "knots" else ()
 

@@ -55,7 +55,7 @@ def svd_latent(
     return sum_of_factors([_canonical(f) for f in factors], coefficients, coefficients)
 
 
-def svd_latent_passes(**_params: Any) -> tuple[Pass, ...]:
+def passes(**_params: Any) -> tuple[Pass, ...]:
     """Return the one pass that adds up the Gram matrix of the flattened adapters."""
     return (Pass(_measure, _conclude),)
 

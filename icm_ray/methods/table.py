@@ -1,18 +1,19 @@
 """What a merge method is, and how a user's parameters are bound to its signature."""
 
+import ast
 import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from torch import Tensor
 
 from icm_ray.errors import RecipeError, did_you_mean
-from icm_ray.methods.steps import STEPS
-from icm_ray.types import EvidenceKind
+from icm_ray.kinds import EvidenceKind
 
 Family = Literal["sums", "signs and sparsity", "subspaces", "factors", "learned"]
 PASSED_IN = ("context", "evidence")
@@ -32,28 +33,30 @@ class Pass:
             `tasks` all names in order, `statistics` what earlier passes concluded.
     """
 
-    measure: Callable[..., Mapping[str, Tensor]]
-    conclude: Callable[..., Mapping[str, Tensor]]
+    measure: Callable[..., Mapping[str, Any]]
+    conclude: Callable[..., Mapping[str, Any]]
 
 
-def no_passes(**_params: Any) -> tuple[Pass, ...]:
+def _no_passes(**_params: Any) -> tuple[Pass, ...]:
     """Say that a method needs to know nothing beyond the module it is given."""
     return ()
 
 
-def no_warning(_count: int, **_params: Any) -> str | None:
+def _no_warning(_count: int, **_params: Any) -> str | None:
     """Say that nothing has to be said before a merge."""
     return None
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the METHODS table.
+    """One row of the METHODS table: what is said of a method, and where its code is.
+
+    The code is a module of this folder, imported when it is first asked for. In it is a function of
+    the module's own name, and beside that, where a method needs them, functions called `passes`,
+    `prepare` and `warns`.
 
     Attributes:
         name: What recipes call it.
-        function: `(factors, *, context, evidence?, **params)` returning factors, a dense delta,
-            or one of each task; see `types.PerTask`.
         formula: The result in one line of plain text.
         paper: arXiv id or package it comes from.
         use: When to choose it, in one line.
@@ -61,37 +64,67 @@ class Method:
         needs: Kind of the evidence it cannot do without, or None.
         takes: Named tensors it can be given as evidence, each with its shape and meaning; a name
             with `<task>` stands for one tensor a task.
-        passes: Says, from the parameters, which passes over all modules come before the merge.
-        prepare: `(given, tasks, **params)` makes those tensors from evidence of another form, such
-            as a model; None where evidence comes as it is used.
         default_rank: "exact" or "largest input": what `output_rank=None` means.
         family: Where it stands in a list of methods.
-        warns: `(count, **params)` returns what should be said before such a merge, or nothing.
         is_dense: The result is of full rank: deltas are visited entry by entry, in blocks, and a
             cut to a LoRA always loses some of it.
         exempt: Contract properties that do not hold, each with the reason.
+        module: Its module, where that has another name than the method.
     """
 
     name: str
-    function: Callable[..., Any]
     formula: str
     paper: str
     use: str
     cost: str
     needs: EvidenceKind | None = None
     takes: Mapping[str, str] = field(default_factory=dict)
-    passes: Callable[..., tuple[Pass, ...]] = no_passes
-    prepare: Callable[..., Any] | None = None
     default_rank: Literal["exact", "largest input"] = "exact"
     family: Family = "sums"
-    warns: Callable[..., str | None] = no_warning
     is_dense: bool = False
     exempt: Mapping[str, str] = field(default_factory=dict)
+    module: str | None = None
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The method: `(factors, *, context, evidence?, **params)`.
+
+        It returns factors, a dense delta, or one of each task; see `types.PerTask`.
+        """
+        return self._code(self._module)
+
+    @property
+    def passes(self) -> Callable[..., tuple[Pass, ...]]:
+        """`(**params)` says which passes over all modules come before the merge."""
+        return self._code("passes", _no_passes)
+
+    @property
+    def prepare(self) -> Callable[..., Any] | None:
+        """`(given, tasks, **params)` makes what the method takes from evidence of another form.
+
+        Such a form is a model; None where evidence comes as it is used.
+        """
+        return self._code("prepare", None)
+
+    @property
+    def warns(self) -> Callable[..., str | None]:
+        """`(count, **params)` returns what should be said before such a merge, or nothing."""
+        return self._code("warns", _no_warning)
 
     @property
     def summary(self) -> str:
-        """First line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        """First line of the function's docstring, read from its file: a list needs no torch."""
+        file = Path(__file__).with_name(f"{self._module}.py")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        return (ast.get_docstring(functions[self._module]) or "").partition("\n")[0]
+
+    @property
+    def _module(self) -> str:
+        return self.module or self.name
+
+    def _code(self, name: str, *default: Any) -> Any:
+        return getattr(import_module(f"{__package__}.{self._module}"), name, *default)
 
     def parameters(self) -> dict[str, inspect.Parameter]:
         """Return the keyword-only parameters users may set, annotations resolved."""
@@ -104,7 +137,7 @@ class Method:
 
     def accepted(self) -> dict[str, inspect.Parameter]:
         """Return the same, and the steps that any method takes."""
-        return {**self.parameters(), **STEPS}
+        return {**self.parameters(), **_steps()}
 
     def bind(self, params: Mapping[str, Any] | None, tasks: Sequence[str]) -> dict[str, Any]:
         """Return every parameter's value, and each step's that is asked for, all checked.
@@ -120,7 +153,7 @@ class Method:
         own, known = self.parameters(), self.accepted()
         problems = [
             f"params.{name}: method {self.name!r} has no such parameter but takes "
-            f"{', '.join([*own, *STEPS])}.{did_you_mean(name, known)}"
+            f"{', '.join(known)}.{did_you_mean(name, known)}"
             for name in sorted(set(values) - set(known))
         ]
         known = {name: one for name, one in known.items() if name in own or name in values}
@@ -142,10 +175,8 @@ class Method:
             raise RecipeError(problems)
         return bound
 
-    def schema(self) -> dict[str, Any]:
-        """Return the row as JSON: parameters with type, range, default and meaning."""
-        own = self.parameters()
-        presets = typing.get_args(_plain(own["preset"])) if "preset" in own else ()
+    def facts(self) -> dict[str, Any]:
+        """Return the row as JSON, without what only its code knows: the parameters."""
         return {
             "summary": self.summary,
             "formula": self.formula,
@@ -158,11 +189,25 @@ class Method:
             "default_rank": self.default_rank,
             "family": self.family,
             "is_dense": self.is_dense,
-            "parameters": _described(own),
-            "steps": _described(STEPS),
-            "presets": {name: {"preset": name} for name in presets},
             "exempt": dict(self.exempt),
         }
+
+    def schema(self) -> dict[str, Any]:
+        """Return the row as JSON: parameters with type, range, default and meaning, too."""
+        own = self.parameters()
+        presets = typing.get_args(_plain(own["preset"])) if "preset" in own else ()
+        return {
+            **self.facts(),
+            "parameters": _described(own),
+            "steps": _described(_steps()),
+            "presets": {name: {"preset": name} for name in presets},
+        }
+
+
+def _steps() -> Mapping[str, inspect.Parameter]:
+    from icm_ray.methods.steps import STEPS  # they compute, so they need torch as methods do
+
+    return STEPS
 
 
 def _described(parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def task_arithmetic(
     return weighted_sum(factors, [scale * number for number in numbers])
 
 
-def adds_up(count: int, *, scale: float, **_params: Any) -> str | None:
+def warns(count: int, *, scale: float, **_params: Any) -> str | None:
     """Warn of a plain sum of many deltas."""
     if count > 2 and scale == 1:
         return f"scale 1 adds {count} deltas up; 0.3 to 0.5 is usual, 1/K is their average."

@@ -34,7 +34,7 @@ from icm_ray.types import Delta, LoRAFactors, ModuleContext
 RULES = {"ties": PAPER, "core": PAPER, "nsc": NSC, "peft_svd": PEFT, "mergekit": MERGEKIT}
 
 
-def ties_passes(*, density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
+def passes(*, density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
     """Return the passes over all modules; only the original's trim looks beyond one."""
     return trim_passes(deltas, density) if preset == "ties" else ()
 
@@ -78,8 +78,8 @@ def ties(
         return factor_wise(factors, context, numbers, scale, one)
     factors = list(factors)
     if preset == "core":
-        passes = trim_passes(deltas, density)
-        context = of_module_alone(passes, factors, context, weights=weights, election=election)
+        trimming = trim_passes(deltas, density)
+        context = of_module_alone(trimming, factors, context, weights=weights, election=election)
     blocks, shape = partial(deltas, factors), factors[0].shape
     if preset in ("ties", "core"):
         how = RULES[preset].vote(numbers, scale, aggregate, majority_sign(context), election)

@@ -34,10 +34,8 @@ from icm_ray.report.data import (
     ScoreRow,
 )
 from icm_ray.report.html import learned_page, page
-from icm_ray.report.model_card import model_card
 from icm_ray.report.summary import Summary, summarise
 from icm_ray.report.tables import console_table, markdown_table, write_parquet, write_summary
-from icm_ray.report.usage import Usage
 
 __all__ = [
     "BASE",
@@ -50,12 +48,10 @@ __all__ = [
     "ReportData",
     "ScoreRow",
     "Summary",
-    "Usage",
     "choice_lines",
     "console_table",
     "learned_page",
     "markdown_table",
-    "model_card",
     "summarise",
     "write_report",
 ]

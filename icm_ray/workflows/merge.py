@@ -19,6 +19,7 @@ from icm_ray.learning.tasks import experts_for, learner_data
 from icm_ray.merging.factors import GRAMS
 from icm_ray.merging.order import MergeRequest
 from icm_ray.merging.recipe import merge_recipe
+from icm_ray.merging.requirements import check_sources
 from icm_ray.methods import find_method
 from icm_ray.types import MergeResult
 from icm_ray.workflows.learn import LearnRequest, learn_with_grams
@@ -27,6 +28,7 @@ from icm_ray.workflows.prepared import preparing
 
 def run(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
     """Merge on Ray and write the verified result; see `MergeRecipe`."""
+    check_sources(recipe, can_gather=True)
     with ExitStack() as stack:  # checks come first; then one cluster for all stages
 
         def on_ray(files: list[AdapterFile], request: MergeRequest) -> tuple[MergeResult, float]:

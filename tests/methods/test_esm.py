@@ -5,7 +5,7 @@ from factor_samples import assert_close, check, draw_factors, for_any_stack
 from test_regmean import grams_of
 
 import icm_ray
-from icm_ray.methods.esm import esm, esm_passes
+from icm_ray.methods.esm import esm, passes
 from icm_ray.methods.shared.trim import of_module_alone
 from icm_ray.types import LoRAFactors, ModuleContext
 
@@ -13,7 +13,7 @@ from icm_ray.types import LoRAFactors, ModuleContext
 def alone(factors: list[LoRAFactors], *, context: ModuleContext, preset: str = "vit"):
     """Merge a module that is the only one of its type."""
     told = grams_of(context.all_tasks, factors[0].shape[1])
-    context = of_module_alone(esm_passes(), factors, context, told, preset=preset)
+    context = of_module_alone(passes(), factors, context, told, preset=preset)
     return esm(factors, context=context, evidence=told, preset=preset)
 
 

@@ -6,7 +6,7 @@ from factor_samples import assert_close, check, context, dense, draw_factors, fo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icm_ray.methods.svd_latent import svd_latent, svd_latent_passes
+from icm_ray.methods.svd_latent import passes, svd_latent
 from icm_ray.types import LoRAFactors, ModuleContext
 
 Adapters = dict[str, dict[str, LoRAFactors]]
@@ -22,7 +22,7 @@ def merged(adapters: Adapters, **params) -> dict[str, torch.Tensor]:
         contexts[module] = ModuleContext(module, present, everyone)
         inputs[module] = [adapters[task][module] for task in present]
     params = {"components": None, "space": "factors", **params}
-    (one,) = svd_latent_passes(**params)
+    (one,) = passes(**params)
     total: dict[str, torch.Tensor] = {}
     for module in modules:
         measured = one.measure(inputs[module], context=contexts[module], **params)
@@ -41,7 +41,7 @@ def merged(adapters: Adapters, **params) -> dict[str, torch.Tensor]:
 
 def of_one_module(factors: list[LoRAFactors], *, context: ModuleContext, **params) -> LoRAFactors:
     params = {"components": None, "space": "factors", **params}
-    (one,) = svd_latent_passes(**params)
+    (one,) = passes(**params)
     total = one.measure(factors, context=context, **params)
     found = one.conclude(total, tasks=context.all_tasks, **params)
     told = ModuleContext(context.module, context.tasks, context.all_tasks, 0, found)

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from icm_ray.report import model_card
+from icm_ray.report.model_card import model_card
 from icm_ray.types import MergeReport, ModuleReport
 
 EVIL = "<script>alert(1)</script>"

@@ -34,8 +34,8 @@ def trim_passes(entries: Entries, density: float) -> tuple[Pass, ...]:
                     `sum_k weight_k * kept_k`. Its sign stands in where kept values cancel.
 
     `weights` among the method's parameters multiply after the trim and before the election; none
-    are ones. Use it as `passes=lambda *, density, **_: trim_passes(my_entries, density)`; in the
-    method, `thresholds(context)` and `majority_sign(context)` read what was found.
+    are ones. Use it in `passes` beside the method; in the method, `thresholds(context)` and
+    `majority_sign(context)` read what was found.
 
     Args:
         entries: Yields a module's values; called with the method's own parameters.

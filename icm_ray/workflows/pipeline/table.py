@@ -12,11 +12,11 @@ from icm_ray.config import DataSpec, EngineSpec, FinetuneRecipe, MethodRow, Pipe
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.experts import Expert
 from icm_ray.evaluation.scoring import TaskScore
+from icm_ray.kinds import SavedModulesPolicy
 from icm_ray.merging.folder import MergedFolder
 from icm_ray.merging.order import MergeRequest
 from icm_ray.methods import find_method
 from icm_ray.suites import Suite
-from icm_ray.types import SavedModulesPolicy
 
 DEFAULT = "default"
 
