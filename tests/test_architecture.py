@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "icm_ray"
 
 # Each room and the rooms it may import. Leaves come first; a new arrow is a decision.
-BASICS = {"errors", "types", "files", "seeding", "checkpoint", "devices", "inputs"}
+BASICS = {"errors", "kinds", "types", "files", "seeding", "checkpoint", "devices", "inputs"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "kinds": set(),
     "seeding": set(),
     "devices": {"errors"},
     "checkpoint": {"errors"},
@@ -25,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "swap": {"owners"},
     "locks": {"errors", "owners", "swap"},
     "files": {"errors", "swap"},
-    "config": {"errors", "files", "types"},
+    "config": {"errors", "files", "kinds"},
     "adapters": BASICS | {"linalg"},
     "fusion_vae": BASICS | {"config", "linalg"},
     "base_model": BASICS | {"adapters"},

@@ -8,6 +8,7 @@ from icm_ray.adapters.forward import verify_forward
 from icm_ray.adapters.geometry import delta_cosines, geometry_of, readings
 from icm_ray.adapters.opening import fit_base, open_all, with_common_names
 from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter
+from icm_ray.adapters.peft_reading import verify_with_peft
 from icm_ray.adapters.saving import save_adapter
 from icm_ray.adapters.verify import verify_written
 
@@ -29,6 +30,7 @@ __all__ = [
     "tied_warnings",
     "unpickled",
     "verify_forward",
+    "verify_with_peft",
     "verify_written",
     "with_common_names",
 ]

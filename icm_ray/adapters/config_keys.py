@@ -50,6 +50,9 @@ NOT_PLAIN = {
 TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Task types for which PEFT cannot load a file that lacks the task's head."""
 
+TASK_TYPES = (*TASKS_WITH_HEADS, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")
+"""Task types that PEFT knows. Said here, because importing PEFT takes seconds."""
+
 ONLY_FOR_TRAINING = (
     "loftq_config",
     "eva_config",

@@ -17,7 +17,8 @@ from icm_ray.adapters.base_folder import named
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.fused import expert_slice, find_parameter, is_expert, parameters_of
 from icm_ray.adapters.peft_format import open_adapter
-from icm_ray.adapters.verify import TOLERANCES, load_with_peft, relative_error
+from icm_ray.adapters.peft_reading import load_with_peft
+from icm_ray.adapters.verify import TOLERANCES, relative_error
 from icm_ray.errors import InputError
 from icm_ray.types import Adapter, LoRAFactors
 

@@ -7,13 +7,12 @@ because merging only its A and B would be silently wrong.
 import json
 import math
 import re
-import warnings as python_warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters.config_keys import FOLD, judged, model_class
+from icm_ray.adapters.config_keys import FOLD, TASK_TYPES, judged, model_class
 from icm_ray.adapters.patterns import (
     Number,
     compiles,
@@ -148,7 +147,8 @@ def check_config(
             for key, (meaning, way) in refused.items()
         ),
         *_pattern_problems(raw),
-    ] or _peft_problems(raw)
+        *_layer_problems(raw),
+    ]
     if problems:
         return PlainConfig(raw, problems=tuple(f"{file}: {line}" for line in problems))
     return PlainConfig(raw, tuple(_warnings(raw, ignored)))
@@ -197,6 +197,12 @@ def _kind_problems(raw: Mapping[str, Any], saved_modules: str) -> list[str]:
     )
     if kind != "LORA":
         problems.append(f"peft_type: {short(kind)} but LORA is expected. Only LoRA can be merged.")
+    task = raw.get("task_type")
+    if isinstance(task, str) and task not in TASK_TYPES:
+        problems.append(
+            f"task_type: {short(task)} but one of {', '.join(TASK_TYPES)} is expected, or PEFT "
+            "refuses it. Correct it."
+        )
     if bias not in (None, "none"):
         problems.append(
             f"bias: {short(bias)} but none is expected: trained biases are no B A. {FOLD}"
@@ -235,18 +241,21 @@ def _pattern_problems(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _peft_problems(raw: Mapping[str, Any]) -> list[str]:
-    """Say what PEFT itself refuses; the import takes seconds, so it comes last."""
-    from peft import LoraConfig
-
-    known = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
-    try:
-        with python_warnings.catch_warnings():
-            python_warnings.simplefilter("ignore")
-            LoraConfig(**{key: value for key, value in raw.items() if key in known})
-    except Exception as error:  # PEFT raises whatever its checks run into
-        return [f"PEFT refuses it ({type(error).__name__}: {error}). Correct the config."]
-    return []
+def _layer_problems(raw: Mapping[str, Any]) -> list[str]:
+    """Say which ways of naming layers PEFT refuses together."""
+    problems = []
+    for key in ("layers_to_transform", "layers_pattern"):
+        if isinstance(raw.get("target_modules"), str) and raw.get(key) is not None:
+            problems.append(
+                f"{key}: {short(raw[key])} but nothing is expected: PEFT refuses it beside a "
+                "pattern in target_modules. Leave it out."
+            )
+    if raw.get("layers_pattern") and raw.get("layers_to_transform") is None:
+        problems.append(
+            "layers_to_transform: missing but layer numbers are expected: PEFT refuses "
+            "layers_pattern without them. Leave both out."
+        )
+    return problems
 
 
 def _warnings(raw: Mapping[str, Any], ignored: Sequence[str]) -> list[str]:

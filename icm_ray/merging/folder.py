@@ -100,7 +100,7 @@ def write_merged(
     base: Path | None = None,
     scores: list[ScoreRow] | None = None,
 ) -> dict[str, float]:
-    """Write a merge, reload it with PEFT, compare it with the algebra, and only then show it.
+    """Write a merge, read it again, compare it with the algebra, and only then show it.
 
     Args:
         result: What `merge` gave.
@@ -108,7 +108,7 @@ def write_merged(
         origin: Where it came from; whole layers that the inputs keep go to
             `saved_modules/<task>.safetensors`.
         dtype: Element type of the file; the inputs' own by default.
-        base: Folder of the base model; adds a check of the whole forward pass.
+        base: Folder of the base model; adds a check of the whole forward pass, in PEFT.
         scores: Shown on the model card.
 
     Returns:

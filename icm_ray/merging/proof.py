@@ -13,7 +13,7 @@ from icm_ray.adapters import (
     open_adapter,
     open_all,
     verify_forward,
-    verify_written,
+    verify_with_peft,
 )
 from icm_ray.adapters.policy import CONFIG_FILE
 from icm_ray.errors import InputError
@@ -52,7 +52,7 @@ def verify_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         read_manifest(folder / FACTORS)
     adapter = load_adapter(folder, saved_modules="keep")
     report = read_json(folder / REPORT)
-    checks: dict[str, Any] = dict(verify_written(folder, adapter))
+    checks: dict[str, Any] = dict(verify_with_peft(folder, adapter))
     tolerance = NORM_TOLERANCE[report["dtype"]]
     problems = []
     for module, expected in report["modules"].items():

@@ -33,16 +33,16 @@ PROPERTIES = {
 
 
 def method_list(
-    facts: Mapping[str, Schema], families: Mapping[str, str], width: int
+    schemas: Mapping[str, Schema], families: Mapping[str, str], width: int
 ) -> RenderableType:
     """Return all methods by family: what each does, when to use it, needs, cost and paper.
 
     Args:
-        facts: Every row by name; parameters are not looked at.
+        schemas: Every row by name; parameters are not looked at.
         families: Family of every row.
         width: Columns of the terminal; a table from `WIDE` on, short paragraphs below.
     """
-    rows = _wide(facts, families) if width >= WIDE else _narrow(facts, families)
+    rows = _wide(schemas, families) if width >= WIDE else _narrow(schemas, families)
     closing = "R is the sum of ranks. One method in full: icm-ray methods NAME"
     return Group(rows, Text(closing, style="dim"))
 
@@ -122,7 +122,7 @@ def _grouped(names: Iterable[str], families: Mapping[str, str]) -> dict[str, lis
     return {FAMILIES.get(key, key): groups[key] for key in order if key in groups}
 
 
-def _wide(facts: Mapping[str, Schema], families: Mapping[str, str]) -> Table:
+def _wide(schemas: Mapping[str, Schema], families: Mapping[str, str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
     # Names must stay whole; the other columns share what is left in these parts.
     table.add_column("method", no_wrap=True)
@@ -131,12 +131,12 @@ def _wide(facts: Mapping[str, Schema], families: Mapping[str, str]) -> Table:
     table.add_column("needs", no_wrap=True)
     for heading, ratio in (("cost", 5), ("paper", 7)):
         table.add_column(heading, ratio=ratio, overflow="fold", style="dim")
-    for family, names in _grouped(facts, families).items():
+    for family, names in _grouped(schemas, families).items():
         table.add_row()
         title, _, gloss = family.partition(": ")  # the gloss would widen the column of names
         table.add_row(Text(title, style="bold"), Text(gloss, style="dim"))
         for name in names:
-            row = facts[name]
+            row = schemas[name]
             needs = row["evidence"] or "-"
             texts = (_prose(row["summary"]), row["use"], needs, row["cost"], row["paper"])
             table.add_row(Text(name, style="cyan"), *map(Text, map(plain, texts)))
@@ -144,13 +144,13 @@ def _wide(facts: Mapping[str, Schema], families: Mapping[str, str]) -> Table:
     return table
 
 
-def _narrow(facts: Mapping[str, Schema], families: Mapping[str, str]) -> Group:
+def _narrow(schemas: Mapping[str, Schema], families: Mapping[str, str]) -> Group:
     parts: list[RenderableType] = []
-    width = max(map(len, facts), default=0)
-    for family, names in _grouped(facts, families).items():
+    width = max(map(len, schemas), default=0)
+    for family, names in _grouped(schemas, families).items():
         parts += [Text(family, style="bold"), ""]
         for name in names:
-            row = facts[name]
+            row = schemas[name]
             needs = [f"needs {row['evidence']}"] if row["evidence"] else []
             facts = " · ".join([*needs, row["cost"], row["paper"]])
             text = Text(plain(_prose(row["summary"])))

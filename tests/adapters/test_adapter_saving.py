@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from icm_ray.adapters import fingerprint_of, load_adapter, open_adapter, save_adapter
-from icm_ray.adapters.verify import load_with_peft
+from icm_ray.adapters.peft_reading import load_with_peft
 from icm_ray.errors import InputError
 from icm_ray.files import read_manifest
 from icm_ray.types import LoRAFactors

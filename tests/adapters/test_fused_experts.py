@@ -6,7 +6,7 @@ from model_classes import KINDS, TEXT, TOKENS, quiet
 from safetensors.torch import load_file, save_file
 
 import icm_ray
-from icm_ray.adapters import check_base, open_adapter, open_all, verify_forward, verify_written
+from icm_ray.adapters import check_base, open_adapter, open_all, verify_forward, verify_with_peft
 from icm_ray.adapters.fused import expert_slice, is_expert, matched_path, refuse_experts
 from icm_ray.errors import InputError
 from icm_ray.types import Adapter, LoRAFactors
@@ -122,7 +122,7 @@ def test_merges_are_what_peft_loads(moe, method, params, rank, tmp_path) -> None
     place, kind = moe
     result = icm_ray.merge(load_all(place), method, params=params, output_rank=rank)
     icm_ray.save_adapter(result.adapter, tmp_path / "out")
-    assert verify_written(tmp_path / "out", result.adapter)["max_relative_error"] < 1e-5
+    assert verify_with_peft(tmp_path / "out", result.adapter)["max_relative_error"] < 1e-5
     verify_forward(tmp_path / "out", result.adapter, place / "base")
     found = changes(moe, tmp_path / "out")
     assert_is(result.adapter, found, "GptOss" in kind.__name__)
@@ -145,7 +145,7 @@ def test_experts_of_unequal_ranks_share_the_largest(moe, tmp_path) -> None:
     ranks = {result.adapter.modules[m].rank for m in result.adapter.layouts}
     assert len(ranks) > 1
     icm_ray.save_adapter(result.adapter, tmp_path / "out")
-    verify_written(tmp_path / "out", result.adapter)
+    verify_with_peft(tmp_path / "out", result.adapter)
     again = icm_ray.load_adapter(tmp_path / "out")
     for module, factors in result.adapter.modules.items():
         torch.testing.assert_close(again.modules[module].delta(), factors.delta())

@@ -14,7 +14,7 @@ from icm_ray.adapters import (
     open_adapter,
     save_adapter,
     verify_forward,
-    verify_written,
+    verify_with_peft,
 )
 from icm_ray.base_model import loading as evidence_base
 from icm_ray.base_model.readers import Batch, TextReader
@@ -105,7 +105,7 @@ def written(result: icm_ray.MergeResult, trained: Trained, folder: Path) -> Path
     assert set(result.adapter.modules) == set(trained.modules)
     assert set(open_adapter(folder).shapes) == changed
     assert {m for m in trained.modules if "vision_tower.encoder.layers.1" not in m} <= changed
-    assert verify_written(folder, result.adapter)["modules"] == len(changed)
+    assert verify_with_peft(folder, result.adapter)["modules"] == len(changed)
     assert verify_forward(folder, result.adapter, trained.base)["change_from_base"] > 1e-3
     return folder
 

@@ -39,7 +39,7 @@ TYPES = {
     "cfg_type_loha": key('peft_type: "LOHA" but LORA', peft_type="LOHA"),
     "cfg_type_evil": key('peft_type: "EVIL" but LORA', peft_type="EVIL"),
     "cfg_type_list": key('peft_type: ["LORA"] but text', peft_type=["LORA"]),
-    "cfg_task": key("PEFT refuses it (ValueError: Invalid task type", task_type="COOKING"),
+    "cfg_task": key('task_type: "COOKING" but one of', task_type="COOKING"),
 }
 NUMBERS = {
     "cfg_r_negative": key("r: -1 but a positive integer", r=-1),

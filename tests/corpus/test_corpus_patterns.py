@@ -57,8 +57,9 @@ CASES = {
     "cfg_rank_pattern_rank": tensors("layers.1.q: rank 2 but", rank_pattern={"layers.1.q": 4}),
     "cfg_alpha_pattern_null": key("a table of finite numbers", alpha_pattern={"q": None}),
     "cfg_layers_and_regex": key(
-        "PEFT refuses it (ValueError", target_modules=".*", layers_to_transform=[1]
+        "PEFT refuses it beside a pattern", target_modules=".*", layers_to_transform=[1]
     ),
+    "cfg_layers_pattern_alone": key("without them. Leave both out", layers_pattern="layers"),
     "ok_regex_target": accepted(configured(target_modules=r".*\.(q|v)")),
     "ok_null_patterns": accepted(configured(rank_pattern=None, alpha_pattern=None)),
     "ok_rank_pattern": accepted(of_ranks({"layers.1.q": 4}, rank_pattern={"layers.1.q": 4})),
