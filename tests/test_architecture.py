@@ -71,7 +71,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Methods see evidence as named tensors alone; how it is gathered is none of their business.
 METHODS_SEE = {"icm_ray.evidence.tensors", "icm_ray.evidence.rebuild"}
-KEPT_OUT = ("ray", "transformers", "peft", "sklearn", "matplotlib", "accelerate", "deepspeed")
+KEPT_OUT = (
+    "torch",
+    "ray",
+    "transformers",
+    "peft",
+    "sklearn",
+    "matplotlib",
+    "accelerate",
+    "deepspeed",
+)
 DOOR = ("exec", "icm_ray/suites/own_scorer.py")
 """A scorer beside a suite, which a recipe allows by name."""
 VAGUE = ("utils", "util", "common", "core", "base", "manager", "helpers", "misc", "runs")

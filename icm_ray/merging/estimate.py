@@ -36,7 +36,7 @@ VISIT = 40.0
 PROCESS_BYTES = 350_000_000
 """A worker that has imported torch, before it holds any adapter."""
 WRITER_BYTES = 400_000_000
-"""A process that has imported PEFT too, to check what it writes."""
+"""A process that has imported PEFT too, to check what it writes on a base."""
 
 
 def inspect_adapters(folders: Sequence[Path]) -> dict[str, Any]:
@@ -131,8 +131,9 @@ def plan(recipe: MergeRecipe) -> dict[str, Any]:
     size = sum(ranks[m] * _width(order, files, m) for m in ranks)
     stored = recipe.output.dtype or dtype_name(files[0].dtype)
     worker = PROCESS_BYTES + largest
-    # The merge and PEFT's copy of it in float32; the bytes as written and as read; mapped inputs.
-    writer = WRITER_BYTES + largest + 2 * size * (BYTES["float32"] + BYTES[stored])
+    # The merge in float32 and as it is written; where a base is named, PEFT and its copies too.
+    imported, copies = (WRITER_BYTES, 2) if recipe.base else (PROCESS_BYTES, 1)
+    writer = imported + largest + copies * size * (BYTES["float32"] + BYTES[stored])
     writer += sum(file.bytes for file in files) + _base_bytes(recipe)
     workers = recipe.resources.workers or "as many as CPUs allow"
     if warning := find_method(recipe.method).warns(len(files), **order.params):
