@@ -9,6 +9,7 @@ from adapter_samples import CASES, QKV, peft_deltas, relative
 from safetensors.torch import load_file, save_file
 
 from icm_ray.adapters import fingerprint_of, load_adapter, open_adapter
+from icm_ray.adapters.config_keys import TASK_TYPES
 from icm_ray.errors import InputError
 
 
@@ -135,3 +136,28 @@ def test_a_file_that_shrinks_after_opening_is_told(make_folder):
     save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
         opened.factors("layers.0.q")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"task_type": "COOKING"},
+        {"target_modules": ".*", "layers_to_transform": [1]},
+        {"target_modules": ".*", "layers_pattern": ["layers"]},
+        {"target_modules": ["q", "v"], "layers_pattern": ["layers"]},
+    ],
+    ids=str,
+)
+def test_what_peft_refuses_is_refused_without_it(make_folder, config):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match=r"Invalid task type|layers_pattern|layers_to_transform"):
+        LoraConfig(**config)
+    with pytest.raises(InputError, match="PEFT"):
+        open_adapter(make_folder(config))
+
+
+def test_task_types_are_those_of_peft():
+    from peft import TaskType
+
+    assert set(TASK_TYPES) == {kind.value for kind in TaskType}

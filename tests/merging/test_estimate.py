@@ -91,13 +91,13 @@ def test_the_summary_says_what_a_server_and_a_cluster_need(plan, tmp_path):
 def test_who_writes_holds_the_result_the_inputs_and_the_base(plan, tmp_path, tiny_bert):
     folders = {n: save_lora(tmp_path / n, i, shapes=LARGE) for i, n in enumerate("ab")}
     found = plan(folders)
-    least = 4 * found["output_bytes"] + sum(
+    least = 2 * found["output_bytes"] + sum(
         (folder / "adapter_model.safetensors").stat().st_size for folder in folders.values()
     )
-    assert found["writer_bytes"] - found["worker_bytes"] > least
+    assert found["writer_bytes"] - found["worker_bytes"] >= least
     weights = 4 * sum(x.numel() for x in load_file(tiny_bert / "model.safetensors").values())
     more = plan(folders, base=str(tiny_bert))["writer_bytes"] - found["writer_bytes"]
-    assert more == weights
+    assert more > weights + 2 * found["output_bytes"], "PEFT and its copy, too"
 
 
 def test_modules_that_not_all_have_are_counted_and_warned_of(plan, tmp_path):
