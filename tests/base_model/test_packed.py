@@ -19,7 +19,8 @@ from icm_ray.errors import InputError
 from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.evidence.gather import gather
 from icm_ray.evidence.grams import gather_grams
-from icm_ray.finetuning.expert import ExpertJob, train_expert
+from icm_ray.finetuning.expert import ExpertJob, Lesson
+from icm_ray.finetuning.training import train_experts
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import learn
 from icm_ray.learning.recipes import LEARNERS, plan_of
@@ -140,13 +141,14 @@ def test_scores(bases, adapters, texts, bits) -> None:
 def test_an_expert_trains_on_it(bases, texts, bits, tmp_path) -> None:
     task = Task("one", "language_modelling", "token_likelihood", (), 16, "nowhere", "none")
     lora = LoRARecipe(rank=2, alpha=4, targets=["q_proj"])
-    job = ExpertJob(task, lora, Training(steps=3, batch=4, checkpoints=2), ExpertSet())
+    training = Training(steps=3, batch=4, checkpoints=2)
+    job = ExpertJob(task, lora, training, ExpertSet(), ("one",))
     examples = Examples(tuple(texts), np.zeros(len(texts)), texts)
     losses = []
     for number, base in enumerate(bases):
         scratch = tmp_path / str(number)
         scratch.mkdir()
-        trained = train_expert(base, job, examples, None, scratch)
+        (trained,) = train_experts(base, [Lesson(job, examples, None)], scratch)
         losses.append(trained.losses)
         trained.model.unload()
     assert losses[0] == pytest.approx(losses[1], rel=NEAR[bits])
