@@ -22,16 +22,21 @@ MAX_PIXEL_BYTES = 4_000_000_000
 AnySource = Source | HubSource | LmEvalSource
 
 
-def astray(source: AnySource, columns: Columns, record: Record) -> list[str]:
+def paths_of(columns: Columns, record: Record) -> list[str]:
+    """Return the images of a row that are files beside the table."""
+    images = (record.asked,) if columns.shows else record.images
+    return [image for image in images if isinstance(image, str)]
+
+
+def astray(source: AnySource, columns: Columns, where: str, paths: Sequence[str]) -> list[str]:
     """Return a line for each image of a row that is not where it says."""
     lines = []
-    for image in (record.asked,) if columns.shows else record.images:
+    for path in paths:
         try:
-            if isinstance(image, str):
-                source.beside(image)
+            source.beside(path)
         except InputError as error:
             name = ", ".join(columns.images) or columns.names["messages"]
-            lines += [f"{record.where}: {name}: {line}" for line in error.problems]
+            lines += [f"{where}: {name}: {line}" for line in error.problems]
     return lines
 
 

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from icm_ray.config import TaskFile
 from icm_ray.errors import InputError
-from icm_ray.files import sha256_of
+from icm_ray.files import sha256_of, sha256_of_file
 from icm_ray.inputs import Prompt, Text, Turn
 from icm_ray.suites.columns import Columns, Record, columns_of
 from icm_ray.suites.drawing import Key, draw, key_of
@@ -21,12 +21,10 @@ from icm_ray.suites.images import (
     asked_with_images,
     astray,
     images_alone,
+    paths_of,
     together,
 )
 from icm_ray.suites.tasks import Examples
-
-if TYPE_CHECKING:
-    pass
 
 MAX_PROBLEMS = 10_000
 """After so many a table is not read to its end."""
@@ -43,12 +41,14 @@ class Found:
         labelled: Whether the rows have answers.
         classes: Names of the classes, or their indices as words, where the suite names none.
         places: Positions of each split's rows among the task's.
+        files: Images beside the table that rows name, sorted.
     """
 
     columns: Columns
     labelled: bool
     classes: tuple[str, ...]
     places: dict[str, list[int]]
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Table:
         if self.is_packaged:  # experts that were made with it name the file's hash
             return self.source.fingerprint
         said = self.task.model_dump(mode="json", exclude={"source", "licence", "expert", "metric"})
-        return sha256_of([self.source.fingerprint, said, self.seed])
+        files = [sha256_of_file(self.source.beside(name)) for name in self.found.files]
+        return sha256_of([self.source.fingerprint, said, self.seed, *files])
 
     def records(self, split: str) -> list[Record]:
         """Return a split's rows in their order."""
@@ -128,10 +129,12 @@ class Table:
         where = f"{self.source}: "
         if problems:
             raise InputError([f"{self._spec}: {line}" for line in problems])
-        seen = _Seen(self.task, columns)
+        seen, files = _Seen(self.task, columns), set[str]()
         for record in self._rows(columns, problems):
             seen.add(record, self.seed)
-            problems += astray(self.source, columns, record)
+            named = paths_of(columns, record)
+            problems += astray(self.source, columns, record.where, named)
+            files.update(named)
         problems += [] if problems else seen.problems(self.known)
         if problems:
             raise InputError([where + line for line in _told(problems)])
@@ -139,7 +142,8 @@ class Table:
             places = draw(seen.keys, {**self.task.splits})
         except InputError as error:
             raise InputError([f"{self._spec}: {line}" for line in error.problems]) from None
-        return Found(columns, seen.labelled, seen.class_names(self.known), places)
+        names = seen.class_names(self.known)
+        return Found(columns, seen.labelled, names, places, tuple(sorted(files)))
 
     @property
     def _spec(self) -> str:

@@ -46,6 +46,9 @@ def test_a_prompt_says_where_the_image_stands(tmp_path: Path, files) -> None:
     found = by_document(write(tmp_path, ASKED, rows_of(files)))
     turn = Turn("user", f"{PLACE} What is 2?")
     assert found[2] == Prompt((turn,), room=128, images=in_base64(tmp_path, files[2]))
+    before = checked_suite(tmp_path).fingerprint("mood")
+    Image.new("RGB", (9, 9)).save(tmp_path / files[0])
+    assert checked_suite(tmp_path).fingerprint("mood") != before
     # Another image is another row, though the words are the same.
     same = [{**row, "it": "it"} for row in rows_of(files)]
     assert checked_suite(write(tmp_path, ASKED, same)).count("mood", "test") == 4
