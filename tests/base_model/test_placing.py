@@ -9,7 +9,7 @@ from icm_ray.base_model.decoding import greedy, readout_of
 from icm_ray.base_model.loading import load_base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.placing import device_plan
-from icm_ray.base_model.states import features, make_batches, tokenize
+from icm_ray.base_model.states import features, make_batches, pad_batch, tokenize
 from icm_ray.errors import InputError
 
 LAYERS = 12
@@ -81,7 +81,7 @@ def test_states_and_answers_over_two_gpus(
     def run(base) -> tuple[torch.Tensor, list[list[int]]]:
         with applied(base.whole, adapter):
             states = features(base.model, make_batches(prompts, 3, 0))
-            return states, greedy(base.model, readout_of(base), prompts, 4)
+            return states, greedy(base.model, readout_of(base), pad_batch(prompts, range(6), 0), 4)
 
     expected, answers = run(here)
     with accelerator.on():
