@@ -206,8 +206,7 @@ def plan(
         if as_json:
             print(json.dumps(found, indent=2))
             return
-        what = [job, getattr(recipe, "method", None)]
-        table = Table(title=f"plan: {' '.join(filter(None, what))}", show_header=False)
+        table = Table(title=f"plan: {getattr(recipe, 'method', job)}", show_header=False)
         for name, value in found["summary"].items():
             table.add_row(name, escape(one_line(str(value))))
         _console().print(table)

@@ -14,12 +14,12 @@ COMMANDS = {
     "module": [sys.executable, "-m", "icm_ray", "inspect", "nowhere"],
     "job": [sys.executable, "-m", "jobs.merge", "-c", "nowhere.yaml"],
 }
-SLOW_TORCH = "import time\nopen('importing', 'w').close()\ntime.sleep(60)\n"
+SLOW = "import time\nopen('importing', 'w').close()\ntime.sleep(60)\n"
 
 
 def interrupted(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Interrupt a command while it imports torch, which takes a minute here."""
-    (folder / "torch.py").write_text(SLOW_TORCH)
+    """Interrupt a command while it imports what all need, which takes a minute here."""
+    (folder / "pydantic.py").write_text(SLOW)
     process = subprocess.Popen(
         command,
         cwd=folder,

@@ -85,14 +85,14 @@ def test_memory_bounds_the_number_of_workers():
 
 
 def test_what_fits_passes():
-    check_fits(Resources(cpus_per_worker=4, gpus_per_worker=2, custom={"slot": 3.0}))
+    check_fits(Resources(cpus_per_worker=4, gpus_per_worker=2, device="cuda", custom={"slot": 3.0}))
 
 
 @pytest.mark.parametrize(
     ("resources", "words"),
     [
         (Resources(cpus_per_worker=64), "CPU 64 (largest node has 4)"),
-        (Resources(gpus_per_worker=3), "GPU 3 (largest node has 2)"),
+        (Resources(gpus_per_worker=3, device="cuda"), "GPU 3 (largest node has 2)"),
         (Resources(custom={"tpu": 1.0}), "tpu 1 (largest node has 0)"),
         (Resources(memory_per_worker=10**15), "memory 1e+15"),
     ],

@@ -25,7 +25,8 @@ from icm_ray.evaluation.fidelity import Asked, fidelity, said_by
 from icm_ray.evaluation.scoring import TaskData, evaluate, values
 from icm_ray.evidence.gather import gather
 from icm_ray.evidence.grams import gather_grams
-from icm_ray.finetuning.expert import ExpertJob, train_expert
+from icm_ray.finetuning.expert import ExpertJob, Lesson
+from icm_ray.finetuning.training import train_experts
 from icm_ray.inputs import PLACE, Prompt, Turn
 from icm_ray.learning.gradients import Learning
 from icm_ray.learning.learner import learn
@@ -137,8 +138,8 @@ def test_an_expert_is_trained_and_scored_and_true_to_itself(base, task, tmp_path
     own = examples(task)
     lora = LoRARecipe(rank=2, alpha=4, targets=r".*language_model.*\.(q|v)_proj")
     training = Training(steps=40, batch=4, lora_lr=0.05, checkpoints=2)
-    job = ExpertJob(task, lora, training, ExpertSet(init="shared", seed=0))
-    trained = train_expert(fresh, job, own, None, tmp_path)
+    job = ExpertJob(task, lora, training, ExpertSet(init="shared", seed=0), ())
+    (trained,) = train_experts(fresh, [Lesson(job, own, None)], tmp_path)
     assert np.mean(trained.losses[-5:]) < np.mean(trained.losses[:5])
     adapted = {n.split(".lora_")[0] for n, _ in trained.model.named_parameters() if "lora_" in n}
     assert len(adapted) == 4

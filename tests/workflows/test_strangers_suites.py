@@ -132,7 +132,7 @@ def test_chats_on_a_language_model(tmp_path: Path) -> None:
         tmp_path,
         [tmp_path / task for task in tasks],
         f"base={base}",
-        "budget.minutes=6",
+        "budget.minutes=4",
     )
     assert found
 
@@ -214,6 +214,6 @@ def test_texts_without_labels(tmp_path: Path) -> None:
         tmp_path,
         [experts / task / "adapter" for task in tasks],
         f"base={prepare_base('smollm2-135m')}",
-        "budget.minutes=6",
+        "budget.minutes=4",
         "resources.dtype=bfloat16",
     )
