@@ -36,8 +36,7 @@ def train(model: Any, batches: Batches, folder: Path, **lora: Any) -> None:
     adapted = get_peft_model(model, LoraConfig(**{**LORA, **lora}))
     optimiser = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=2e-3)
     for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16):
-            adapted(**batch).loss.backward()
+        adapted(**batch).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
     adapted.save_pretrained(folder)
@@ -116,10 +115,10 @@ def test_chats_on_a_language_model(tmp_path: Path) -> None:
         write_rows(tmp_path / "data" / f"{task}.jsonl", rows[:300])
 
         def batches(rows: list[dict[str, Any]] = rows[300:]) -> Batches:
-            for start in range(0, 40 * 8, 8):
+            for start in range(0, 24 * 4, 4):
                 texts = [
                     tokenizer.apply_chat_template(row["messages"], tokenize=False)
-                    for row in rows[start : start + 8]
+                    for row in rows[start : start + 4]
                 ]
                 batch = tokenizer(texts, return_tensors="pt", padding=True)
                 labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -132,7 +131,7 @@ def test_chats_on_a_language_model(tmp_path: Path) -> None:
         tmp_path,
         [tmp_path / task for task in tasks],
         f"base={base}",
-        "budget.minutes=4",
+        "budget.minutes=2",
     )
     assert found
 
@@ -176,11 +175,11 @@ def test_pairs_of_texts_through_heads_of_their_own(tmp_path: Path) -> None:
         write_rows(tmp_path / "data" / f"{task}.jsonl", rows[600:])
 
         def batches(rows: list[dict[str, Any]] = rows[:600]) -> Batches:
-            for step in range(120):
+            for step in range(60):
                 some = [rows[(16 * step + i) % len(rows)] for i in range(16)]
                 texts, more = [r["text"] for r in some], [r["text_pair"] for r in some]
                 batch = tokenizer(
-                    texts, more, return_tensors="pt", padding=True, truncation=True, max_length=96
+                    texts, more, return_tensors="pt", padding=True, truncation=True, max_length=64
                 )
                 yield {**batch, "labels": torch.tensor([r["label"] for r in some])}
 
@@ -197,7 +196,7 @@ def test_pairs_of_texts_through_heads_of_their_own(tmp_path: Path) -> None:
         tmp_path,
         [tmp_path / task for task in tasks],
         f"base={base}",
-        "budget.minutes=4",
+        "budget.minutes=2",
     )
 
 
@@ -214,6 +213,5 @@ def test_texts_without_labels(tmp_path: Path) -> None:
         tmp_path,
         [experts / task / "adapter" for task in tasks],
         f"base={prepare_base('smollm2-135m')}",
-        "budget.minutes=4",
-        "resources.dtype=bfloat16",
+        "budget.minutes=2",
     )

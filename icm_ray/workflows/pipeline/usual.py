@@ -55,8 +55,8 @@ NEVER: Mapping[str, str] = {
     "cat": "the sum itself, which task_arithmetic scales",
     "emr": "an adapter for each task besides the common one",
     "negate_add": "takes a capability away instead of joining several",
-    "compress_then_merge": "for a rank that is named; uncut merges keep more",
-    "esm": "a baseline; as good as tsv, which needs no inputs",
+    "compress_then_merge": "for a rank that is named",
+    "esm": "a baseline; sees what regmean sees, and its scale has no usual value",
     "wudi": "a baseline; below task_arithmetic on encoders, and undone by shared initialisations",
 }
 """Methods that are tried only where a recipe names them, each with the reason."""
