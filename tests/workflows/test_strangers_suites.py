@@ -112,7 +112,7 @@ def test_chats_on_a_language_model(tmp_path: Path) -> None:
     tasks = ("lemma", "date")
     for task in tasks:
         rows = chats(task, 900)
-        write_rows(tmp_path / "data" / f"{task}.jsonl", rows[:300])
+        write_rows(tmp_path / "data" / f"{task}.jsonl", rows[:60])
 
         def batches(rows: list[dict[str, Any]] = rows[300:]) -> Batches:
             for start in range(0, 24 * 4, 4):
@@ -204,7 +204,7 @@ def test_texts_without_labels(tmp_path: Path) -> None:
     experts = ROOT / "docs" / "results" / "lm" / "experts" / "shared-seed0"
     tasks = sorted(path.name for path in experts.iterdir())[:3]
     for task in tasks:
-        rows = SUITES["lm"].load(task, "train", 200)
+        rows = SUITES["lm"].load(task, "train", 60)
         write_rows(
             tmp_path / "data" / f"{task}.jsonl", [{"text": str(text)} for text in rows.texts]
         )
