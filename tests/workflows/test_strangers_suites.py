@@ -112,7 +112,7 @@ def test_chats_on_a_language_model(tmp_path: Path) -> None:
     tasks = ("lemma", "date")
     for task in tasks:
         rows = chats(task, 900)
-        write_rows(tmp_path / "data" / f"{task}.jsonl", rows[:60])
+        write_rows(tmp_path / "data" / f"{task}.jsonl", rows[:40])
 
         def batches(rows: list[dict[str, Any]] = rows[300:]) -> Batches:
             for start in range(0, 24 * 4, 4):
