@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import open_all
+from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import EvidenceRecipe
 from icm_ray.distributed.evidence import evidence_key, gather_on_ray, grams_on_ray
 from icm_ray.distributed.session import opened
@@ -14,11 +14,16 @@ from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.workflows.prepared import data_of, prepared_base, preparing
 
 
+def adapters_of(recipe: EvidenceRecipe) -> list[AdapterFile]:
+    """Open the recipe's adapters, under the names that its base has."""
+    refs = [ref.pair for ref in recipe.adapters]
+    return open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.evidence")
+
+
 def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     """Gather what the recipe names, one actor an adapter."""
     refuse_foreign(target)
-    refs = [ref.pair for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.evidence")
+    files = adapters_of(recipe)
     warn(warnings_of(files))
     inputs = load_inputs(recipe.data, [file.name for file in files])
     base = prepared_base(recipe, data_of(recipe.data), splits=[recipe.data.split])

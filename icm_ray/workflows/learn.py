@@ -86,9 +86,8 @@ class LearnRequest:
 def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     """Learn a merge from unlabelled inputs, one actor a task; `merge` reads what it writes."""
     refuse_foreign(target)
-    refs = [ref.pair for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.learn")
-    request = request_of(recipe, files)
+    request = request_of(recipe)
+    files = request.files
     warn(warnings_of(files))
     suite, heads = data_of(recipe.data), heads_in(request.data)
     base = prepared_base(recipe, suite, heads, [recipe.data.split])
@@ -100,8 +99,10 @@ def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     return {"outputs": {"evidence": str(target), "report": str(page)}, "losses": losses}
 
 
-def request_of(recipe: LearnRecipe, files: Sequence[AdapterFile]) -> LearnRequest:
-    """Return what a recipe wants learned, checked before any spend."""
+def request_of(recipe: LearnRecipe) -> LearnRequest:
+    """Return what a recipe wants learned, its adapters opened, checked before any spend."""
+    refs = [ref.pair for ref in recipe.adapters]
+    files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.learn")
     if (find_method(recipe.method).needs == "fusion_model") != bool(recipe.fusion):
         raise RecipeError(
             f"fusion: {recipe.fusion!r} with method {recipe.method!r}. Name the folder of "
@@ -118,7 +119,6 @@ def request_of(recipe: LearnRecipe, files: Sequence[AdapterFile]) -> LearnReques
     else:
         spec = spec_of(recipe.method, recipe.learn)
     tasks = [file.name for file in files]
-    refs = [ref.pair for ref in recipe.adapters]
     experts = experts_for(spec.objective, recipe.heads, recipe.data, refs)
     data = learner_data(recipe.data, tasks, [spec.objective], experts)
     return LearnRequest(recipe.method, spec, files, data, context)

@@ -1,16 +1,19 @@
 """Ready adapters in the place of experts that would be trained: which of them meet which tasks."""
 
 from dataclasses import replace
+from pathlib import Path
 
-from icm_ray.config import PipelineRecipe
+from icm_ray.adapters import check_base
+from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.errors import RecipeError
-from icm_ray.evaluation.experts import ready_experts
+from icm_ray.evaluation.experts import heads_of, ready_experts
 from icm_ray.learning.tasks import headless
 from icm_ray.merging.estimate import unproven_lines, warn, warnings_of
 from icm_ray.methods import METHODS
-from icm_ray.suites import find_suite
+from icm_ray.suites import SPLITS, Suite, find_suite
 from icm_ray.suites.tasks import FIDELITY
 from icm_ray.workflows.pipeline.table import SetResults
+from icm_ray.workflows.prepared import prepared_base, with_base, with_sizes
 
 READY = "adapters"
 """Label of the set that ready adapters are."""
@@ -48,6 +51,28 @@ def check_ready(recipe: PipelineRecipe) -> None:
         warn([f"{', '.join(silent)}: no adapter, so no head or nothing to compare. Left out."])
     if one.unseen:
         warn([f"{', '.join(one.unseen)}: no adapter; scored beside the base as unseen."])
+
+
+def settled(
+    recipe: FinetuneRecipe, suite: Suite, one: SetResults | None
+) -> tuple[FinetuneRecipe, Path]:
+    """Return a recipe that says its base and all sizes, and the base's folder.
+
+    Args:
+        recipe: The recipe.
+        suite: Its suite.
+        one: Adapters that are there; None: they are trained.
+
+    Raises:
+        RecipeError: nobody names a base.
+        InputError: a split holds too few rows, or heads, rows or adapters do not go with the base.
+    """
+    files = one.files() if one else ()
+    recipe = with_sizes(with_base(recipe, suite, files), suite)
+    heads = heads_of(suite, one.experts)[1] if one else {}
+    base = prepared_base(recipe, suite, heads, SPLITS[1:] if one else SPLITS)
+    check_base(files, base)
+    return recipe, base
 
 
 def adapter_problems(recipe: PipelineRecipe, one: SetResults) -> list[str]:

@@ -4,20 +4,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from icm_ray.adapters import check_base
 from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.distributed.session import opened
-from icm_ray.evaluation.experts import heads_of
 from icm_ray.evaluation.scoring import idle_lines
 from icm_ray.finetuning.targets import with_targets
 from icm_ray.merging.estimate import warn
 from icm_ray.report import BASE, EXPERT, ReportData, summarise
-from icm_ray.suites import SPLITS, find_suite
-from icm_ray.workflows.pipeline.adapters import check_ready, ready_set
+from icm_ray.suites import find_suite
+from icm_ray.workflows.pipeline.adapters import check_ready, ready_set, settled
 from icm_ray.workflows.pipeline.report import console, publish, report_data
 from icm_ray.workflows.pipeline.stages import check_rows, check_tasks, run_stages
 from icm_ray.workflows.pipeline.table import DEFAULT, Table
-from icm_ray.workflows.prepared import prepared_base, preparing, with_base, with_sizes
+from icm_ray.workflows.prepared import preparing
 
 
 def run(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
@@ -33,15 +31,11 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     suite = find_suite(recipe.suite)
     check_tasks(recipe)
     one = ready_set(recipe) if isinstance(recipe, PipelineRecipe) and recipe.adapters else None
-    recipe = with_sizes(with_base(recipe, suite, one.files() if one else ()), suite)
-    heads = heads_of(suite, one.experts)[1] if one else {}
-    splits = SPLITS[1:] if one else SPLITS
-    base = prepared_base(recipe, suite, heads, splits)
+    recipe, base = settled(recipe, suite, one)
     if one is None:
         shared = recipe.training.tasks_per_forward > 1
         lora = with_targets(recipe.lora, base, shared=shared)
         recipe = recipe.model_copy(update={"lora": lora})
-    check_base(one.files() if one else (), base)
     target.mkdir(parents=True, exist_ok=True)
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         table = Table(recipe, suite, target, session)

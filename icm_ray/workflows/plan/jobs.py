@@ -5,11 +5,11 @@ nothing but a base that was not prepared yet.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from icm_ray.adapters import AdapterFile, open_all
+from icm_ray.adapters import AdapterFile
 from icm_ray.config import (
     EvaluateRecipe,
     EvidenceRecipe,
@@ -22,9 +22,10 @@ from icm_ray.learning.recipes import needs_grams
 from icm_ray.learning.tasks import LearnerData, load_inputs
 from icm_ray.merging.estimate import warnings_of
 from icm_ray.workflows.evaluate import wanted
+from icm_ray.workflows.evidence import adapters_of
 from icm_ray.workflows.learn import request_of
 from icm_ray.workflows.pipeline.offer import REFERENCES_COST
-from icm_ray.workflows.plan.measured import FEW, Bench
+from icm_ray.workflows.plan.measured import FEW, Bench, peak_bytes
 from icm_ray.workflows.plan.pipeline import asked_of, planned_rows
 from icm_ray.workflows.prepared import data_of, heads_in, prepared_base
 
@@ -54,7 +55,7 @@ class JobPlan:
 
 
 def _evidence(recipe: EvidenceRecipe) -> tuple[Bench, JobPlan]:
-    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
+    files = adapters_of(recipe)
     data = LearnerData(load_inputs(recipe.data, [file.name for file in files]))
     base = prepared_base(recipe, data_of(recipe.data), splits=[recipe.data.split])
     bench = Bench(base, recipe.resources)
@@ -67,8 +68,8 @@ def _evidence(recipe: EvidenceRecipe) -> tuple[Bench, JobPlan]:
 
 
 def _learn(recipe: LearnRecipe) -> tuple[Bench, JobPlan]:
-    files = open_all([ref.pair for ref in recipe.adapters], recipe.modules_to_save)
-    request = request_of(recipe, files)
+    request = request_of(recipe)
+    files = request.files
     suite, heads = data_of(recipe.data), heads_in(request.data)
     bench = Bench(prepared_base(recipe, suite, heads, [recipe.data.split]), recipe.resources)
     spec, data = request.spec, request.data
@@ -125,11 +126,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     bench, plan = _PLANS[type(recipe)](recipe)
     workers = workers_here(recipe.resources, plan.items)
     whole = sum(plan.seconds.values())
-    own = bench.held - bench.mapped
+    base, own = bench.session.shared, peak_bytes() - bench.mapped
     time = bench.start_seconds + whole / workers + RAY_SECONDS
     summary = {
-        "base": f"{bench.shared.path.name}, {bench.shared.bytes / 1e6:.0f} MB in "
-        f"{bench.shared.dtype}, loaded in {bench.start_seconds:.1f} s",
+        "base": f"{base.path.name}, {base.bytes / 1e6:.0f} MB in {base.dtype}, "
+        f"loaded in {bench.start_seconds:.1f} s",
         "workers here": f"{workers}",
         **{stage: f"{seconds:.1f} s of one worker" for stage, seconds in plan.seconds.items()},
         "time": f"about {time:.0f} s with these workers, starting them and Ray included",
@@ -169,7 +170,7 @@ def _count(data: LearnerData) -> int:
     return sum(len(inputs) for inputs, _ in data.inputs.values())
 
 
-def _gram_bytes(files: list[AdapterFile]) -> int:
+def _gram_bytes(files: Sequence[AdapterFile]) -> int:
     """Return what Gram statistics take at most; modules that read one tensor share theirs."""
     modules = {module: shape[1] for file in files for module, shape in file.shapes.items()}
     return GRAM_ENTRY * len(files) * sum(d_in**2 for d_in in modules.values())

@@ -11,6 +11,7 @@ import torch
 from icm_ray.base_model.shared_base import share_base
 from icm_ray.base_model.states import batches_of, pooled
 from icm_ray.config import LearnSpec, Resources, StartSpec
+from icm_ray.distributed.session import Session
 from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.learning.gradients import TaskGradients
 from icm_ray.learning.learner import covered_tasks
@@ -31,8 +32,8 @@ class Bench:
         """Load the base; until then this process holds what a driver does."""
         self.bare = peak_bytes()
         started = time.monotonic()
-        self.shared, self.resources = share_base(path), resources
-        self.base = self.shared.load(resources.device, resources.dtype)
+        self.session = Session(resources, share_base(path))
+        self.base = self.session.load_base()
         self.start_seconds = time.monotonic() - started
 
     def forward(self, data: LearnerData, batch: int) -> float:
@@ -86,13 +87,13 @@ class Bench:
             torch.cuda.synchronize(self.resources.device)
 
     @property
-    def held(self) -> int:
-        """Bytes of memory that this process has held at most, mapped pages among them."""
-        return peak_bytes()
+    def resources(self) -> Resources:
+        """What a worker gets."""
+        return self.session.resources
 
     @property
     def mapped(self) -> int:
-        """Bytes of these that all workers of a node share: pages of the base and of libraries."""
+        """Bytes that all workers of a node share: pages of the base and of libraries."""
         return _status("RssFile")
 
     @property

@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.config import PipelineRecipe
-from icm_ray.distributed.session import Session
 from icm_ray.errors import RecipeError
-from icm_ray.evaluation.experts import find_experts, heads_of
+from icm_ray.evaluation.experts import find_experts
 from icm_ray.evaluation.scoring import BATCH
-from icm_ray.suites import SPLITS, Suite, find_suite
-from icm_ray.workflows.pipeline.adapters import check_ready, ready_set
+from icm_ray.suites import Suite, find_suite
+from icm_ray.workflows.pipeline.adapters import check_ready, ready_set, settled
 from icm_ray.workflows.pipeline.offer import few_of, planned
 from icm_ray.workflows.pipeline.stages import check_rows
 from icm_ray.workflows.pipeline.table import SetResults, Table
 from icm_ray.workflows.plan.measured import Bench
-from icm_ray.workflows.prepared import prepared_base, with_base, with_sizes
 
 
 @dataclass(frozen=True)
@@ -56,16 +54,14 @@ def asked_of(recipe: PipelineRecipe) -> Asked:
             "adapters: none are named, so experts are trained first, and a plan is made of ready "
             "ones. Name some, or run the job; stopped and started again, it goes on."
         )
-    sized = with_sizes(with_base(recipe, suite, one.files()), suite)
+    sized, base = settled(recipe, suite, one)
     assert isinstance(sized, PipelineRecipe)
-    heads = heads_of(suite, one.experts)[1]
-    return Asked(sized, suite, one, sets, prepared_base(sized, suite, heads, SPLITS[1:]))
+    return Asked(sized, suite, one, sets, base)
 
 
 def planned_rows(asked: Asked, bench: Bench, workers: int) -> dict[str, Any]:
     """Return what `offer.planned` says of the table on some workers."""
     recipe, one = asked.recipe, asked.one
-    session = Session(recipe.resources, bench.shared, recipe.seed)
-    table = Table(recipe, asked.suite, asked.base, session, [one])
+    table = Table(recipe, asked.suite, asked.base, bench.session, [one])
     budget = recipe.budget.seconds(workers, recipe.resources) if recipe.budget else None
     return planned(table, one, bench.scored(few_of(table, one), BATCH), budget, workers)
