@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from icm_ray.base_model.loading import Base
-from icm_ray.base_model.readers import Answered, Batch, join, pad_batch, to_device
+from icm_ray.base_model.readers import Answered, Batch, ids_of, join, pad_batch, to_device
 from icm_ray.errors import RecipeError
 
 Readout = Callable[[Float[Tensor, "*rows d_model"]], Float[Tensor, "*rows vocabulary"]]
@@ -144,8 +144,3 @@ def answered(
             Answered(whole.ids, whole.mask, whole.rows, counts, pixels=batch.pixels)
         )
     return with_answers
-
-
-def ids_of(batch: Batch) -> list[list[int]]:
-    """Return each example's token ids without padding."""
-    return [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]

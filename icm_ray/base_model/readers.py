@@ -163,11 +163,10 @@ def _marked(batch: Batch, starts: Sequence[int | None]) -> "Answered":
 
 def with_answers(batch: Batch, answers: Sequence[Sequence[int]]) -> "Answered":
     """Return a batch of prompts, each followed by its answer, whose tokens count."""
-    lengths = batch.mask.sum(1).tolist()
-    prompts = [ids[:n].tolist() for ids, n in zip(batch.ids, lengths, strict=True)]
+    prompts = ids_of(batch)
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     padded = replace(pad_batch(whole, batch.rows.tolist(), 0), pixels=batch.pixels)
-    return _marked(padded, lengths)
+    return _marked(padded, list(map(len, prompts)))
 
 
 @dataclass(frozen=True)
@@ -249,6 +248,11 @@ def pad_batch(ids: Sequence[Sequence[int]], rows: Sequence[int], pad: int | None
     padded = torch.tensor([[*row, *[pad or 0] * (width - len(row))] for row in ids])
     lengths = torch.tensor([len(row) for row in ids])
     return Batch(padded, torch.arange(width)[None] < lengths[:, None], torch.tensor(rows))
+
+
+def ids_of(batch: Batch) -> list[list[int]]:
+    """Return each example's token ids without padding."""
+    return [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
 
 
 def alike(batches: Mapping[str, Batch]) -> list[dict[str, Batch]]:
