@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+from icm_ray.errors import RecipeError
+
 _INDEX = re.compile(r"^(.*?\.)?(\d+)(\.|$)")
 
 
@@ -16,6 +18,22 @@ def block_path(path: str) -> str | None:
     """Return the path of the block a module is in, up to and with its index."""
     found = _INDEX.match(path)
     return f"{found[1] or ''}{found[2]}" if found else None
+
+
+def runs_of(modules: Iterable[str], runs: int) -> dict[str, int]:
+    """Return which of `runs` equal runs of blocks each module is in; the first has what is in none.
+
+    Raises:
+        RecipeError: there are fewer blocks than runs.
+    """
+    of = {module: block_index(module) for module in modules}
+    blocks = sorted({block for block in of.values() if block is not None})
+    if len(blocks) < runs:
+        raise RecipeError(
+            f"{runs} groups of layers but the adapters have {len(blocks)} blocks. Ask for fewer."
+        )
+    run = {block: i * runs // len(blocks) for i, block in enumerate(blocks)}
+    return {module: 0 if block is None else run[block] for module, block in of.items()}
 
 
 def depths_of(modules: Iterable[str]) -> dict[str, float]:

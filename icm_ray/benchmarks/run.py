@@ -213,7 +213,6 @@ def _results(
         complete = with_statistics(order, read)
         for layer in order.present:
             factors, context, extra = inputs_of(complete, layer, read, with_norms=False)
-            result = METHODS[order.method].function(
-                factors, context=context, **extra, **order.params
-            )
+            params = order.params_at(layer)
+            result = METHODS[order.method].function(factors, context=context, **extra, **params)
             yield layer, result.unified if isinstance(result, PerTask) else result

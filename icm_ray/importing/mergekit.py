@@ -45,7 +45,7 @@ def read_mergekit(source: Path) -> Imported:
     if counterpart and adapters:
         params, notes = _params(counterpart, entries, list(adapters), findings)
     if findings.problems:
-        raise RecipeError([f"{source}: {problem}" for problem in findings.problems])
+        raise RecipeError([f"{source}: {problem}" for problem in dict.fromkeys(findings.problems)])
     assert counterpart
     return Imported(
         source=source,
@@ -137,9 +137,10 @@ def _params(
     notes = []
     if counterpart.weighted:
         weighed = entries if counterpart.method == "soup" else merged
-        weights, notes = _weights(counterpart, weighed, shared, findings)
-        numbers = [w for entry, w in zip(weighed, weights, strict=True) if entry.adapter]
-        params["weights"] = dict(zip(names, numbers, strict=True))
+        by_layer, notes = _weights_by_layer(counterpart, weighed, shared, findings)
+        of_entry = zip(weighed, zip(*by_layer, strict=True), strict=True)
+        kept = [list(w) if len(set(w)) > 1 else w[0] for entry, w in of_entry if entry.adapter]
+        params["weights"] = dict(zip(names, kept, strict=True))
     if counterpart.elects:
         normalized = _flag(shared, "normalize", counterpart.normalizes, findings)
         params["aggregate"] = "mean" if normalized else "sum"
@@ -163,11 +164,47 @@ def _leaves_range(params: dict[str, Any]) -> bool:
     return not params["epsilon"] < params["density"] < 1 - params["epsilon"]
 
 
-def _weights(
+def _weights_by_layer(
     counterpart: Counterpart, entries: Sequence[Entry], shared: Tables, findings: Findings
+) -> tuple[list[list[float]], list[str]]:
+    """Return every entry's weight as our method takes it, layer by layer, and what to say."""
+    given = [_gradient(entry, findings) for entry in entries]
+    layers = max(map(len, given), default=1)
+    columns = zip(*(one if len(one) == layers else one * layers for one in given), strict=True)
+    found = [_weights(counterpart, list(column), shared, findings) for column in columns]
+    notes = list(dict.fromkeys(note for _, told in found for note in told))
+    return [weights for weights, _ in found], notes
+
+
+def _gradient(entry: Entry, findings: Findings) -> list[float]:
+    """Return an entry's weight in every layer, or one for all.
+
+    mergekit reads a list as points at equal distances from the first layer to the last, with
+    straight lines between them.
+    """
+    value = next((t["weight"] for t in entry.settings if t.get("weight") is not None), None)
+    points = list(_numbers(value)) if _is_gradient(value) else []
+    if len(set(points)) < 2 or not all(map(math.isfinite, points)):
+        return [_number(entry.settings, "weight", entry.where, findings)]
+    if entry.layers is None:
+        findings.problems.append(
+            f"{entry.where}: weight: a list over the layers, but the file does not say how many "
+            "there are. Write slices with one layer_range that covers the model."
+        )
+        return [1.0]
+    last, places = len(points) - 1, max(entry.layers - 1, 1)
+    whole = [divmod(layer * last, places) for layer in range(entry.layers)]
+    return [points[i] + (points[min(i + 1, last)] - points[i]) * rest / places for i, rest in whole]
+
+
+def _is_gradient(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(item, dict) for item in value)
+
+
+def _weights(
+    counterpart: Counterpart, weights: list[float], shared: Tables, findings: Findings
 ) -> tuple[list[float], list[str]]:
-    """Return every entry's weight as our method takes it."""
-    weights = [_number(e.settings, "weight", e.where, findings) for e in entries]
+    """Return every entry's weight in one layer as our method takes it."""
     total = sum(weights)
     normalized = _flag(shared, "normalize", counterpart.normalizes, findings)
     if counterpart.elects:
@@ -180,7 +217,7 @@ def _weights(
     if not normalized or abs(total) < 1e-8:
         return weights, ["Weights are taken as they are (normalize: false)."]
     return [weight / total for weight in weights], [
-        f"Weights are divided by their sum {total:g} already (normalize: true)."
+        "Weights are divided by their sum already (normalize: true)."
     ]
 
 

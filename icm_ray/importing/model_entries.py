@@ -24,12 +24,14 @@ class Entry:
         base: Full model, with "@revision" if it has one.
         adapter: The adapter after the "+", likewise; None for a full model alone.
         settings: Tables of parameters, the most specific first.
+        layers: How many layers the model has; None where the file does not say.
     """
 
     where: str
     base: str
     adapter: str | None
     settings: tuple[Settings, ...]
+    layers: int | None = None
 
 
 def read_entries(values: Settings, findings: Findings) -> list[Entry]:
@@ -100,13 +102,16 @@ def _tables(
 
 
 def _entries(
-    items: Iterator[tuple[str, Settings]], shared: tuple[Settings, ...], findings: Findings
+    items: Iterator[tuple[str, Settings]],
+    shared: tuple[Settings, ...],
+    findings: Findings,
+    layers: int | None = None,
 ) -> Iterator[Entry]:
     for where, table in items:
         found = reference(table.get("model"), f"{where}.model", findings)
         own = as_table(table.get("parameters"), f"{where}.parameters", findings)
         if found:
-            yield Entry(where, *found, (own, *shared))
+            yield Entry(where, *found, (own, *shared), layers)
 
 
 def _sliced(value: Any, shared: tuple[Settings, ...], findings: Findings) -> Iterator[Entry]:
@@ -120,20 +125,23 @@ def _sliced(value: Any, shared: tuple[Settings, ...], findings: Findings) -> Ite
     for where, table in slices[:1]:
         known = {"model", "layer_range", "parameters"}
         sources = list(_tables(table.get("sources"), f"{where}.sources", known, findings))
-        _check_ranges(where, [source.get("layer_range") for _, source in sources], findings)
+        layers = _layers(where, [source.get("layer_range") for _, source in sources], findings)
         own = as_table(table.get("parameters"), f"{where}.parameters", findings)
-        yield from _entries(iter(sources), (own, *shared), findings)
+        yield from _entries(iter(sources), (own, *shared), findings, layers)
 
 
-def _check_ranges(where: str, ranges: list[Any], findings: Findings) -> None:
+def _layers(where: str, ranges: list[Any], findings: Findings) -> int | None:
+    """Return how many layers a slice has, the same of every model and from the first one on."""
     match ranges:
         case [[0, int(end)], *rest] if all(one == ranges[0] for one in rest):
             findings.warnings.append(
                 f"{where}: layers 0 to {end - 1} are taken for the whole model; every module of "
                 "the adapters is merged."
             )
+            return end
         case [_, *_]:
             findings.problems.append(
                 f"{where}: layer_range: the same layers of every model, from 0 on, are expected. "
                 "An adapter is merged whole."
             )
+    return None

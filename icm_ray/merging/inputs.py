@@ -102,14 +102,15 @@ def inputs_of(
         found = order.evidence and order.evidence.of(module, row.takes, order.tasks)
         known = {name: tensor.to(device) for name, tensor in found.items()} if found else None
         extra["evidence"] = known
-    before = _before(order, tasks)
+    before = _before(order, module)
     inputs = Inputs(tasks, module, read, with_norms=with_norms, device=device, before=before)
     return inputs, context, extra
 
 
-def _before(order: MergeOrder, tasks: Sequence[str]) -> Before | None:
+def _before(order: MergeOrder, module: str) -> Before | None:
     """Return what changes a module's factors before the method sees them, if anything does."""
-    heard = [index for index, task in enumerate(tasks) if task not in order.idle]
+    silent = order.silent_at(module)
+    heard = [i for i, task in enumerate(order.present[module]) if task not in silent]
     if order.steps.calibrate is None or not heard:
         return None
 

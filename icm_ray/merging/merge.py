@@ -94,7 +94,8 @@ def merge_modules(
 def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedModule:
     factors, context, extra = inputs_of(order, module, read, with_norms=True)
     try:
-        result = METHODS[order.method].function(factors, context=context, **extra, **order.params)
+        params = order.params_at(module)
+        result = METHODS[order.method].function(factors, context=context, **extra, **params)
     finally:
         factors.refuse_not_finite()  # says more than whatever NaN did inside of the method
     of_tasks = result.tasks if isinstance(result, PerTask) else {}
@@ -123,7 +124,8 @@ def _after(order: MergeOrder, module: str, done: Cut, norms: Mapping[str, float]
     """Return a module with what its steps multiply it by."""
     if not order.steps.asked:
         return done
-    heard = [norm for task, norm in norms.items() if task not in order.idle]
+    silent = order.silent_at(module)
+    heard = [norm for task, norm in norms.items() if task not in silent]
     norm = lowrank.norm(done.factors.b, done.factors.a)
     factor = order.steps.factor(norm, heard, order.depths.get(module))
     return replace(done, factors=replace(done.factors, b=done.factors.b * factor))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from icm_ray.adapters import check_together
-from icm_ray.adapters.blocks import depths_of
+from icm_ray.adapters.blocks import depths_of, runs_of
 from icm_ray.config import MergeRecipe
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.tensors import TASK, Evidence, as_evidence
@@ -63,6 +63,7 @@ class MergeOrder:
         device: Where the arithmetic is done.
         steps: What is done around the method.
         depths: How deep each module of a block is, from 0 to 1, if a step asks.
+        weights: By module: one number a task, where `weights` differ between groups of layers.
     """
 
     method: str
@@ -77,12 +78,21 @@ class MergeOrder:
     device: str = "cpu"
     steps: Steps = field(default_factory=Steps)
     depths: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def params_at(self, module: str) -> Mapping[str, Any]:
+        """Return the method's parameters for a module: its own layer group's weights among them."""
+        return {**self.params, "weights": self.weights[module]} if self.weights else self.params
+
+    def silent_at(self, module: str) -> set[str]:
+        """Tasks that a weight of 0 keeps out of a module."""
+        weights = self.params_at(module).get("weights") or {}
+        return {task for task, weight in weights.items() if weight == 0}
 
     @property
     def idle(self) -> set[str]:
-        """Tasks that a weight of 0 keeps out of the merge."""
-        weights = self.params.get("weights") or {}
-        return {task for task, weight in weights.items() if weight == 0}
+        """Tasks that weights of 0 keep out of the whole merge."""
+        return set.intersection(*map(self.silent_at, self.present))
 
 
 def plan_merge(
@@ -140,7 +150,25 @@ def plan_merge(
         device=request.device,
         steps=steps,
         depths=depths_of(modules) if steps.asked else {},
+        weights=_by_module(bound.get("weights"), modules),
     )
+
+
+def _by_module(
+    weights: Mapping[str, float | Sequence[float]] | None, modules: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Return each module's weights if some task's differ between groups of layers, else nothing."""
+    grouped = {t: list(w) for t, w in (weights or {}).items() if isinstance(w, Sequence)}
+    if not weights or not grouped:
+        return {}
+    runs = {count: runs_of(modules, count) for count in {len(w) for w in grouped.values()}}
+    return {
+        module: {
+            task: grouped[task][runs[len(grouped[task])][module]] if task in grouped else one
+            for task, one in weights.items()
+        }
+        for module in modules
+    }
 
 
 def idle_lines(order: MergeOrder) -> list[str]:

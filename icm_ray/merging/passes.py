@@ -55,7 +55,7 @@ def measure_modules(
         for module in modules:
             factors, context, extra = inputs_of(order, module, read, with_norms=False)
             with finite_only(order.method, module):
-                measured = measure(factors, context=context, **extra, **order.params)
+                measured = measure(factors, context=context, **extra, **order.params_at(module))
             measured = {name: to_cpu(tensor) for name, tensor in measured.items()}
             floats = {n: t for n, t in measured.items() if t.is_floating_point()}
             if floats:

@@ -12,7 +12,7 @@ from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.tensors import Evidence, model_of
 from icm_ray.fusion_vae.model import KIND, Rule
 from icm_ray.linalg.lowrank import norm
-from icm_ray.methods.shared.parameters import Scale, Weights
+from icm_ray.methods.shared.parameters import Scale, TaskWeights
 from icm_ray.types import LoRAFactors, ModuleContext, ModuleEvidence
 
 
@@ -21,7 +21,7 @@ def icm_fusion(
     *,
     context: ModuleContext,
     evidence: ModuleEvidence | None = None,
-    weights: Weights = None,
+    weights: TaskWeights = None,
     rule: Annotated[
         Rule,
         Field(

@@ -36,7 +36,6 @@ from icm_ray.learning.recipes import needs_grams, plan_of, spec_of
 from icm_ray.learning.tasks import LearnerData
 from icm_ray.merging.merge import merge
 from icm_ray.methods import find_method
-from icm_ray.search.coefficients import coefficients_of
 from icm_ray.search.objectives import LABEL_FREE, SCORED
 from icm_ray.search.spaces import Setting
 from icm_ray.types import Adapter
@@ -56,7 +55,6 @@ class Material:
         references: Predictions on them of "base" and "expert", by task.
         seed: Seed of merges and learners.
         threads: Kernel threads.
-        groups: Number of layer groups.
         checkpoints: What a Fusion-VAE is trained on, if one is.
         input_batch: Inputs of one inner step of its training.
     """
@@ -68,7 +66,6 @@ class Material:
     references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
     threads: int = 1
-    groups: int = 1
     checkpoints: Checkpoints | None = None
     input_batch: int = INPUT_BATCH
 
@@ -148,11 +145,7 @@ class Measurer:
     def _merge(self, setting: Setting, steps: int | None) -> Adapter:
         evidence: object | None = None
         material = self.material
-        if setting.layers:
-            modules = sorted({m for a in material.adapters for m in a.modules})
-            prints = {a.name: a.fingerprint for a in material.adapters}
-            evidence = dict(coefficients_of(setting, modules, prints, material.groups).tensors)
-        elif setting.learns:
+        if setting.learns:
             evidence = self._learned(setting, steps)
         elif setting.fuses:
             evidence = self._fusion(setting)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
+from icm_ray.adapters.blocks import runs_of
 from icm_ray.config import AdapterRef, LearnSpec, ObjectiveSpec, SearchRecipe, SearchRow
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import Expert, find_experts, heads_of, ready_experts
@@ -25,7 +26,7 @@ from icm_ray.search.starting import starts_of
 from icm_ray.search.study import Study
 from icm_ray.suites import Suite, allowing, find_suite
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Plan:
             spec_of(method, row.learn)
             for row, space in self.rows
             for method in space.methods
-            if method in LEARNERS and not any(n.startswith("layers.") for n in space.dimensions)
+            if method in LEARNERS
         ]
 
     @cached_property
@@ -195,6 +196,11 @@ def _problems(plan: Plan, tasks: Sequence[str]) -> list[str]:
     only = {find_method(method).needs for method in plan.methods} == {"fusion_model"}
     if not only and (aims := [o for o in recipe.objectives if AIMS[o].needs == "fusion"]):
         problems.append(f"objectives: {', '.join(aims)}: only method icm_fusion has a Fusion-VAE.")
+    if any(space.by_group for _, space in plan.rows):
+        try:
+            runs_of({m for file in plan.files for m in file.shapes}, recipe.layer_groups)
+        except RecipeError as error:
+            problems += [f"layer_groups: {line}" for line in error.problems]
     if missing := [task for task, folder in plan.trajectories.items() if not folder.is_dir()]:
         problems.append(f"trajectories: {recipe.trajectories} has no {', '.join(missing)}.")
     if recipe.halving and len(recipe.objectives) > 1:
@@ -269,7 +275,7 @@ def study_of(plan: Plan, search: Search, ledger: Ledger) -> Study:
     starts = (
         [("grid", point) for point in grid_of(search)]
         if search.seed is None
-        else starts_of(recipe.start, search.space, modules, recipe.layer_groups)
+        else starts_of(recipe.start, search.space, modules)
     )
     return Study(
         ledger,

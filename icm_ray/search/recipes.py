@@ -33,7 +33,7 @@ def merge_recipe(setting: Setting, recipe: SearchRecipe, adapters: list[AdapterR
     Its output is `adapter` in the search's own folder, where the search puts the same bytes.
     """
     needs = find_method(setting.method).needs
-    ready = bool(setting.layers) or is_learned_apart(setting) or setting.fuses
+    ready = is_learned_apart(setting) or setting.fuses
     fields: dict[str, Any] = {
         **_shared(recipe),
         "base": recipe.base,

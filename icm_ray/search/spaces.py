@@ -3,7 +3,7 @@
 method                     choice of methods; what follows may then begin with one of them
 params.<name>              any parameter of the method, any step around it
 weights.<task>, weights.*  one number a task
-layers.<group>, layers.*   one number a group of blocks, g0 next to the input
+layers.<group>, layers.*   one number a group of blocks, g0 next to the input, times the weights
 layers.*.*                 one number a group and task
 rank                       the output rank
 learn.<part>.<key>         any setting of a learner
@@ -39,8 +39,6 @@ class Setting:
         params: The method's parameters, weights included.
         rank: The output rank policy.
         learn: Changes to the learner's recipe.
-        layers: Coefficients by layer group, or by `<group>.<task>`; empty for most merges.
-        weights: One number a task for methods without such a parameter; goes with `layers`.
         fusion: Changes to the Fusion-VAE's recipe.
     """
 
@@ -48,8 +46,6 @@ class Setting:
     params: Mapping[str, Any] = field(default_factory=dict)
     rank: int | str | None = None
     learn: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    layers: Mapping[str, float] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
     fusion: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,7 +56,7 @@ class Setting:
     @property
     def learns(self) -> bool:
         """Whether coefficients are learned first."""
-        return self.method in LEARNERS and not self.layers
+        return self.method in LEARNERS
 
 
 @dataclass(frozen=True)
@@ -72,12 +68,14 @@ class Space:
         methods: Methods that may be chosen; one, if it is fixed.
         dimensions: By full name, wildcards expanded.
         tasks: Names of the adapters.
+        groups: Number of layer groups.
     """
 
     row: SearchRow
     methods: tuple[str, ...]
     dimensions: Mapping[str, Dimension]
     tasks: tuple[str, ...]
+    groups: int
 
     def suggest(self, trial: Any) -> dict[str, Value]:
         """Return a point: the method first if it is searched, then what applies to it."""
@@ -87,6 +85,11 @@ class Space:
         for name, dimension in self.of(str(point.get("method", self.methods[0]))).items():
             point[name] = dimension.suggest(trial, name)
         return point
+
+    @property
+    def by_group(self) -> bool:
+        """Whether layer groups have numbers of their own."""
+        return any(_bare(name).startswith("layers.") for name in self.dimensions)
 
     def of(self, method: str) -> dict[str, Dimension]:
         """Return the dimensions that apply once a method is chosen."""
@@ -120,13 +123,20 @@ class Space:
                 for section in sections:
                     place = place.setdefault(section, {})
                 place[key] = value
-        if weights and not layers:
-            params["weights"], weights = weights, {}
-        learns = method in LEARNERS and not layers
+        if layers:
+            params["weights"] = {task: self._by_group(task, layers, weights) for task in self.tasks}
+        elif weights:
+            params["weights"] = weights
+        learns = method in LEARNERS
         fuses = METHODS[method].needs == "fusion_model"
-        return Setting(
-            method, params, rank, learn if learns else {}, layers, weights, fusion if fuses else {}
-        )
+        return Setting(method, params, rank, learn if learns else {}, fusion if fuses else {})
+
+    def _by_group(
+        self, task: str, layers: Mapping[str, float], weights: Mapping[str, float]
+    ) -> list[float]:
+        """Return a task's weight in each layer group, as a merge recipe has it."""
+        whole = [layers.get(f"g{i}", 1.0) * weights.get(task, 1.0) for i in range(self.groups)]
+        return [layers.get(f"g{i}.{task}", weight) for i, weight in enumerate(whole)]
 
 
 def space_of(row: SearchRow, tasks: Sequence[str], groups: int) -> Space:
@@ -158,7 +168,7 @@ def space_of(row: SearchRow, tasks: Sequence[str], groups: int) -> Space:
         dimension = _parsed(name, text, problems)
         for full in _expanded(name, tasks, groups):
             dimensions[full] = dimension
-    space = Space(row, methods, dimensions, tuple(tasks))
+    space = Space(row, methods, dimensions, tuple(tasks), groups)
     problems += _problems(space)
     if problems:
         raise RecipeError(dict.fromkeys(problems))
@@ -188,14 +198,19 @@ def _parsed(name: str, text: object, problems: list[str]) -> Dimension:
 
 def _expanded(name: str, tasks: Sequence[str], groups: int) -> list[str]:
     owner, bare = name[: len(name) - len(_bare(name))], _bare(name)
-    known = {"weights": list(tasks), "layers": [f"g{i}" for i in range(groups)]}
-    known["layers"] += [f"g{i}.{task}" for i in range(groups) for task in tasks]
+    known = {"weights": list(tasks), "layers": _layers(tasks, groups)}
     part, _, pattern = bare.partition(".")
     if part not in known or "*" not in pattern:
         return [name]
     depth = pattern.count(".")
     fits = [k for k in known[part] if k.count(".") == depth and fnmatchcase(k, pattern)]
     return [f"{owner}{part}.{k}" for k in fits] or [name]
+
+
+def _layers(tasks: Sequence[str], groups: int) -> list[str]:
+    """Return every name that may follow `layers.`."""
+    names = [f"g{i}" for i in range(groups)]
+    return names + [f"{name}.{task}" for name in names for task in tasks]
 
 
 def _bare(name: str) -> str:
@@ -212,8 +227,8 @@ def _applies(name: str, method: str) -> bool:
     takes = METHODS[method].accepted()
     return {
         "params": rest in takes,
-        "weights": "weights" in takes or METHODS[method].needs == "learned_merge",
-        "layers": METHODS[method].needs == "learned_merge",
+        "weights": "weights" in takes,
+        "layers": "weights" in takes,
         "rank": True,
         "learn": method in LEARNERS,
         "fusion": METHODS[method].needs == "fusion_model",
@@ -226,6 +241,13 @@ def _problems(space: Space) -> list[str]:
         _unknown(name, space)
         for name in space.dimensions
         if name != "method" and not any(_applies(name, method) for method in space.methods)
+    ]
+    groups = _layers(space.tasks, space.groups)
+    parts = {name: _bare(name).partition(".") for name in space.dimensions}
+    problems += [
+        f"search.{name}: no such layer group. Known: {', '.join(groups)}."
+        for name, (part, _, rest) in parts.items()
+        if part == "layers" and rest not in groups
     ]
     known = {name for method in space.methods for name in METHODS[method].accepted()}
     problems += [f"params.{name}: no such parameter." for name in set(space.row.params) - known]
@@ -247,7 +269,7 @@ def _unknown(name: str, space: Space) -> str:
     takes = sorted({p for method in space.methods for p in METHODS[method].accepted()})
     return (
         f"search.{name}: nothing of {methods} is called so. Known: "
-        f"{', '.join(f'params.{p}' for p in takes)}, weights.<task>, rank; layers.<group> and "
+        f"{', '.join(f'params.{p}' for p in takes)}, weights.<task>, rank; layers.<group>; "
         "learn.<part>.<key> for learned methods; fusion.<part>.<key> for icm_fusion."
     )
 
@@ -255,11 +277,6 @@ def _unknown(name: str, space: Space) -> str:
 def _refusals(setting: Setting, tasks: Sequence[str]) -> list[str]:
     """Return why a setting cannot be merged."""
     problems = []
-    wrong = {task for task in setting.weights if task not in tasks}
-    wrong |= {k for k in setting.layers if "." in k and k.partition(".")[2] not in tasks}
-    problems += [
-        f"search: {name}: names no adapter but {', '.join(tasks)}." for name in sorted(wrong)
-    ]
     try:
         row = find_method(setting.method)
         row.bind(setting.params, tasks)

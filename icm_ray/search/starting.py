@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
+from icm_ray.adapters.blocks import runs_of
 from icm_ray.config import MergeRecipe
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.learned import load_learned
 from icm_ray.evidence.tensors import DESCRIPTION
 from icm_ray.learning.recipes import LEARNERS
 from icm_ray.methods import METHODS
-from icm_ray.search.coefficients import groups_of
 from icm_ray.search.distributions import Value
 from icm_ray.search.recipes import BEST
 from icm_ray.search.spaces import Point, Space
@@ -24,7 +24,6 @@ def starts_of(
     entries: Sequence[str | Mapping[str, Any]],
     space: Space,
     modules: Sequence[str],
-    groups: int,
 ) -> list[Start]:
     """Return the start points; names a point leaves open are the sampler's to choose.
 
@@ -32,7 +31,6 @@ def starts_of(
         entries: As in the recipe's `start`.
         space: What is searched; ready-made points keep only what it holds.
         modules: Every module of any adapter.
-        groups: Number of layer groups.
 
     Raises:
         RecipeError: a point names what is not searched, or a value out of range.
@@ -47,7 +45,7 @@ def starts_of(
         elif entry == "uniform":
             point = _equal(space, 1 / len(space.tasks))
         else:
-            point = _from_folder(Path(entry), space, modules, groups)
+            point = _from_folder(Path(entry), space, modules)
         kept = {n: v for n, v in point.items() if space.dimensions[n].holds(v)}
         if kept:
             starts.append((entry, kept))
@@ -95,22 +93,18 @@ def _defaults(space: Space) -> dict[str, Value]:
 def _equal(space: Space, weight: float) -> dict[str, Value]:
     """Return the same coefficient for every task, in every group."""
     point: dict[str, Value] = {}
-    for name in space.of(space.methods[0]):
-        part, _, rest = name.removeprefix(f"{space.methods[0]}.").partition(".")
+    method = space.methods[0]
+    names = {name: name.removeprefix(f"{method}.").partition(".") for name in space.of(method)}
+    parts = {part for part, _, _ in names.values()}
+    for name, (part, _, rest) in names.items():
         if part == "weights" or (part == "layers" and "." in rest):
             point[name] = weight
         elif part == "layers":
-            point[name] = (
-                1.0
-                if any(n.startswith("weights.") for n in space.dimensions)
-                else (weight * len(space.tasks))
-            )
+            point[name] = 1.0 if "weights" in parts else weight
     return point
 
 
-def _from_folder(
-    folder: Path, space: Space, modules: Sequence[str], groups: int
-) -> dict[str, Value]:
+def _from_folder(folder: Path, space: Space, modules: Sequence[str]) -> dict[str, Value]:
     """Return the best of an earlier search, or the mean of learned coefficients by group."""
     if (folder / BEST).is_file():
         return _from_best(folder / BEST, space)
@@ -119,14 +113,14 @@ def _from_folder(
             f"start: {folder}: neither {BEST} of an earlier search nor learned coefficients in it. "
             "Run that search or jobs.learn first."
         )
-    learned, group = load_learned(folder), groups_of(modules, groups)
+    learned, group = load_learned(folder), runs_of(modules, space.groups)
     sums: dict[str, list[float]] = {}
     for module in modules:
         rows = learned.tensors.get(f"{module}.coefficients")
         if rows is None:
             raise InputError(f"start: {folder}: holds no coefficients. Name a folder that does.")
         for task, row in zip(learned.tasks, rows.mean(1).tolist(), strict=True):
-            for name in (f"layers.{group[module]}.{task}", f"weights.{task}"):
+            for name in (f"layers.g{group[module]}.{task}", f"weights.{task}"):
                 sums.setdefault(name, []).append(row)
     return {n: sum(v) / len(v) for n, v in sums.items() if n in space.dimensions}
 
@@ -134,7 +128,10 @@ def _from_folder(
 def _from_best(path: Path, space: Space) -> dict[str, Value]:
     best = MergeRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     values: dict[str, Any] = {f"params.{k}": v for k, v in best.params.items()}
-    values |= {f"weights.{t}": v for t, v in (best.params.get("weights") or {}).items()}
+    for task, weight in (best.params.get("weights") or {}).items():
+        by_group = weight if isinstance(weight, list) else [weight] * space.groups
+        values |= {f"layers.g{i}.{task}": v for i, v in enumerate(by_group)}
+        values |= {} if isinstance(weight, list) else {f"weights.{task}": weight}
     values |= {f"learn.{s}.{k}": v for s, part in best.learn.items() for k, v in part.items()}
     values |= {"method": best.method, "rank": best.output.rank}
     point: Point = _equal(space, float(best.params["scale"])) if "scale" in best.params else {}

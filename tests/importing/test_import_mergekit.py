@@ -69,7 +69,7 @@ def test_linear_weights_are_divided_by_their_sum_the_base_included(read):
     recipe, imported = read(content("linear", models=models, base_model=None))
     assert recipe.method == "soup"
     assert recipe.params == {"weights": {"a": 0.25, "b": 0.5}}
-    assert "divided by their sum 4" in recipe_text(imported)
+    assert "divided by their sum" in recipe_text(imported)
 
 
 def test_linear_that_would_scale_the_base_is_refused(read):
@@ -159,6 +159,18 @@ def test_one_slice_of_whole_models(read):
     assert any("layers 0 to 31" in line for line in imported.warnings)
 
 
+def test_weights_over_the_layers_are_straight_lines_between_points(read):
+    models = [model("a", weight=[0.0, 1.0, 0.5]), model("b", weight=0.4)]
+    sources = [{**entry, "layer_range": [0, 5]} for entry in models]
+    values = content(slices=[{"sources": sources}], models=None)
+    weights = read(values)[0].params["weights"]
+    assert weights == {"a": [0.0, 0.5, 1.0, 0.75, 0.5], "b": 0.4}
+    values["parameters"] = {"normalize": True}
+    weights = read(values)[0].params["weights"]
+    assert weights["a"] == pytest.approx([0.0, 5 / 9, 5 / 7, 0.75 / 1.15, 5 / 9])
+    assert [a + b for a, b in zip(*weights.values(), strict=True)] == pytest.approx([1.0] * 5)
+
+
 def test_nearer_settings_win(read):
     models = [model("a", weight=0.5), model("b")]
     recipe, _ = read(content(models=models, parameters={"weight": 0.25}))
@@ -218,7 +230,7 @@ def test_adapters_of_equal_names_are_told_apart(read):
         ({"models": [model("a")]}, "no weight"),
         ({"models": [model("a", weight="much")]}, "a number is expected"),
         ({"models": [model("a", weight=float("nan"))]}, "a number is expected"),
-        ({"models": [model("a", weight=[0.1, 0.9])]}, "differs between layers"),
+        ({"models": [model("a", weight=[0.1, 0.9])]}, "does not say how many"),
         (
             {"models": [model("a", weight=[{"filter": "mlp", "value": 2}, {"value": 1}])]},
             "differs between layers",

@@ -215,6 +215,30 @@ def test_the_order_of_the_adapters_does_not_matter(abc, method: str, params: dic
     assert forward.adapter.config == backward.adapter.config
 
 
+BY_LAYER = [
+    name
+    for name, row in METHODS.items()
+    # icm_fusion's weights choose a place among latents, which hold all layers.
+    if "weights" in row.parameters() and name != "icm_fusion"
+]
+
+
+@pytest.mark.parametrize("method", BY_LAYER)
+def test_weights_of_layer_groups_are_each_group_s_own(make_adapter, method: str) -> None:
+    shapes = {f"layer.{block}.q": (6, 5) for block in range(3)}
+    pair = [make_adapter(name, shapes=shapes) for name in "ab"]
+    params = PARAMS.get(method, [{}])[0]
+    whole = merge(pair, method, params={**params, "weights": {"a": [0.5, 0.5], "b": 2.0}})
+    plain = merge(pair, method, params={**params, "weights": {"a": 0.5, "b": 2.0}})
+    split = merge(pair, method, params={**params, "weights": {"a": [0.0, 0.5], "b": [0.0, 2.0]}})
+    for module, factors in plain.adapter.modules.items():
+        assert torch.equal(factors.delta(), whole.adapter.modules[module].delta())
+        left_out = module in ("layer.0.q", "layer.1.q")
+        assert (split.report.modules[module].output_norm == 0) == left_out
+    with pytest.raises(RecipeError, match="3 blocks"):
+        merge(pair, method, params={**params, "weights": {"a": [1.0] * 4, "b": 1.0}})
+
+
 @each_row()
 def test_inputs_are_left_as_they_were(abc, method: str, params: dict) -> None:
     before = [

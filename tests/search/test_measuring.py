@@ -19,7 +19,6 @@ from icm_ray.learning.learner import learn
 from icm_ray.learning.recipes import plan_of, spec_of
 from icm_ray.learning.tasks import LearnerData, Readable
 from icm_ray.merging.merge import merge
-from icm_ray.search.coefficients import coefficients_of, groups_of
 from icm_ray.search.measuring import Material, Measurer, Wanted
 from icm_ray.search.spaces import Setting, space_of
 from icm_ray.search.starting import starts_of
@@ -63,7 +62,6 @@ def measurer(tiny_bert, adapters, texts):
         LearnerData(inputs, readable),
         scored=scored,
         references=references,
-        groups=2,
         checkpoints=Checkpoints(samples, vectors),
         input_batch=4,
     )
@@ -129,35 +127,27 @@ def test_a_paused_learner_goes_on_where_it_was(measurer):
 
 
 def test_equal_coefficients_are_task_arithmetic(measurer, adapters):
-    layers = {f"g{i}.{task}": 0.3 for i in range(2) for task in TASKS}
-    found = measurer.merged(Setting("nsc", layers=layers))
+    weights = {task: [0.3, 0.3] for task in TASKS}
+    found = measurer.merged(Setting("task_arithmetic", {"weights": weights}))
     expected = merge(adapters, "task_arithmetic", params={"scale": 0.3}).adapter
     for module in MODULES:
         torch.testing.assert_close(found.modules[module].delta(), expected.modules[module].delta())
 
 
 def test_a_group_can_be_left_out(measurer):
-    found = measurer.merged(Setting("nsc", layers={"g0": 0.0, "g1": 2.0}))
+    weights = {task: [0.0, 2.0] for task in TASKS}
+    found = measurer.merged(Setting("task_arithmetic", {"weights": weights}))
     norms = {m: float(f.delta().norm()) for m, f in found.modules.items()}
     assert all((norm == 0) == (".0." in module) for module, norm in norms.items())
-
-
-def test_groups_are_runs_of_blocks():
-    modules = [f"layer.{i}.q" for i in range(5)] + ["pooler"]
-    assert list(groups_of(modules, 2).values()) == ["g0", "g0", "g0", "g1", "g1", "g0"]
-    with pytest.raises(RecipeError, match="5 blocks"):
-        groups_of(modules, 6)
-    with pytest.raises(RecipeError, match=r"layers\.g9"):
-        coefficients_of(Setting("nsc", layers={"g9": 1.0}), modules, {"a": "", "b": ""}, 2)
 
 
 def test_start_points(measurer, adapters, tmp_path):
     from icm_ray.evidence.learned import save_learned
 
-    row = SearchRow(method="nsc", search={"layers.*.*": "uniform(0, 1)"})
+    row = SearchRow(method="task_arithmetic", search={"layers.*.*": "uniform(0, 1)"})
     space = space_of(row, TASKS, 2)
     save_learned(_learned(measurer, adapters), tmp_path / "learned")
-    uniform, learned = starts_of(["uniform", str(tmp_path / "learned")], space, sorted(MODULES), 2)
+    uniform, learned = starts_of(["uniform", str(tmp_path / "learned")], space, sorted(MODULES))
     assert uniform == ("uniform", dict.fromkeys(space.dimensions, 0.5))
     assert set(learned[1]) == set(space.dimensions)
     assert all(value == pytest.approx(0.4, abs=0.31) for value in learned[1].values())
@@ -166,13 +156,13 @@ def test_start_points(measurer, adapters, tmp_path):
     ties = space_of(
         SearchRow(method="ties", search={"params.density": "uniform(0.1, 1)"}), TASKS, 1
     )
-    assert starts_of(["default", {"params.*": 1}], ties, [], 1) == [
+    assert starts_of(["default", {"params.*": 1}], ties, []) == [
         ("default", {"params.density": 0.2}),
         ("recipe", {"params.density": 1.0}),
     ]
     for wrong in ({"params.density": 3.0}, {"params.scale": 1.0}):
         with pytest.raises(RecipeError, match="start"):
-            starts_of([wrong], ties, [], 1)
+            starts_of([wrong], ties, [])
 
 
 FUSION = {"vae": {"hidden": 8, "latent": 2}, "vae_steps": 6, "meta_steps": 2, "batch": 4}

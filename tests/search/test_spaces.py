@@ -97,7 +97,7 @@ def _middle(space):
         ({"params.densty": "uniform(0.1, 1)"}, "params.densty"),
         ({"params.density": "uniform(0.1, 2)"}, "params.density"),
         ({"params.preset": "choice(ties, unheard)"}, "params.preset"),
-        ({"layers.*": "uniform(0, 1)"}, "layers"),
+        ({"layers.g2": "uniform(0, 1)"}, "layers.g2"),
         ({"learn.optimisation.lr": "uniform(0.1, 1)"}, "learn"),
         ({"weights.d": "uniform(0, 1)"}, "weights"),
         ({"rank": "choice(0, 8)"}, "rank"),
@@ -129,15 +129,12 @@ def test_the_space_opens_once_the_method_is_chosen():
 
 
 def test_stars_stand_for_tasks_and_groups():
-    row = SearchRow(
-        method="nsc", search={"layers.*.*": "uniform(0, 1)", "weights.*": "uniform(0, 1)"}
-    )
-    space = space_of(row, TASKS, 2)
-    assert len(space.dimensions) == 2 * 3 + 3
-    setting = space.setting({"layers.g0.a": 0.5, "layers.g1.a": 0.25, "weights.b": 2.0})
-    assert setting.layers == {"g0.a": 0.5, "g1.a": 0.25}
-    assert setting.weights == {"b": 2.0}
-    assert not setting.learns
+    search = {"layers.*.*": "uniform(0, 1)", "layers.*": [0.0, 1.0], "weights.*": "uniform(0, 1)"}
+    space = space_of(SearchRow(method="tsv", search=search), TASKS, 2)
+    assert len(space.dimensions) == 2 * 3 + 2 + 3
+    point = {"layers.g0.a": 0.5, "layers.g1.a": 0.25, "layers.g1": 0.0, "weights.b": 2.0}
+    weights = space.setting(point).params["weights"]
+    assert weights == {"a": [0.5, 0.25], "b": [2.0, 0.0], "c": [1.0, 0.0]}
 
 
 def test_what_a_recipe_sets_itself_is_not_searched_by_default():

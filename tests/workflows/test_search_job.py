@@ -274,7 +274,7 @@ def test_a_learner_s_search_ends_with_the_adapter_its_trial_scored(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "nsc", "layer_groups": 2, "search": {"layers.*.*": "uniform(0, 1)"}},
+        {"method": "ties", "layer_groups": 2, "search": {"layers.*.*": "uniform(0, 1)"}},
         {"method": "adamerging", "search": {"learn.start.value": "uniform(0.1, 0.5)"}},
         {"method": "regmean", "space": "default", "search": {}},
         {"method": "soup", "search": {"weights.*": "uniform(0, 1)"}, "start": ["uniform"]},

@@ -115,13 +115,16 @@ def test_chats_on_a_language_model(tmp_path: Path) -> None:
         write_rows(tmp_path / "data" / f"{task}.jsonl", rows[:40])
 
         def batches(rows: list[dict[str, Any]] = rows[300:]) -> Batches:
-            for start in range(0, 24 * 4, 4):
-                texts = [
-                    tokenizer.apply_chat_template(row["messages"], tokenize=False)
-                    for row in rows[start : start + 4]
-                ]
+            for start in range(0, 120 * 4, 4):
+                chosen = [row["messages"] for row in rows[start : start + 4]]
+                texts = tokenizer.apply_chat_template(chosen, tokenize=False)
                 batch = tokenizer(texts, return_tensors="pt", padding=True)
                 labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+                for own, messages in zip(labels, chosen, strict=True):
+                    asked = tokenizer.apply_chat_template(
+                        messages[:1], tokenize=False, add_generation_prompt=True
+                    )
+                    own[: len(tokenizer(asked)["input_ids"])] = -100
                 yield {**batch, "labels": labels}
 
         model = AutoModelForCausalLM.from_pretrained(base)
@@ -131,7 +134,7 @@ def test_chats_on_a_language_model(tmp_path: Path) -> None:
         tmp_path,
         [tmp_path / task for task in tasks],
         f"base={base}",
-        "budget.minutes=2",
+        "budget.minutes=6",
     )
     assert found
 

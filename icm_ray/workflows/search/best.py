@@ -12,10 +12,8 @@ from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.scoring import Standing, task_data
-from icm_ray.evidence.learned import save_learned
 from icm_ray.files import sha256_of
 from icm_ray.learning.recipes import needs_grams, spec_of
-from icm_ray.search.coefficients import coefficients_of
 from icm_ray.search.ledger import Trial
 from icm_ray.search.plan import Plan, Search
 from icm_ray.search.recipes import (
@@ -48,11 +46,6 @@ def _write_recipes(plan: Plan, search: Search, trial: Trial, path: Path) -> None
     note = f"Trial {trial.number}: {name} {trial.metrics[name]:.6g}."
     if path.is_file() and path.read_text(encoding="utf-8").startswith(f"# {note}"):
         return
-    if setting.layers and path.name == BEST:
-        modules = sorted({module for file in plan.files for module in file.shapes})
-        prints = {file.name: file.fingerprint for file in plan.files}
-        given = coefficients_of(setting, modules, prints, plan.recipe.layer_groups)
-        save_learned(given, search.folder / EVIDENCE, {"key": sha256_of(repr(setting))})
     note += " Run it with python -m jobs.merge -c this file."
     if is_learned_apart(setting):
         apart = learn_recipe(setting, recipe, plan.refs)
@@ -105,7 +98,7 @@ def _merge_best(plan: Plan, search: Search, study: Study, target: Path) -> None:
     if grams.is_dir():
         learned = setting.learns and needs_grams(spec_of(setting.method, setting.learn))
         place = search.folder / (f"{EVIDENCE}.grams" if learned else EVIDENCE)
-        if not place.exists() and not setting.layers:
+        if not place.exists():
             shutil.copytree(grams, place, copy_function=os.link)
     if is_learned_apart(setting):
         learn.run(learn_recipe(setting, recipe, plan.refs), search.folder / EVIDENCE)

@@ -63,6 +63,5 @@ def gather_material(plan: Plan, pool: Pool, target: Path) -> Material:
         references=predictions,
         seed=recipe.seed,
         threads=recipe.resources.threads,
-        groups=recipe.layer_groups,
         checkpoints=checkpoints,
     )
