@@ -14,8 +14,9 @@ from icm_ray.kinds import SavedModulesPolicy
 class ParametersSpec(Part):
     """What is learned between the adapters' fixed factors."""
 
-    kind: Literal["coefficients", "cores"] = Field(
-        default="coefficients", description="Numbers per task, or a free matrix per module."
+    kind: Literal["coefficients", "cores", "factors"] = Field(
+        default="coefficients",
+        description="Numbers per task, a free matrix per module, or a LoRA that starts anew.",
     )
     sharing: Literal["module", "block", "adapter"] = Field(
         default="module", description="Modules that share their coefficients."
@@ -26,6 +27,9 @@ class ParametersSpec(Part):
     link: Literal["raw", "clamp", "softplus", "sigmoid"] = "raw"
     extend: bool = Field(
         default=False, description="cores: let the bases span a residual's spaces too."
+    )
+    rank: Positive | Literal["largest", "sum"] = Field(
+        default="largest", description="factors: of the new LoRA; words speak of the adapters'."
     )
 
 

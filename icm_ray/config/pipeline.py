@@ -41,6 +41,10 @@ class MethodRow(Part):
     inputs: Positive | None = Field(
         default=None, description="Inputs a task to learn from; None: sizes.calibration."
     )
+    split: Literal["calibration", "train"] = Field(
+        default="calibration",
+        description="What they are of; train is what experts saw, for controls.",
+    )
     grid: dict[str, list[Annotated[float | str, AfterValidator(_setting)]]] = Field(
         default={}, description="Tried on validation data only."
     )

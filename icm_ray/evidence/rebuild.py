@@ -32,7 +32,9 @@ def rebuild(
     residual = None
     if "residual_a" in learned:
         residual = LoRAFactors(learned["residual_a"], learned["residual_b"])
-    if "coefficients" in learned:
+    if "a" in learned:
+        merged = LoRAFactors(learned["a"], learned["b"])
+    elif "coefficients" in learned:
         values = learned["coefficients"]
         rows, blocks = positions(terms, tasks, values.shape[1])
         left, right = stacks(terms)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from icm_ray.adapters.blocks import block_path
 from icm_ray.evidence.rebuild import bases, positions, stacks
 from icm_ray.learning.terms import Terms
+from icm_ray.seeding import generator
 from icm_ray.types import LoRAFactors
 
 Sharing = Literal["module", "block", "adapter"]
@@ -195,6 +196,50 @@ class CoreMatrices:
         """Return `<module>.core` `(p, q)`, and terms if not the adapters' own."""
         values = {f"{m}.core": core.detach().clone() for m, core in self.cores().items()}
         return {**values, **fixed_tensors(self.terms)}
+
+
+class Factors:
+    """A and B themselves, drawn as PEFT draws a new LoRA: A at random, B zero.
+
+    Nothing of the adapters enters but their modules and ranks.
+    """
+
+    def __init__(self, terms: Terms, rank: int | Literal["largest", "sum"] = "largest") -> None:
+        """Draw a LoRA for every module of the terms.
+
+        Args:
+            terms: Whose modules are adapted.
+            rank: Of every module; "largest" or "sum" of the ranks that its terms have.
+        """
+        self.terms = terms
+        self.leaves: dict[str, Tensor] = {}
+        self.frames: dict[str, Frame] = {}
+        for module, terms_of in terms.modules.items():
+            ranks = [term.rank for term in terms_of.values()]
+            own = {"largest": max(ranks), "sum": sum(ranks)}
+            size = rank if isinstance(rank, int) else max(own[rank], 1)
+            d_out, d_in = next(iter(terms_of.values())).shape
+            draw = torch.rand(size, d_in, generator=generator("factors", module))
+            a = ((2 * draw - 1) / d_in**0.5).requires_grad_()
+            b = torch.zeros(d_out, size).requires_grad_()
+            self.leaves |= {f"{module}.a": a, f"{module}.b": b}
+            layout = terms.layouts.get(module, "linear")
+            self.frames[module] = Frame(b, a, terms.residual.get(module), layout)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return `<module>.a` `(rank, d_in)` and `<module>.b` `(d_out, rank)`."""
+        return self.leaves
+
+    def cores(self) -> dict[str, Tensor]:
+        """Return ones: all that moves is in the frames."""
+        return {m: frame.right.new_ones(len(frame.right)) for m, frame in self.frames.items()}
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return A and B, and the residual's."""
+        made = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
+        for module, rest in self.terms.residual.items():
+            made |= {f"{module}.residual_a": rest.a, f"{module}.residual_b": rest.b}
+        return made
 
 
 def _key(module: str, sharing: Sharing) -> str:

@@ -25,7 +25,7 @@ from icm_ray.config import (
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.learning.gradients import Learning
 from icm_ray.learning.objectives import objective_of
-from icm_ray.learning.parameters import Coefficients, CoreMatrices, Parameters
+from icm_ray.learning.parameters import Coefficients, CoreMatrices, Factors, Parameters
 from icm_ray.learning.terms import Terms, own_terms, regmean_terms, summed, tsv_terms
 from icm_ray.types import Adapter, LoRAFactors
 
@@ -71,6 +71,14 @@ LEARNERS: Mapping[str, LearnSpec] = {
         start=StartSpec(value=0.0),
         optimisation=OptimisationSpec(steps=100, lr=1e-1, weight_decay=0.1),
     ),
+    # A control: what one LoRA reaches that is trained on all tasks, as the experts are on theirs.
+    "joint": LearnSpec(
+        parameters=ParametersSpec(kind="factors"),
+        objective=ObjectiveSpec(kind="supervised"),
+        optimisation=OptimisationSpec(
+            steps=200, lr=5e-3, weight_decay=0.0, schedule="linear", batch=32
+        ),
+    ),
 }
 
 
@@ -106,6 +114,8 @@ class Plan:
         how = self.spec.parameters
         if how.kind == "cores":
             return CoreMatrices(self.terms, self.value, extend=how.extend)
+        if how.kind == "factors":
+            return Factors(self.terms, how.rank)
         return Coefficients(
             self.terms, self.value, sharing=how.sharing, groups=how.groups, link=how.link
         )

@@ -27,6 +27,8 @@ _LEARNED: dict[str, Any] = {
     "takes": {
         "coefficients": "(tasks, blocks): multiplies the terms' ranks",
         "core": "(p, q): stands between the polar factors of the stacked terms",
+        "a": "(rank, d_in): A of what was learned in place of the terms",
+        "b": "(d_out, rank): B of what was learned in place of the terms",
         "a.<task>": "(rank, d_in): replaces the adapter's A as the task's term",
         "b.<task>": "(d_out, rank): replaces the adapter's B as the task's term",
         "residual_a": "(rank, d_in): A of what is added as it is",
@@ -341,6 +343,13 @@ METHODS: Mapping[str, Method] = frozen(
             formula="sum_k c_k delta_k, c fitted to a few labelled inputs, from zero",
             paper="arXiv 2407.02880",
             use="With a few labels of every task.",
+            **_LEARNED,
+        ),
+        "joint": Method(
+            "joint",
+            formula="B A, a new LoRA that is trained on the labels of all tasks",
+            paper="joint multi-task training, the upper bound of most papers' tables",
+            use="A control, no merge: what one adapter reaches through the experts' heads.",
             **_LEARNED,
         ),
         "icm_fusion": Method(

@@ -15,21 +15,21 @@ def learned(
     evidence: ModuleEvidence | None = None,
     scale: Scale = 1.0,
 ) -> LoRAFactors:
-    """Merge as it was learned: `scale * (sum_k c_k delta_k)`, or a core between shared bases.
+    """Merge as it was learned: `scale * (sum_k c_k delta_k)`, a core between bases, or a LoRA.
 
     Evidence: `coefficients` `(tasks, blocks)` multiply the terms' ranks, or `core` `(p, q)` stands
-    between the polar factors of the stacked terms. Terms are the deltas unless `a.<task>` and
-    `b.<task>` replace them; `residual_a` and `residual_b` are added as they are. The result is an
-    exact LoRA of the summed rank, plus the residual's.
+    between the polar factors of the stacked terms, or `a` and `b` are in place of them. Terms are
+    the deltas unless `a.<task>` and `b.<task>` replace them; `residual_a` and `residual_b` are
+    added as they are. The result is an exact LoRA of the summed rank, plus the residual's.
 
     Raises:
         RecipeError: there is no evidence for this module.
         InputError: the coefficients are those of another number of tasks.
     """
-    if not evidence or not {"coefficients", "core"} & set(evidence):
+    if not evidence or not {"coefficients", "core", "a"} & set(evidence):
         raise RecipeError(
-            f"evidence: {context.module}: neither coefficients nor core. Learn them with "
-            "jobs.learn."
+            f"evidence: {context.module}: no coefficients, core or factors. Learn them "
+            "with jobs.learn."
         )
     tensors = {name: tensor.float() for name, tensor in evidence.items()}
     shape = (

@@ -5,7 +5,7 @@ import torch
 from learning_samples import merged_factors, rebuilt
 
 from icm_ray.evidence.learned import LearnedMerge
-from icm_ray.learning.parameters import Coefficients, CoreMatrices
+from icm_ray.learning.parameters import Coefficients, CoreMatrices, Factors
 from icm_ray.learning.terms import own_terms, summed, tsv_terms
 
 
@@ -29,6 +29,8 @@ def variants(terms):
         "core on tsv": CoreMatrices(tsv_terms(terms), 0.3),
         "core and residual": CoreMatrices(residual, 0.0),
         "core around residual": CoreMatrices(residual, 0.0, extend=True),
+        "factors": Factors(terms, 3),
+        "factors and residual": Factors(residual, "sum"),
     }
 
 
@@ -43,6 +45,8 @@ NAMES = (
     "core on tsv",
     "core and residual",
     "core around residual",
+    "factors",
+    "factors and residual",
 )
 
 
@@ -64,7 +68,9 @@ def test_a_start_is_that_scale_of_the_sum(terms, name: str) -> None:
         torch.testing.assert_close(found[module].delta(), factors.delta(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["core and residual", "core around residual"])
+@pytest.mark.parametrize(
+    "name", ["core and residual", "core around residual", "factors and residual"]
+)
 def test_a_residual_is_where_a_core_of_zero_starts(terms, name: str) -> None:
     found = merged_factors(variants(terms)[name])
     for module, factors in summed(tsv_terms(terms), 0.7).items():
@@ -109,6 +115,18 @@ def test_a_clamp_has_no_gradient_outside(terms) -> None:
     values = next(iter(parameters.values().values()))
     assert values.flatten().tolist() == [0.0, 0.5, 1.0]
     assert torch.autograd.grad(values.sum(), leaf)[0].flatten().tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(5, 5), ("largest", 3), ("sum", 7)])
+def test_a_new_lora_has_the_rank_that_is_asked_for(terms, rank, expected) -> None:
+    made = Factors(terms, rank)
+    for module in terms.modules:
+        frame, bound = made.frames[module], made.frames[module].right.shape[1] ** -0.5
+        assert (frame.left.shape[1], frame.right.shape[0]) == (expected, expected)
+        assert not frame.left.any()
+        assert 0.5 * bound < frame.right.abs().max() <= bound
+    again = Factors(terms, rank).tensors()
+    assert all(torch.equal(leaf, again[name]) for name, leaf in made.tensors().items())
 
 
 def test_cores_reach_whatever_the_bases_span(terms) -> None:

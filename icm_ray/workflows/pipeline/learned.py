@@ -34,7 +34,7 @@ def learn_row(
     """
     files = one.files(row.tasks)
     tasks = [file.name for file in files]
-    data = learner_data(table.inputs(row.inputs), tasks, [spec.objective], one.experts)
+    data = learner_data(table.inputs(row), tasks, [spec.objective], one.experts)
     grams = one.grams if needs_grams(spec) else None
     request = LearnRequest(row.method, spec, files, data, context, grams)
     folder = table.root / "learned" / one.label / row.name

@@ -51,7 +51,7 @@ def _found(table: Table, one: SetResults, row: MethodRow) -> Variant:
             for task, expert in one.experts.items()
             if row.tasks is None or task in row.tasks
         ],
-        data=table.inputs(row.inputs),
+        data=table.inputs(row),
         method=row.method,
         params=row.params,
         rank=row.rank,

@@ -175,10 +175,11 @@ class Table:
         """What the report is called."""
         return self.recipe.name if isinstance(self.recipe, PipelineRecipe) else "experts"
 
-    def inputs(self, limit: int | None = None) -> DataSpec:
-        """Return which unlabelled inputs evidence is gathered from, `limit` of them if set."""
-        count = limit or self.recipe.sizes.calibration
-        return DataSpec(suite=self.recipe.suite, inputs_per_task=count)
+    def inputs(self, row: MethodRow | None = None) -> DataSpec:
+        """Return which inputs evidence is gathered from, or what a row asks for instead."""
+        count = (row and row.inputs) or self.recipe.sizes.calibration
+        split = row.split if row else "calibration"
+        return DataSpec(suite=self.recipe.suite, inputs_per_task=count, split=split)
 
     def rows_that_need(self, kind: str) -> list[MethodRow]:
         """Return the rows whose methods cannot do without a kind of evidence."""
