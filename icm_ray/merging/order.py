@@ -161,12 +161,10 @@ def _by_module(
     grouped = {t: list(w) for t, w in (weights or {}).items() if isinstance(w, Sequence)}
     if not weights or not grouped:
         return {}
-    runs = {count: runs_of(modules, count) for count in {len(w) for w in grouped.values()}}
+    plain = {task: w for task, w in weights.items() if not isinstance(w, Sequence)}
+    runs = {count: runs_of(modules, count) for count in set(map(len, grouped.values()))}
     return {
-        module: {
-            task: grouped[task][runs[len(grouped[task])][module]] if task in grouped else one
-            for task, one in weights.items()
-        }
+        module: plain | {task: own[runs[len(own)][module]] for task, own in grouped.items()}
         for module in modules
     }
 
