@@ -156,7 +156,7 @@ def plan_merge(
 
 def _by_module(
     weights: Mapping[str, float | Sequence[float]] | None, modules: Sequence[str]
-) -> dict[str, dict[str, float]]:
+) -> Mapping[str, Mapping[str, float]]:
     """Return each module's weights if some task's differ between groups of layers, else nothing."""
     grouped = {t: list(w) for t, w in (weights or {}).items() if isinstance(w, Sequence)}
     if not weights or not grouped:
