@@ -1,6 +1,5 @@
 """Score many adapters in parallel; every score is kept by content and never computed twice."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,17 +86,6 @@ def score_on_ray(
 
     pool.map("scores", arguments, label=f"evaluate {folder.name}", done=keep)
     return {item.label: load_scores(folder / keys[item.label]) for item in items}
-
-
-def seconds_an_example(pool: Pool, data: Mapping[str, TaskData], batch: int = BATCH) -> float:
-    """Return how long one actor takes for one example of the base alone, once it is warm."""
-    shared, tasks = ray.put(dict(data)), tuple(data)
-    spent = []
-    for _ in range(2):  # the first one loads the base
-        started = time.monotonic()
-        pool.map("scores", {"probe": (None, shared, tasks, batch)})
-        spent.append(time.monotonic() - started)
-    return spent[-1] / sum(len(item.examples) for item in data.values())
 
 
 def references(experts: Sequence[AdapterFile], unseen: Sequence[str] = ()) -> list[ScoreItem]:

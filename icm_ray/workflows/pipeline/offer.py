@@ -7,12 +7,13 @@ import time
 from typing import Any
 
 from icm_ray.config import MethodRow, PipelineRecipe
-from icm_ray.distributed.scores import seconds_an_example
 from icm_ray.distributed.session import Pool
+from icm_ray.distributed.speed import Speed, speed_of
 from icm_ray.evaluation.scoring import TaskData, task_data
 from icm_ray.files import read_json, sha256_of, write_json
 from icm_ray.fusion.serial import fusion_spec_of
 from icm_ray.learning.recipes import spec_of
+from icm_ray.learning.tasks import LearnerData, load_inputs
 from icm_ray.merging.estimate import merge_seconds
 from icm_ray.merging.order import MergeRequest
 from icm_ray.methods import METHODS
@@ -21,7 +22,7 @@ from icm_ray.workflows.pipeline.usual import NEVER, USUAL
 
 PLAN = "plan.json"
 PROBED = 16
-"""Examples of a task whose forward pass is timed."""
+"""Examples and inputs of a task that are timed."""
 BACKWARD = 4.0
 """Forward passes that a learner's step is worth, its expert's own among them."""
 INNER = 5.0
@@ -45,8 +46,8 @@ def offer_rows(table: Table, pool: Pool) -> None:
     if kept.get("key") == key:
         plan = kept
     else:
-        forward = seconds_an_example(pool, few_of(table, one))
-        plan = planned(table, one, forward, budget, pool.size)
+        speed = speed_of(pool, one.proven(), few_of(table, one), few_inputs(table, one).inputs)
+        plan = planned(table, one, speed, budget, pool.size)
         write_json(table.offer.path, {"key": key, "budget_seconds": budget, **plan})
     rows = {row.name: row for row in USUAL}
     table.offer.rows = [rows[name] for name, _ in plan["seconds"]]
@@ -61,6 +62,11 @@ def few_of(table: Table, one: SetResults) -> dict[str, TaskData]:
     """Return the examples whose scoring is timed."""
     few = min(PROBED, *(table.suite.count(task, "validation") for task in one.scored))
     return task_data(table.suite, one.experts, "validation", few, one.unseen)
+
+
+def few_inputs(table: Table, one: SetResults) -> LearnerData:
+    """Return the unlabelled inputs whose forward pass is timed."""
+    return LearnerData(load_inputs(table.inputs(), list(one.experts))).first(PROBED)
 
 
 def allowed(table: Table, one: SetResults) -> tuple[list[MethodRow], dict[str, str]]:
@@ -84,7 +90,7 @@ def allowed(table: Table, one: SetResults) -> tuple[list[MethodRow], dict[str, s
 
 
 def planned(
-    table: Table, one: SetResults, forward: float, budget: float | None, workers: int
+    table: Table, one: SetResults, speed: Speed, budget: float | None, workers: int
 ) -> dict[str, Any]:
     """Return the seconds of each row that fits into the budget, and why others are left out.
 
@@ -92,9 +98,9 @@ def planned(
     The cheapest row is tried in any case.
     """
     rows, left_out = (table.rows, {}) if table.rows else allowed(table, one)
-    learning = {row.name: _learning(table, one, row, forward) / workers for row in rows}
-    scoring = {row.name: _scoring(table, one, row, forward) / workers for row in rows}
-    scoring[REFERENCES_COST] = _references(table, one, forward) / workers
+    learning = {row.name: _learning(table, one, row, speed) / workers for row in rows}
+    scoring = {row.name: _scoring(table, one, row, speed) / workers for row in rows}
+    scoring[REFERENCES_COST] = _references(table, one, speed) / workers
     seconds: dict[str, float] = {}
     spent = scoring[REFERENCES_COST]
     for name in sorted(learning, key=lambda name: learning[name] + scoring[name]):
@@ -112,34 +118,39 @@ def planned(
     }
 
 
-def _learning(table: Table, one: SetResults, row: MethodRow, forward: float) -> float:
+def _learning(table: Table, one: SetResults, row: MethodRow, speed: Speed) -> float:
     """Return what gathering and learning for a row take of one worker."""
     tasks, needs = len(one.scored), METHODS[row.method].needs
     if needs == "fusion_model":
         spec = fusion_spec_of(row.fusion)
-        inner = INNER * spec.meta_steps * FUSION_BATCH * tasks * forward
+        inner = INNER * spec.meta_steps * FUSION_BATCH * tasks * speed.forward
         return inner + VAE_STEP_SECONDS * spec.vae_steps
-    seconds = _examples(table, one, "calibration") * forward if needs else 0.0
+    inputs = _examples(table, one, "calibration")
+    seconds = inputs * speed.forward if needs else 0.0
     if needs == "learned_merge":
-        how = spec_of(row.method, row.learn).optimisation
-        seconds += BACKWARD * how.steps * how.batch * tasks * forward
+        spec = spec_of(row.method, row.learn)
+        how = spec.optimisation
+        seconds += BACKWARD * how.steps * how.batch * tasks * speed.forward
+        if spec.objective.kind == "distillation":  # of what the experts say, once
+            seconds += inputs * speed.expert
     return seconds
 
 
-def _scoring(table: Table, one: SetResults, row: MethodRow, forward: float) -> float:
+def _scoring(table: Table, one: SetResults, row: MethodRow, speed: Speed) -> float:
     """Return what a row's merges and their scores take of one worker."""
     request = MergeRequest(row.method, row.params, None, row.rank, table.session.seed)
     merge = merge_seconds(one.files(row.tasks), request) + SECONDS_A_MERGE
     settings = len(list(variants(row)))
     validation, test = (_examples(table, one, split) for split in ("validation", "test"))
     validated = settings if row.grid or table.validates_all else 0
-    return merge * settings + (validated * validation + 2 * test) * forward
+    return merge * settings + (validated * validation + 2 * test) * speed.merge
 
 
-def _references(table: Table, one: SetResults, forward: float) -> float:
+def _references(table: Table, one: SetResults, speed: Speed) -> float:
     """Return what the base's and the experts' scores, and the task vectors, take of one worker."""
     scored = sum(_examples(table, one, split) for split in ("validation", "test"))
-    return (2 * scored + 2 * _examples(table, one, "calibration")) * forward
+    vectors = 2 * _examples(table, one, "calibration") * speed.forward
+    return scored * (speed.base + speed.expert) + vectors
 
 
 def _examples(table: Table, one: SetResults, split: str) -> int:

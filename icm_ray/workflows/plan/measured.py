@@ -49,10 +49,14 @@ class Bench:
 
         return self._second(run) / sum(len(inputs) for inputs, _ in few.values())
 
-    def scored(self, data: Mapping[str, TaskData], batch: int) -> float:
-        """Return the seconds of one example that the base is scored on; see `scoring.evaluate`."""
+    def scored(
+        self, data: Mapping[str, TaskData], batch: int, adapter: Adapter | None = None
+    ) -> float:
+        """Return the seconds of one example that is scored; see `scoring.evaluate`."""
         threads = self.resources.threads
-        spent = self._second(lambda: evaluate(self.base, None, data, batch=batch, threads=threads))
+        spent = self._second(
+            lambda: evaluate(self.base, adapter, data, batch=batch, threads=threads)
+        )
         return spent / sum(len(one.examples) for one in data.values())
 
     def step(self, spec: LearnSpec, adapters: Sequence[Adapter], data: LearnerData) -> float:

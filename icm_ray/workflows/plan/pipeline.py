@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from icm_ray.config import PipelineRecipe
+from icm_ray.distributed.speed import Speed
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts
 from icm_ray.evaluation.scoring import BATCH
 from icm_ray.suites import Suite, find_suite
 from icm_ray.workflows.pipeline.adapters import check_ready, ready_set, settled
-from icm_ray.workflows.pipeline.offer import few_of, planned
+from icm_ray.workflows.pipeline.offer import few_inputs, few_of, planned
 from icm_ray.workflows.pipeline.stages import check_rows
 from icm_ray.workflows.pipeline.table import SetResults, Table
 from icm_ray.workflows.plan.measured import Bench
@@ -64,4 +65,12 @@ def planned_rows(asked: Asked, bench: Bench, workers: int) -> dict[str, Any]:
     recipe, one = asked.recipe, asked.one
     table = Table(recipe, asked.suite, asked.base, bench.session, [one])
     budget = recipe.budget.seconds(workers, recipe.resources) if recipe.budget else None
-    return planned(table, one, bench.scored(few_of(table, one), BATCH), budget, workers)
+    return planned(table, one, _speed(table, one, bench), budget, workers)
+
+
+def _speed(table: Table, one: SetResults, bench: Bench) -> Speed:
+    """Return what `distributed.speed.speed_of` would measure on workers."""
+    few, inputs = few_of(table, one), few_inputs(table, one)
+    own = [file.load() for file in one.proven()]
+    experts = [bench.scored({a.name: few[a.name]}, BATCH, a) for a in own]
+    return Speed(bench.forward(inputs, BATCH), bench.scored(few, BATCH), sum(experts) / len(own))
