@@ -101,11 +101,12 @@ def vote(
         share[:] = ZERO
         for task in range(tasks):
             row, low, factor = values[task, start : start + size], least[task], before[task]
+            times, part = after[task], shares[task]  # read in the loop they keep it from SIMD
             for j in range(size):
                 x = row[j] * factor if abs(row[j]) >= low else ZERO
                 x *= sign[j]
-                total[j] += x * after[task] if x > 0 else ZERO
-                share[j] += shares[task] if x > 0 else ZERO
+                total[j] += x * times if x > 0 else ZERO
+                share[j] += part if x > 0 else ZERO
         for j in range(size):
             out[start + j] = total[j] * sign[j] / (share[j] if share[j] != 0 else ONE)
 
