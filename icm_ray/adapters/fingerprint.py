@@ -30,7 +30,8 @@ def squared_norm(factors: LoRAFactors) -> float:
 
 def largest(values: Tensor) -> float:
     """Return the largest absolute value; NaN if there is a NaN. Much faster than `isfinite`."""
-    return float(values.abs().max())
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high))
 
 
 def add_to_digest(digest: "hashlib._Hash", module: str, factors: LoRAFactors) -> None:

@@ -1,6 +1,5 @@
 """Adapters on disk, read strictly: every tensor is accounted for or the adapter is refused."""
 
-import math
 import os
 import warnings as python_warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +25,7 @@ from icm_ray.adapters.formats import (
 )
 from icm_ray.adapters.formats.repositories import REPOSITORY
 from icm_ray.adapters.policy import check_config, has_heads_alone
-from icm_ray.adapters.values import Scan, not_finite, scan
+from icm_ray.adapters.values import Scan, broken, not_finite, scan
 from icm_ray.errors import InputError, by_cause
 from icm_ray.kinds import SavedModulesPolicy
 from icm_ray.types import Adapter, LoRAFactors
@@ -127,8 +126,8 @@ class AdapterFile:
         """
         with self.open() as handle:
             for module in self.shapes if modules is None else modules:
-                _, factors, bad = self._read(handle, module)
-                if bad:
+                _, factors, peaks = self._read(handle, module)
+                if bad := broken(peaks):
                     raise not_finite(self.file, bad)
                 yield module, factors
 
@@ -180,16 +179,15 @@ class AdapterFile:
         file.__dict__.update({k: v for k, v in self.__dict__.items() if k == "_scan"})
         return file
 
-    def _read(self, handle: Any, module: str) -> tuple[str, LoRAFactors, list[str]]:
-        """Return a module's path in the file, its factors, and its tensors that are not finite."""
+    def _read(self, handle: Any, module: str) -> tuple[str, LoRAFactors, dict[str, float]]:
+        """Return a module's path in the file, its factors, and their largest magnitudes by key."""
         scaling, path = self.scaling[module], self.names.get(module, module)
         key_a, key_b = tensor_keys(path, self.layouts.get(module))
         # Upcast before scaling: in float16 the product could overflow, in bfloat16 it would round.
         # A copy, because a view would keep a window of the mapped file in memory for each adapter.
         a = handle.get_tensor(key_a).to(torch.float32, copy=True).flatten(1)
         b = handle.get_tensor(key_b).float().flatten(1) * scaling
-        bad = [key for key, x in ((key_a, a), (key_b, b)) if not math.isfinite(largest(x))]
-        return path, LoRAFactors(a, b, scaling), bad
+        return path, LoRAFactors(a, b, scaling), {key_a: largest(a), key_b: largest(b)}
 
     @cached_property
     def _scan(self) -> Scan:

@@ -41,8 +41,8 @@ def renamings(adapters: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]
     """
     old = {name: frozenset(modules) for name, modules in adapters.items()}
     for family in FAMILIES:
-        new = {name: changed_names(modules, family) for name, modules in old.items()}
-        new = {name: names for name, names in new.items() if names}
+        changed = {modules: changed_names(modules, family) for modules in set(old.values())}
+        new = {name: names for name, modules in old.items() if (names := changed[modules])}
         if any(
             _meets(names, old[name], old[other]) for name, names in new.items() for other in old
         ):

@@ -102,8 +102,8 @@ def _tensors(
     for module, factors in modules.items():
         layout = adapter.layouts.get(module)
         kernel = kernel_of(layout)
-        a, b = rounded(factors, dtype)
-        if lost(factors, a, b) > HALF_LIMIT * torch.finfo(dtype).eps:
+        a, b, error = rounded(factors, dtype)
+        if error > HALF_LIMIT * torch.finfo(dtype).eps:
             problems.append(
                 f"{adapter.name}: {module}: values too small for {dtype} but ones it holds are "
                 "expected. Choose output dtype float32."
@@ -141,24 +141,26 @@ def _fused(adapter: Adapter, experts: Mapping[str, tuple[Tensor, Tensor]]) -> di
 def as_stored(adapter: Adapter) -> Adapter:
     """Return the adapter as it is when it was written in its own dtype and read again."""
     stored = {m: rounded(f, adapter.dtype) for m, f in adapter.modules.items()}
-    modules = {m: LoRAFactors(a.float(), b.float()) for m, (a, b) in stored.items()}
+    modules = {m: LoRAFactors(a.float(), b.float()) for m, (a, b, _) in stored.items()}
     return replace(adapter, modules=modules)
 
 
-def rounded(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `(a, b)` in the file's element type.
+def rounded(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Return `(a, b)` in the file's element type, and the relative error that this causes.
 
     A small weight times B can fall below what half precision holds with all its digits. Then every
     rank's row of A and column of B trade a power of two, which changes nothing else.
     """
     a, b = factors.a.to(dtype), factors.b.to(dtype)
-    if not factors.rank or lost(factors, a, b) <= HALF_LIMIT * torch.finfo(dtype).eps:
-        return a, b
+    error = lost(factors, a, b)
+    if error <= HALF_LIMIT * torch.finfo(dtype).eps:
+        return a, b, error
     row, column = factors.a.abs().amax(1), factors.b.abs().amax(0)
     both = (row > 0) & (column > 0)
     apart = torch.where(both, column.log2() - row.log2(), 0.0)
     power = torch.exp2((apart / 2).round())
-    return (factors.a * power[:, None]).to(dtype), (factors.b / power).to(dtype)
+    a, b = (factors.a * power[:, None]).to(dtype), (factors.b / power).to(dtype)
+    return a, b, lost(factors, a, b)
 
 
 def lost(factors: LoRAFactors, a: Tensor, b: Tensor) -> float:

@@ -1,14 +1,15 @@
 """One look at all values of an adapter: its fingerprint, its norm, and what is odd about them."""
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from icm_ray.adapters.fingerprint import add_to_digest, largest, squared_norm
+from icm_ray.adapters.fingerprint import add_to_digest, squared_norm
 from icm_ray.errors import InputError, by_cause
 from icm_ray.types import LoRAFactors
 
@@ -33,14 +34,14 @@ class Scan:
 
 def scan(
     file: Path,
-    modules: Iterable[tuple[str, LoRAFactors, list[str]]],
+    modules: Iterable[tuple[str, LoRAFactors, Mapping[str, float]]],
     saved: Iterable[tuple[str, Tensor]],
 ) -> Scan:
     """Look at every module and every full tensor once, holding one at a time.
 
     Args:
         file: The weights file, for messages.
-        modules: Path, factors, and names of tensors with NaN or infinity, in the file's order.
+        modules: Path, factors, and each tensor's largest magnitude, in the file's order.
         saved: Full tensors that are carried along.
 
     Raises:
@@ -51,14 +52,14 @@ def scan(
     zero: list[str] = []
     huge: list[str] = []
     squares, count = 0.0, 0
-    for module, factors, not_numbers in modules:
+    for module, factors, peaks in modules:
         count += 1
-        bad += not_numbers
+        bad += broken(peaks)
         add_to_digest(digest, module, factors)
         squares += squared_norm(factors)
-        peaks = largest(factors.a), largest(factors.b)
-        zero += [module] if 0 in peaks and factors.scaling else []  # alpha 0 is told on its own
-        huge += [module] if max(peaks) > HUGE else []
+        # alpha 0 is told on its own
+        zero += [module] if 0 in peaks.values() and factors.scaling else []
+        huge += [module] if max(peaks.values()) > HUGE else []
     bad += [key for key, tensor in saved if not torch.isfinite(tensor).all()]
     if bad:
         raise not_finite(file, bad)
@@ -68,6 +69,11 @@ def scan(
         if paths
     ]
     return Scan(digest.hexdigest(), squares**0.5, tuple(notes))
+
+
+def broken(peaks: Mapping[str, float]) -> list[str]:
+    """Return the tensors whose largest magnitude is NaN or infinite."""
+    return [key for key, peak in peaks.items() if not math.isfinite(peak)]
 
 
 def not_finite(file: Path, keys: Iterable[str]) -> InputError:
