@@ -58,11 +58,7 @@ class Checkpoint:
             tensors[f"value/{name}"] = leaf.detach().cpu().contiguous()
             for moment in MOMENTS if leaf in optimizer.state else ():
                 tensors[f"{moment}/{name}"] = optimizer.state[leaf][moment].cpu().contiguous()
-        notes = {"format": FORMAT, "key": self.key, "history": json.dumps(history)}
-        notes["sha256"] = _digest(tensors, notes)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        save_file(tensors, temporary, metadata=notes)
-        temporary.replace(self.path)
+        save_state(self.path, tensors, {"key": self.key, "history": json.dumps(history)})
 
     def load(self, leaves: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[Any]:
         """Set parameters and moments to the saved state of the same run; return its history.
@@ -72,29 +68,12 @@ class Checkpoint:
         Raises:
             InputError: another version of this project wrote the state.
         """
-        if not self.path.is_file():
+        state = load_state(self.path, self.key)
+        if state is None:
             return []
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                notes = dict(file.metadata() or {})
-            if notes.pop("sha256") != _digest(stored, notes):
-                raise ValueError("checksum")
-            if (found := notes.get("format", "1")) != FORMAT:
-                raise InputError(
-                    f"{self.path}: state of format {found} but {FORMAT} is expected. Go on with "
-                    "the version of icm_ray that wrote it, or remove the file to start again."
-                )
-            history = json.loads(notes["history"])
-            values = {name: stored[f"value/{name}"].reshape(v.shape) for name, v in leaves.items()}
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-            log.warning("%s: damaged, so the run starts again from its beginning.", self.path.name)
-            self.path.unlink()
-            return []
-        if notes["key"] != self.key:
-            return []
+        stored, notes = state
         for name, leaf in leaves.items():
-            leaf.data.copy_(values[name])
+            leaf.data.copy_(stored[f"value/{name}"].reshape(leaf.shape))
             if f"exp_avg/{name}" in stored:
                 optimizer.state[leaf] = {
                     moment: stored[f"{moment}/{name}"].to(
@@ -102,20 +81,66 @@ class Checkpoint:
                     )
                     for moment in MOMENTS
                 }
-        return history
+        return json.loads(notes["history"])
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """Write tensors and texts with their checksum, replacing an earlier state whole.
+
+    Args:
+        path: The file; its folder exists.
+        tensors: On the CPU and contiguous.
+        notes: Texts by name; "key" identifies the run.
+    """
+    notes = {"format": FORMAT, **notes}
+    notes["sha256"] = _digest(tensors, notes)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(dict(tensors), temporary, metadata=notes)
+    temporary.replace(path)
+
+
+def load_state(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Return the tensors and notes of a run's state; None without one, or one that is damaged.
+
+    Raises:
+        InputError: another version of this project wrote the state.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = dict(file.metadata() or {})
+        if notes.pop("sha256") != _digest(stored, notes):
+            raise ValueError("checksum")
+        if (found := notes.get("format", "1")) != FORMAT:
+            raise InputError(
+                f"{path}: state of format {found} but {FORMAT} is expected. Go on with "
+                "the version of icm_ray that wrote it, or remove the file to start again."
+            )
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+        log.warning("%s: damaged, so the run starts again from its beginning.", path.name)
+        path.unlink()
+        return None
+    return (stored, notes) if notes["key"] == key else None
 
 
 def scratch_folder(folder: Path, verb: str, key: str) -> Path:
-    """Return the existing scratch folder of the run that makes `folder`.
+    """Return the existing scratch folder of the run that makes `folder`; see `scratch_place`."""
+    scratch = scratch_place(folder, verb, key)
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch
+
+
+def scratch_place(folder: Path, verb: str, key: str) -> Path:
+    """Return where the run that makes `folder` keeps its unfinished state.
 
     Args:
         folder: What the run makes.
-        verb: What it does there: "learning" or "training".
+        verb: What it does there: "learning", "training" or "merging".
         key: Identifies the run.
     """
-    scratch = folder.with_name(f".{folder.name}.{verb}-{key[:12]}")
-    scratch.mkdir(parents=True, exist_ok=True)
-    return scratch
+    return folder.with_name(f".{folder.name}.{verb}-{key[:12]}")
 
 
 def all_finite(leaves: Mapping[str, Tensor]) -> bool:

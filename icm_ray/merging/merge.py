@@ -67,6 +67,15 @@ def merge(
 
 def merge_as_asked(adapters: Sequence[Adapter | AdapterFile], request: MergeRequest) -> MergeResult:
     """Merge in this process; see `merge`."""
+    adapters, order, read = opened(adapters, request)
+    order = with_statistics(order, read)
+    return assemble(order, merge_modules(order, order.present, read), adapters)
+
+
+def opened(
+    adapters: Sequence[Adapter | AdapterFile], request: MergeRequest
+) -> tuple[Sequence[Adapter | AdapterFile], MergeOrder, ReadFactors]:
+    """Return adapters under common names, their checked merge, and what reads their factors."""
     adapters = with_common_names(adapters)
     order = plan_merge(adapters, request)
     by_name = {adapter.name: adapter for adapter in adapters}
@@ -75,8 +84,7 @@ def merge_as_asked(adapters: Sequence[Adapter | AdapterFile], request: MergeRequ
         one = by_name[task]
         return one.factors(module) if isinstance(one, AdapterFile) else one.modules[module]
 
-    order = with_statistics(order, read)
-    return assemble(order, merge_modules(order, order.present, read), adapters)
+    return adapters, order, read
 
 
 def merge_modules(

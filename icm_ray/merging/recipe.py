@@ -1,5 +1,7 @@
 """One merge recipe, from the first check to the verified folder; the caller says who computes."""
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +12,7 @@ import torch
 
 from icm_ray.adapters import AdapterFile, fit_base
 from icm_ray.adapters.base_folder import open_base, require_weights
+from icm_ray.checkpoint import scratch_place
 from icm_ray.config import MergeRecipe
 from icm_ray.devices import find_device
 from icm_ray.errors import RecipeError, counted
@@ -18,7 +21,7 @@ from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
 from icm_ray.merging.cut import loss_lines
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.merging.folder import Origin, write_merged
-from icm_ray.merging.merge import merge_as_asked
+from icm_ray.merging.kept import Kept, merge_kept
 from icm_ray.merging.order import MergeRequest, idle_lines, plan_merge
 from icm_ray.merging.sources import open_inputs, sources_of
 from icm_ray.suites import prepare_base
@@ -108,10 +111,13 @@ def refuse_unused(recipe: MergeRecipe) -> None:
 def merge_here(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
     """Merge in this process, with what needs no base to be run; see `merge_recipe`."""
     find_device(recipe.resources.device)
-    return merge_recipe(recipe, target, _serial)
+    with contextlib.ExitStack() as stack:  # what is kept goes when the result is there
 
+        def serial(files: list[AdapterFile], request: MergeRequest) -> tuple[MergeResult, float]:
+            started, key = time.monotonic(), request.key(files)
+            kept = Kept(scratch_place(target, "merging", key), key)
+            result = merge_kept([file.load() for file in files], request, kept)
+            stack.callback(shutil.rmtree, kept.folder, ignore_errors=True)
+            return result, time.monotonic() - started
 
-def _serial(files: list[AdapterFile], request: MergeRequest) -> tuple[MergeResult, float]:
-    started = time.monotonic()
-    result = merge_as_asked([file.load() for file in files], request)
-    return result, time.monotonic() - started
+        return merge_recipe(recipe, target, serial)
