@@ -3,7 +3,7 @@
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from icm_ray.benchmarks.arithmetic import cut_of, dense_of
+from icm_ray.benchmarks.command import whole_command
 from icm_ray.benchmarks.comparisons import COMPARISONS, NAIVE, Comparison
 from icm_ray.benchmarks.fusion import SIDES, measure_fusion
 from icm_ray.benchmarks.judging import judge
@@ -22,13 +24,10 @@ from icm_ray.benchmarks.tables import Measured, as_markdown, as_tables, draw_man
 from icm_ray.config import BenchmarkRecipe
 from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.files import refuse_foreign, whole_folder, write_json
-from icm_ray.merging.cut import cut
-from icm_ray.merging.inputs import inputs_of
 from icm_ray.merging.merge import merge_as_asked
 from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
-from icm_ray.merging.passes import with_statistics
 from icm_ray.methods import METHODS
-from icm_ray.types import Adapter, Delta, LoRAFactors, PerTask
+from icm_ray.types import Adapter
 
 OURS, ALONE, DENSE = "merge", "its arithmetic", "its matrix"
 """The whole call with checks, norms and hashes; the method and the cut in it; the method alone."""
@@ -50,7 +49,8 @@ def run(recipe: BenchmarkRecipe, target: Path) -> dict[str, Any]:
         for how in recipe.fusion
         for preset in SIDES
     ]
-    tables = as_tables(recipe, rows, whole, memory, steps, fusion)
+    commands = [in_fresh_process(whole_command, how, recipe) for how in recipe.commands]
+    tables = as_tables(recipe, rows, whole, memory, steps, fusion, commands)
     show(tables)
     measured = {
         "peft": [asdict(row) for row in rows],
@@ -58,6 +58,7 @@ def run(recipe: BenchmarkRecipe, target: Path) -> dict[str, Any]:
         "many": [asdict(row) for row in memory],
         "learning": [asdict(row) for row in steps],
         "fusion": [asdict(row) for row in fusion],
+        "commands": [asdict(row) for row in commands],
     }
     with whole_folder(target) as folder:
         (folder / "benchmark.md").write_text(as_markdown(tables))
@@ -182,37 +183,4 @@ def _sides(
         merged = merge_as_asked(adapters, request).adapter
         return {layer: (f.b, f.a) for layer, f in merged.modules.items()}
 
-    def alone() -> Found:
-        found: Found = {}
-        for layer, result in _results(order, adapters):
-            factors = cut(result, order.rule).factors
-            found[layer] = (factors.b, factors.a)
-        return found
-
-    return [(OURS, Side(ours)), (ALONE, Side(alone)), peer], order
-
-
-def dense_of(order: MergeOrder, adapters: Sequence[Adapter]) -> Found:
-    """Return what our method makes of every layer, before any cut, as a matrix."""
-    found: Found = {}
-    for layer, result in _results(order, adapters):
-        found[layer] = result.dense() if isinstance(result, Delta) else result.delta()
-    return found
-
-
-def _results(
-    order: MergeOrder, adapters: Sequence[Adapter]
-) -> Iterator[tuple[str, LoRAFactors | Delta]]:
-    """Yield every layer and what the method itself makes of it."""
-    by_name = {adapter.name: adapter for adapter in adapters}
-
-    def read(task: str, layer: str) -> LoRAFactors:
-        return by_name[task].modules[layer]
-
-    with torch.no_grad():
-        complete = with_statistics(order, read)
-        for layer in order.present:
-            factors, context, extra = inputs_of(complete, layer, read, with_norms=False)
-            params = order.params_at(layer)
-            result = METHODS[order.method].function(factors, context=context, **extra, **params)
-            yield layer, result.unified if isinstance(result, PerTask) else result
+    return [(OURS, Side(ours)), (ALONE, Side(partial(cut_of, order, adapters))), peer], order

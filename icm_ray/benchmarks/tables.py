@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from icm_ray.benchmarks.command import STAGES, CommandRow
 from icm_ray.benchmarks.fusion import FusionRow
 from icm_ray.benchmarks.learning import StepRow
 from icm_ray.config import BenchmarkRecipe
@@ -57,6 +58,7 @@ def as_tables(
     memory: Sequence[ManyRow],
     steps: Sequence[StepRow] = (),
     fusion: Sequence[FusionRow] = (),
+    commands: Sequence[CommandRow] = (),
 ) -> list[Table]:
     """Return a table for each part of the benchmark that was run."""
     tables: list[Table] = []
@@ -91,7 +93,22 @@ def as_tables(
         conv = {(r.label, r.numbers): r.seconds for r in fusion if r.preset == "conv"}
         cells = [_fusion_cells(row, conv[row.label, row.numbers]) for row in fusion]
         tables.append((title, heads, cells))
+    if commands:
+        title = f"Whole commands, {recipe.adapters} adapters of rank {recipe.rank}: seconds"
+        heads = ["adapters", "method", "MB read", "wall", "CPU", "opening", "merging", "writing"]
+        heads += ["at least", "CPU / least", "plan's CPU", "import torch", "goal"]
+        tables.append((title, heads, [_command_cells(row) for row in commands]))
     return tables
+
+
+def _command_cells(row: CommandRow) -> list[str]:
+    times = [f"{value:.1f}" for value in (row.wall, row.cpu)]
+    times += [f"{row.stages[part]:.1f}" if row.stages else "-" for part in STAGES]
+    least = sum(row.least.values())
+    parts = " + ".join(f"{value:.1f} {part}" for part, value in row.least.items())
+    times += [f"{least:.1f} ({parts})", f"{row.cpu / least:.1f}x"] if row.least else ["-", "-"]
+    last = [f"{row.plan:.1f}", f"{row.start:.1f}", row.goal]
+    return [row.label, row.method, _mega(row.bytes_read), *times, *last]
 
 
 def _fusion_cells(row: FusionRow, conv: float) -> list[str]:

@@ -4,7 +4,13 @@
 runs in. One file for each reader: what merges, learns, trains, searches or measures.
 """
 
-from icm_ray.config.benchmark import BenchmarkRecipe, FusionBenchmark, Shape, StepsBenchmark
+from icm_ray.config.benchmark import (
+    BenchmarkRecipe,
+    CommandBenchmark,
+    FusionBenchmark,
+    Shape,
+    StepsBenchmark,
+)
 from icm_ray.config.experts import (
     USUAL_SIZES,
     EvaluateRecipe,
@@ -77,6 +83,7 @@ __all__ = [
     "Adapters",
     "BenchmarkRecipe",
     "Budget",
+    "CommandBenchmark",
     "DataSpec",
     "EngineSpec",
     "EvaluateRecipe",

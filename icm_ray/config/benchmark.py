@@ -1,6 +1,6 @@
 """Recipe of `jobs.benchmark`."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,21 @@ class FusionBenchmark(Part):
     goal: str = ""
 
 
+class CommandBenchmark(Part):
+    """Whole `icm-ray merge` and `icm-ray plan` commands, as a user starts them."""
+
+    label: str
+    layers: dict[str, Shape] = Field(min_length=1)
+    copies: Positive = Field(default=1, description="So many times `layers`.")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    method: str = "svd"
+    alone: bool = Field(
+        default=True, description="Time its stages, reading, arithmetic and writing apart, too."
+    )
+    repeats: Positive = 3
+    goal: str = ""
+
+
 class BenchmarkRecipe(Recipe):
     """Recipe of `jobs.benchmark`: ours and peers side by side, and memory over many adapters."""
 
@@ -65,5 +80,8 @@ class BenchmarkRecipe(Recipe):
     )
     fusion: list[FusionBenchmark] = Field(
         default=[], description="A Fusion-VAE's steps beside the predecessor's network."
+    )
+    commands: list[CommandBenchmark] = Field(
+        default=[], description="Whole commands beside what they cannot do without."
     )
     output: str = Field(min_length=1)

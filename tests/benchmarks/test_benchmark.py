@@ -8,6 +8,9 @@ import torch
 
 from icm_ray import METHODS, RecipeError
 from icm_ray.benchmarks import (
+    command,
+)
+from icm_ray.benchmarks import (
     judging as benchmark_judging,
 )
 from icm_ray.benchmarks import (
@@ -20,7 +23,7 @@ from icm_ray.benchmarks.comparisons import COMPARISONS, NAIVE, PEFT
 from icm_ray.benchmarks.fusion import SIDES, measure_fusion
 from icm_ray.benchmarks.memory import PeakMemory, random_adapter
 from icm_ray.benchmarks.tables import as_markdown, as_tables
-from icm_ray.config import BenchmarkRecipe, FusionBenchmark
+from icm_ray.config import BenchmarkRecipe, CommandBenchmark, FusionBenchmark
 from icm_ray.config.loading import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs/benchmark"
@@ -161,6 +164,31 @@ def test_the_tables_are_printed_and_written(tmp_path, capsys):
     assert "4 modules" in text
     assert "PEFT" in capsys.readouterr().out
     assert found["scores"]["whole_model"]["bytes_read"] > 0
+
+
+COMMAND = {"label": "tiny", "layers": LAYERS, "copies": 2, "repeats": 1, "goal": "<= 2.5x"}
+
+
+def test_a_command_s_parts_are_measured_by_themselves(monkeypatch):
+    monkeypatch.setattr(command, "_spent", lambda words: (3.0, 4.0))
+    how = CommandBenchmark.model_validate(COMMAND)
+    row = command.whole_command(how, tiny(adapters=2))
+    assert tuple(row.stages) == command.STAGES
+    assert list(row.least) == ["reading", "arithmetic", "writing"]
+    assert min(*row.stages.values(), *row.least.values()) > 0
+    text = as_markdown(as_tables(tiny(), [], None, [], commands=[row]))
+    assert "| tiny | svd | 0.0 | 4.0 | 3.0 |" in text
+    assert "| 3.0 | 3.0 | <= 2.5x |" in text
+
+
+@pytest.mark.slow
+def test_commands_are_those_of_a_user(tmp_path):
+    recipe = tiny(methods=[], commands=[{**COMMAND, "method": "ties", "alone": False}])
+    (row,) = benchmark.run(recipe, tmp_path / "out")["scores"]["commands"]
+    assert row["cpu"] > row["start"] > 0
+    assert row["plan"] > row["start"]
+    assert row["stages"] == {}
+    assert "| tiny | ties |" in (tmp_path / "out" / "benchmark.md").read_text()
 
 
 def test_every_problem_of_a_recipe_is_told_at_once(tmp_path, monkeypatch):
