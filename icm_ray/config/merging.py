@@ -85,3 +85,9 @@ class EvidenceRecipe(Recipe):
     batch: Positive = 32
     modules_to_save: SavedModulesPolicy = "refuse"
     output: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _of_grams(self) -> "EvidenceRecipe":
+        if self.resources.grams != "full" and self.kind != "gram_statistics":
+            raise ValueError(f"resources.grams: {self.resources.grams} but kind is {self.kind}")
+        return self

@@ -83,6 +83,12 @@ class Resources(Part):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="Precision the base runs in; None: as it is stored."
     )
+    grams: str = Field(
+        default="full",
+        pattern=r"^(full|diagonal|low_rank:[1-9]\d{0,4})$",
+        description="Form of Gram statistics that are gathered: full, low_rank:R (the strongest R "
+        "directions, and the diagonal of the rest) or diagonal.",
+    )
     backend: Literal["gloo", "nccl"] = "gloo"
     timeout_seconds: Positive = Field(
         default=1800, description="Longest wait for one piece of work."
@@ -95,6 +101,13 @@ class Resources(Part):
         if self.gpus_per_worker > 1 and self.device != "cuda":
             raise ValueError("gpus_per_worker: several need device cuda, without a number")
         return self
+
+    @property
+    def gram_directions(self) -> int | None:
+        """How many directions a Gram keeps beside its diagonal; None: the whole."""
+        if self.grams == "full":
+            return None
+        return int(self.grams.partition(":")[2] or 0)
 
     @property
     def whole_gpus(self) -> int:

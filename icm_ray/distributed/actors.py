@@ -19,7 +19,8 @@ from icm_ray.distributed.trials import measure, measurer_of
 from icm_ray.errors import InputError
 from icm_ray.evaluation.scoring import Memory, TaskData, TaskScore, evaluate
 from icm_ray.evidence.gather import AdapterEvidence, example_ratios, gather
-from icm_ray.evidence.grams import Grams, gather_grams
+from icm_ray.evidence.gram_files import GramOrder
+from icm_ray.evidence.grams import gather_parts
 from icm_ray.files import sha256_of
 from icm_ray.finetuning.trajectory import checkpoints_of
 from icm_ray.linalg.threads import kernel_threads
@@ -161,17 +162,12 @@ class AdapterActor:
             return example_ratios(self.base.model, adapter, judge.load(), batches)
 
     def grams(
-        self,
-        source: Source,
-        modules: Sequence[str],
-        inputs: Inputs,
-        max_tokens: int,
-        batch: int,
-    ) -> Grams:
-        """Return the Gram statistics of one adapter's own inputs."""
+        self, source: Source, order: GramOrder, inputs: Inputs, max_tokens: int, batch: int
+    ) -> None:
+        """Write the Gram statistics of one adapter's own inputs to their parts."""
         batches = batches_of(self.base.reader, inputs, max_tokens, batch)
         with kernel_threads(self.threads):
-            return gather_grams(self.base.model, self.hold(source), modules, batches)
+            gather_parts(self.base.model, self.hold(source), batches, order)
 
     def scores(
         self,

@@ -1,19 +1,24 @@
 """Evidence in parallel: each actor holds one adapter and runs its own unlabelled inputs."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ray
 
 from icm_ray.adapters import AdapterFile
+from icm_ray.checkpoint import scratch_folder
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.session import Pool
 from icm_ray.evidence.gather import AdapterEvidence
-from icm_ray.evidence.tensors import write_evidence
+from icm_ray.evidence.gram_files import GramOrder, join_parts, room_lines
 from icm_ray.files import is_done, sha256_of
 from icm_ray.fusion.serial import Checkpoints
 from icm_ray.learning.tasks import Inputs, inputs_key
+from icm_ray.merging.estimate import warn
 
+VERSION = 2
+"""Of Gram statistics: raised when the same recipe would give other bytes."""
 EVIDENCE_BATCH = 32
 """Examples a forward, unless a recipe says otherwise."""
 
@@ -44,7 +49,8 @@ def grams_on_ray(
 ) -> Path:
     """Gather every adapter's Gram statistics, or find them in `folder`; return the folder.
 
-    They serve any subset of these adapters: each task's own stay apart.
+    They serve any subset of these adapters: each task's own stay apart. Workers write them beside
+    the folder, which they all see; a killed run goes on from what they wrote.
 
     Args:
         pool: Actors that hold the base.
@@ -54,27 +60,26 @@ def grams_on_ray(
         batch: Examples a forward.
         modules: Of these layers; by default, of all that the adapters change.
     """
-    modules = modules or sorted({module for file in files for module in file.shapes})
-    base = pool.session.key
-    key = sha256_of(["grams", modules, evidence_key(base, files, inputs, batch)])
+    widths = input_widths(files)
+    modules = modules or sorted(widths)
+    base, directions = pool.session.key, pool.session.resources.gram_directions
+    content = [VERSION, modules, directions, evidence_key(base, files, inputs, batch)]
+    key = sha256_of(["grams", *content])
     if is_done(folder, key):
         return folder
-    shared = ray.put(modules)
+    warn(room_lines(folder, list(widths.values()), len(files), directions))
+    order = GramOrder(modules, directions, scratch_folder(folder, "gathering", key), key)
+    shared = ray.put(order)
     arguments = {f.name: (AdapterSource(f), shared, *inputs[f.name], batch) for f in files}
-    grams = pool.map("grams", arguments, label="Gram statistics")
-    write_evidence(
-        folder,
-        "gram_statistics",
-        {f"{m}.gram.{t}": gram for t, one in grams.items() for m, gram in one.grams.items()},
-        adapters={task: one.fingerprint for task, one in grams.items()},
-        shared={task: one.shared for task, one in grams.items()},
-        described={
-            "inputs": {t: g.inputs for t, g in grams.items()},
-            "rows": {t: dict(g.rows) for t, g in grams.items()},
-        },
-        origin={"key": key, "base": base},
-    )
+    pool.map("grams", arguments, label="Gram statistics")
+    join_parts(order, arguments, folder, {"key": key, "base": base})
+    shutil.rmtree(order.scratch)
     return folder
+
+
+def input_widths(files: Sequence[AdapterFile]) -> dict[str, int]:
+    """Return the number of features that each module reads."""
+    return {module: shape[1] for file in files for module, shape in file.shapes.items()}
 
 
 def evidence_key(base: str, files: Sequence[AdapterFile], inputs: Inputs, batch: int) -> str:

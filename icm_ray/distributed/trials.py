@@ -24,12 +24,10 @@ class SharedMaterial:
 
     Attributes:
         factors: ObjectRef of `[{module: (a, b, scaling)}]`, in the order of the adapters.
-        grams: ObjectRef of the Gram statistics by name.
         rest: ObjectRef of the material without tensors of adapters.
     """
 
     factors: Any
-    grams: Any
     rest: Any
 
 
@@ -39,17 +37,16 @@ def share_material(material: Material) -> list[Any]:
         {m: (f.a.numpy(), f.b.numpy(), f.scaling) for m, f in adapter.modules.items()}
         for adapter in material.adapters
     ]
-    grams = {name: tensor.numpy() for name, tensor in material.grams.items()}
     bare = [replace(adapter, modules={}) for adapter in material.adapters]
-    rest = replace(material, adapters=bare, grams={})
-    shared = SharedMaterial(ray.put(factors), ray.put(grams), ray.put(rest))
+    rest = replace(material, adapters=bare)
+    shared = SharedMaterial(ray.put(factors), ray.put(rest))
     return [ray.put(shared)]  # in a list Ray hands the reference on and not the value
 
 
 def _rebuilt(shared: SharedMaterial) -> Material:
-    factors, grams, rest = ray.get([shared.factors, shared.grams, shared.rest])
+    factors, rest = ray.get([shared.factors, shared.rest])
     adapters = [_with_modules(bare, own) for bare, own in zip(rest.adapters, factors, strict=True)]
-    return replace(rest, adapters=adapters, grams={n: _tensor(g) for n, g in grams.items()})
+    return replace(rest, adapters=adapters)
 
 
 def _with_modules(bare: Adapter, arrays: Arrays) -> Adapter:

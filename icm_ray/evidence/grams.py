@@ -4,13 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from icm_ray.base_model.loading import find_module
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.states import Batch, pooled
+from icm_ray.evidence.gram_files import GramOrder
+from icm_ray.evidence.tensors import DESCRIPTION, GRAM_FORMAT, GRAMS, write_evidence
+from icm_ray.files import is_done, read_json
+from icm_ray.linalg.gram import Gram
+from icm_ray.linalg.gram_sums import DirectionSum, WholeSum, kept_entries, sum_for
 from icm_ray.types import Adapter
+
+SUM_ENTRIES = 500_000_000
+"""Numbers that sums hold at a time, 4 GB; the modules beyond are left to another pass."""
 
 
 @dataclass(frozen=True)
@@ -20,23 +27,29 @@ class Grams:
     Attributes:
         task: The adapter's name.
         fingerprint: The adapter's fingerprint.
-        grams: `(d_in, d_in)` float32 by the module whose input was seen first.
+        grams: By the module whose input was seen first, float32.
         shared: By module: the module in `grams` that has the same input, itself included.
         rows: Number of input rows of each Gram.
         inputs: Number of examples seen.
+        left: Modules whose sums found no room beside the others'.
     """
 
     task: str
     fingerprint: str
-    grams: Mapping[str, Float[Tensor, "d_in d_in"]]
+    grams: Mapping[str, Gram]
     shared: Mapping[str, str]
     rows: Mapping[str, int]
     inputs: int
+    left: tuple[str, ...] = ()
 
 
 @torch.no_grad()
 def gather_grams(
-    model: nn.Module, adapter: Adapter, modules: Sequence[str], batches: Sequence[Batch]
+    model: nn.Module,
+    adapter: Adapter,
+    modules: Sequence[str],
+    batches: Sequence[Batch],
+    directions: int | None = None,
 ) -> Grams:
     """Run a task's unlabelled inputs once through its fine-tuned model.
 
@@ -49,8 +62,9 @@ def gather_grams(
         modules: Modules to look at, those of other adapters of the merge included. Embeddings and
             convolutions have no Gram and are left out.
         batches: The inputs; padding is left out of the sums.
+        directions: Of each Gram beside its diagonal; None: wholes.
     """
-    sums = _Sums(batches[0].mask)
+    sums = _Sums(batches[0].mask, directions)
     handles = []
     try:
         for path in modules:
@@ -64,23 +78,57 @@ def gather_grams(
     finally:
         for handle in handles:
             handle.remove()
+    rows = {path: total.count for path, total in sums.totals.items()}
     return Grams(
         adapter.name,
         adapter.fingerprint,
-        {path: (total / sums.rows[path]).float() for path, total in sums.totals.items()},
+        {path: sums.totals.pop(path).mean() for path in rows},  # each sum ends with its mean
         sums.shared,
-        sums.rows,
+        rows,
         sum(len(batch.rows) for batch in batches),
+        tuple(sorted(sums.left)),
     )
 
 
-class _Sums:
-    """Running sums of `x^T x`, one for each distinct input tensor."""
+def gather_parts(
+    model: nn.Module, adapter: Adapter, batches: Sequence[Batch], order: GramOrder
+) -> None:
+    """Gather one task's Gram statistics into its parts, those that are there already left out."""
+    number, left = 0, order.modules
+    while left:
+        part = order.scratch / adapter.name / f"{number:04}"
+        if not is_done(part, order.key):
+            found = gather_grams(model, adapter, left, batches, order.directions)
+            write_evidence(
+                part,
+                GRAMS,
+                {
+                    f"{module}.{kind}.{adapter.name}": tensor
+                    for module, gram in found.grams.items()
+                    for kind, tensor in gram.tensors().items()
+                },
+                adapters={adapter.name: found.fingerprint},
+                shared={adapter.name: found.shared},
+                described={
+                    "format": GRAM_FORMAT,
+                    "inputs": {adapter.name: found.inputs},
+                    "rows": {adapter.name: found.rows},
+                    "left": found.left,
+                },
+                origin={"key": order.key},
+            )
+        number, left = number + 1, read_json(part / DESCRIPTION)["left"]
 
-    def __init__(self, mask: Tensor) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.rows: dict[str, int] = {}
+
+class _Sums:
+    """Running sums of `x x^T`, one for each distinct input tensor, on the device of the input."""
+
+    def __init__(self, mask: Tensor, directions: int | None) -> None:
+        self.directions = directions
+        self.totals: dict[str, WholeSum | DirectionSum] = {}
         self.shared: dict[str, str] = {}
+        self.left: set[str] = set()
+        self.entries = 0
         self.start(mask)
 
     def start(self, mask: Tensor) -> None:
@@ -96,16 +144,32 @@ class _Sums:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             if self.last is not None and self.last[0] is x:
-                self.shared[path] = self.last[1]
+                self._note(path, self.last[1])
                 return
             mask = self.mask.to(x.device)
-            rows = (x[mask] if x.shape[:2] == mask.shape else x).reshape(-1, x.shape[-1]).float()
+            rows = (x[mask] if x.shape[:2] == mask.shape else x).reshape(-1, x.shape[-1])
             if not len(rows):  # an expert that the router sent no token
                 return
             self.last = (x, path)
-            self.shared[path] = path
-            gram = (rows.T @ rows).cpu().double()
-            self.totals[path] = self.totals[path] + gram if path in self.totals else gram
-            self.rows[path] = self.rows.get(path, 0) + rows.shape[0]
+            if path not in self.totals and path not in self.left:
+                self._open(path, rows)
+            self._note(path, path)
+            if path in self.totals:
+                self.totals[path].add(rows.float())
 
         return add
+
+    def _open(self, path: str, rows: Tensor) -> None:
+        entries = kept_entries(rows.shape[1], self.directions)
+        if self.totals and self.entries + entries > SUM_ENTRIES:
+            self.left.add(path)  # for good: it would miss the batches until there is room
+            return
+        self.entries += entries
+        self.totals[path] = sum_for(rows.shape[1], rows.device, self.directions)
+
+    def _note(self, path: str, owner: str) -> None:
+        """Note whose Gram a module has, or that both are left."""
+        if owner in self.left:
+            self.left.add(path)
+        else:
+            self.shared[path] = owner

@@ -6,8 +6,9 @@
 Names are `<module>.<kind>` or `<module>.<kind>.<task>`; docs/evidence.md lists the kinds.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ from icm_ray.fusion_vae.model import KIND, FusionModel
 from icm_ray.types import ModuleEvidence
 
 FORMAT = 1
+GRAM_FORMAT = 2
+"""Of Gram statistics whose wholes are upper triangles, or that have directions and diagonals."""
+GRAMS = "gram_statistics"
+"""Evidence that belongs to each adapter alone; what was learned belongs to all of them together."""
 TENSORS, DESCRIPTION = "evidence.safetensors", "evidence.json"
 TASK = "<task>"
 
@@ -124,11 +129,14 @@ def read_evidence(path: Path) -> Evidence:
         return Evidence("tensors", _names(path), sha256_of_file(path), file=path.absolute())
     manifest = read_manifest(path)
     described = read_json(path / DESCRIPTION)
-    if described.get("format") != FORMAT:
-        raise InputError(f"{path}: format {described.get('format')} but {FORMAT} is expected.")
+    kind, number = described.get("kind", "tensors"), described.get("format")
+    known = (FORMAT, GRAM_FORMAT) if kind == GRAMS else (FORMAT,)
+    if number not in known:
+        words = " or ".join(map(str, known))
+        raise InputError(f"{path}: format {number} but {words} is expected.")
     file = path.absolute() / TENSORS
     return Evidence(
-        described.get("kind", "tensors"),
+        kind,
         _names(file),
         sha256_of(manifest["files"]),
         described.get("adapters", {}),
@@ -146,22 +154,29 @@ def _names(file: Path) -> frozenset[str]:
         raise InputError(f"{file}: not a readable safetensors file ({error}).") from None
 
 
-def write_evidence(
+def write_evidence(folder: Path, kind: str, tensors: Mapping[str, Tensor], **about: Any) -> None:
+    """Write evidence that is in memory; see `new_evidence` for what is said about it."""
+    with new_evidence(folder, kind, **about) as place:
+        save_file({n: t.contiguous() for n, t in sorted(tensors.items())}, place)
+
+
+@contextlib.contextmanager
+def new_evidence(
     folder: Path,
     kind: str,
-    tensors: Mapping[str, Tensor],
     *,
     adapters: Mapping[str, str],
     shared: Mapping[str, Mapping[str, str]] | None = None,
     described: Mapping[str, Any] | None = None,
     origin: Mapping[str, Any] | None = None,
-) -> None:
-    """Write evidence to a new folder, all or nothing; `read_evidence` reads it back.
+) -> Iterator[Path]:
+    """Yield the file that the body writes tensors to, in a new folder, all or nothing.
+
+    `read_evidence` reads it back.
 
     Args:
         folder: The output.
         kind: What it is, such as "gram_statistics".
-        tensors: By name, as docs/evidence.md lays them out.
         adapters: Fingerprint by task.
         shared: By task, modules whose tensors stand under another module's name.
         described: More entries for `evidence.json`.
@@ -175,39 +190,8 @@ def write_evidence(
         **(described or {}),
     }
     with whole_folder(folder, info=origin) as target:
-        save_file({n: t.contiguous() for n, t in sorted(tensors.items())}, target / TENSORS)
+        yield target / TENSORS
         write_json(target / DESCRIPTION, content)
-
-
-def join_grams(folders: Sequence[Path], folder: Path, tasks: Sequence[str]) -> None:
-    """Write several groups' Gram statistics as one; of a task in several, the last group's count.
-
-    Args:
-        folders: Gram statistics.
-        folder: The output.
-        tasks: Whose tensors are taken over.
-    """
-    sources = [read_evidence(source) for source in folders]
-    owner = {task: one for one in sources for task in one.adapters if task in tasks}
-    tensors = {}
-    for task, one in owner.items():
-        assert one.file is not None, "read from a folder"
-        with safe_open(one.file, framework="pt") as handle:
-            tensors |= {n: handle.get_tensor(n) for n in one.names if n.endswith(f".gram.{task}")}
-    bases = {base_of(source) for source in folders}
-    write_evidence(
-        folder,
-        sources[0].kind,
-        tensors,
-        adapters={task: one.adapters[task] for task, one in owner.items()},
-        shared={task: one.shared.get(task, {}) for task, one in owner.items()},
-        described={
-            about: {task: one.described[about][task] for task, one in owner.items()}
-            for about in ("inputs", "rows")
-            if all(task in one.described.get(about, {}) for task, one in owner.items())
-        },
-        origin={"base": bases.pop()} if len(bases) == 1 else {},
-    )
 
 
 def base_of(folder: Path) -> str | None:

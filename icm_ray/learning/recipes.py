@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from icm_ray.adapters import load_adapter
 from icm_ray.base_model.loading import Base
 from icm_ray.config import (
@@ -23,10 +21,19 @@ from icm_ray.config import (
     changed,
 )
 from icm_ray.errors import InputError, RecipeError
+from icm_ray.evidence.tensors import Evidence
 from icm_ray.learning.gradients import Learning
 from icm_ray.learning.objectives import objective_of
 from icm_ray.learning.parameters import Coefficients, CoreMatrices, Factors, Parameters
-from icm_ray.learning.terms import Terms, own_terms, regmean_terms, summed, tsv_terms
+from icm_ray.learning.terms import (
+    ReadGrams,
+    Terms,
+    own_terms,
+    regmean_terms,
+    summed,
+    tsv_terms,
+)
+from icm_ray.linalg.gram import GRAM_KINDS
 from icm_ray.types import Adapter, LoRAFactors
 
 LEARNERS: Mapping[str, LearnSpec] = {
@@ -126,8 +133,10 @@ class Plan:
         return Learning(self.parameters(), objective, self.spec.optimisation)
 
 
-Grams = Mapping[str, Mapping[str, Tensor]]
-"""`(d_in, d_in)` by module and task."""
+def grams_in(evidence: Evidence, tasks: Sequence[str]) -> ReadGrams:
+    """Return what reads some tasks' Gram statistics, a module at a time."""
+    kinds = [f"{kind}.<task>" for kind in GRAM_KINDS]
+    return lambda module: evidence.of(module, kinds, tasks)
 
 
 def needs_grams(spec: LearnSpec) -> bool:
@@ -135,7 +144,7 @@ def needs_grams(spec: LearnSpec) -> bool:
     return "regmean" in (spec.start.basis, spec.start.residual)
 
 
-def plan_of(spec: LearnSpec, adapters: Sequence[Adapter], grams: Grams | None = None) -> Plan:
+def plan_of(spec: LearnSpec, adapters: Sequence[Adapter], grams: ReadGrams | None = None) -> Plan:
     """Make the terms a recipe starts from.
 
     Args:

@@ -4,16 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from icm_ray.errors import InputError
 from icm_ray.linalg.lowrank import svd
 from icm_ray.linalg.orthogonal import polar
 from icm_ray.methods.regmean import regmean
-from icm_ray.types import Adapter, LoRAFactors, ModuleContext
+from icm_ray.types import Adapter, LoRAFactors, ModuleContext, ModuleEvidence
 
 ModuleTerms = Mapping[str, LoRAFactors]
 """The terms of one module by task, sorted; tasks without the module are left out."""
+
+ReadGrams = Callable[[str], ModuleEvidence]
+"""Gives the Gram statistics of a module, as methods see them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _orthogonalised(terms: ModuleTerms) -> dict[str, LoRAFactors]:
 
 def regmean_terms(
     terms: Terms,
-    grams: Mapping[str, Mapping[str, Tensor]],
+    grams: ReadGrams,
     *,
     rho: float = 1.0,
     ridge: float = 1e-4,
@@ -109,16 +111,15 @@ def regmean_terms(
 
     Args:
         terms: The adapters' own.
-        grams: `(d_in, d_in)` by module and task; modules without any are averaged.
+        grams: Called once a module; modules without any are averaged.
         rho: Factor of the Grams' off-diagonal entries.
         ridge: Added to Gram diagonals, over their mean entry.
     """
 
     def remake(module: str, own: ModuleTerms) -> dict[str, LoRAFactors]:
         context = ModuleContext(module, tuple(own), terms.tasks)
-        evidence = {f"gram.{task}": gram for task, gram in grams.get(module, {}).items()}
         whole = regmean(
-            list(own.values()), context=context, evidence=evidence, rho=rho, ridge=ridge
+            list(own.values()), context=context, evidence=grams(module), rho=rho, ridge=ridge
         )
         assert isinstance(whole, LoRAFactors)
         ranks = [term.rank for term in own.values()]

@@ -1,12 +1,16 @@
 """Gram matrices: of whole deltas, and of a module's inputs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from icm_ray.linalg.lowrank import inner
+
+GRAM_KINDS = ("gram", "gram_root", "gram_diagonal")
+"""What the tensors of a stored Gram are called; docs/evidence.md describes them."""
 
 
 def inner_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "tasks tasks"]:
@@ -24,18 +28,112 @@ def inner_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "tas
     return gram
 
 
-def damped(
-    gram: Float[Tensor, "d_in d_in"], rho: float, ridge: float
-) -> Float[Tensor, "d_in d_in"]:
-    """Return a Gram in float64, off-diagonals times `rho`, diagonal raised by a share of its mean.
+@dataclass(frozen=True)
+class Gram:
+    """A module's mean `x x^T` over its inputs: `whole + root^T root + diag(diagonal)`.
 
-    Args:
-        gram: Symmetric, not negative.
-        rho: Factor of the off-diagonal entries, in [0, 1]; below 1 no direction is left empty that
-            has a feature in it.
-        ridge: Share of the mean diagonal entry that is added to every diagonal entry.
+    It is stored as a whole, or by its strongest directions and the diagonal of all others, so that
+    no diagonal entry is lost. Sums of any of these are of the same form. Arithmetic is float64.
+
+    Attributes:
+        root: `(directions, d_in)`.
+        diagonal: `(d_in,)`, not negative.
+        whole: Symmetric, or its upper triangle row by row, `(d_in (d_in + 1) / 2,)`.
     """
-    out = gram.to(torch.float64, copy=True).mul_(rho)
-    diagonal = gram.diagonal().double()
-    out.diagonal().copy_(diagonal + ridge * diagonal.mean())
-    return out
+
+    root: Float[Tensor, "directions d_in"]
+    diagonal: Float[Tensor, " d_in"]
+    whole: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        d_in: int,
+        gram: Tensor | None = None,
+        gram_root: Tensor | None = None,
+        gram_diagonal: Tensor | None = None,
+    ) -> "Gram":
+        """Return the Gram that at least one stored tensor stands for; see docs/evidence.md."""
+        like = next(part for part in (gram, gram_root, gram_diagonal) if part is not None)
+        root = like.new_zeros(0, d_in) if gram_root is None else gram_root
+        diagonal = like.new_zeros(d_in) if gram_diagonal is None else gram_diagonal
+        return cls(root, diagonal, gram)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is stored of it by kind."""
+        if self.whole is not None:
+            return {"gram": self.whole}
+        root = {"gram_root": self.root} if len(self.root) else {}
+        return {**root, "gram_diagonal": self.diagonal}
+
+    def energies(self) -> Float[Tensor, " d_in"]:
+        """Return the diagonal of the whole: the mean square of every feature."""
+        energies = self.root.double().square().sum(0) + self.diagonal
+        return energies if self.whole is None else energies + self._opened().diagonal()
+
+    def square(self) -> Float[Tensor, "d_in d_in"]:
+        """Return the matrix itself. Cost: 8 d_in^2 bytes, and as many again."""
+        root = self.root.double()
+        square = root.T @ root
+        square.diagonal().add_(self.diagonal)
+        return square if self.whole is None else square.add_(self._opened())
+
+    def _opened(self) -> Float[Tensor, "d_in d_in"]:
+        """Return `whole` as a square."""
+        assert self.whole is not None
+        if self.whole.ndim == 2:
+            return self.whole.double()
+        d_in, stored = len(self.diagonal), self.whole.double()
+        upper = torch.ones(d_in, d_in, dtype=torch.bool, device=stored.device).triu_()
+        square = torch.zeros_like(upper, dtype=torch.float64)
+        square.masked_scatter_(upper, stored)
+        square.T.masked_scatter_(upper, stored)
+        return square
+
+    def damped(self, rho: float, ridge: float) -> "Gram":
+        """Return it with off-diagonals times `rho`, and a share of the mean added to the diagonal.
+
+        Args:
+            rho: In [0, 1]; below 1 no direction is left empty that has a feature in it.
+            ridge: Share of the mean diagonal entry that is added to every diagonal entry.
+        """
+        opened = replace(self, whole=None if self.whole is None else self._opened())
+        energies = opened.energies()
+        diagonal = rho * self.diagonal.double() + (1 - rho) * energies + ridge * energies.mean()
+        whole = None if opened.whole is None else rho * opened.whole
+        return Gram(rho**0.5 * self.root.double(), diagonal, whole)
+
+    def __add__(self, other: "Gram") -> "Gram":
+        """Return the sum of two Grams of one module."""
+        wholes = [gram._opened() for gram in (self, other) if gram.whole is not None]
+        return Gram(
+            torch.cat([self.root, other.root]),
+            self.diagonal + other.diagonal,
+            sum(wholes[1:], wholes[0]) if wholes else None,
+        )
+
+    def left(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """Return `x @ G`."""
+        x, root = x.double(), self.root.double()
+        product = (x @ root.T) @ root + x * self.diagonal
+        return product if self.whole is None else product.addmm_(x, self._opened())
+
+    def solved(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"] | None:
+        """Return `x @ G^-1`, or None if G is singular.
+
+        Cost: O(d_in^3) for a whole; O(directions^2 d_in) otherwise, by Woodbury's identity.
+        """
+        is_small = self.whole is None and len(self.root) < len(self.diagonal)
+        if is_small and bool((self.diagonal > 0).all()):
+            return self._by_directions(x.double())
+        lower, failed = torch.linalg.cholesky_ex(self.square())
+        return None if failed else torch.cholesky_solve(x.double().T, lower).T
+
+    def _by_directions(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        # G = D (I + V^T V) D with D the root of the diagonal: no number is far from 1 in the core.
+        scale = self.diagonal.double().rsqrt()
+        v, x = self.root * scale, x * scale
+        core = v @ v.T
+        core.diagonal().add_(1)
+        inner_part = torch.cholesky_solve(v @ x.T, torch.linalg.cholesky(core))
+        return (x - inner_part.T @ v) * scale

@@ -17,12 +17,10 @@ from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.adapters.policy import CONFIG_FILE
 from icm_ray.config.earlier import ADAPTERS, EVIDENCE, ORDER
 from icm_ray.errors import InputError
-from icm_ray.evidence.tensors import join_grams, read_evidence
+from icm_ray.evidence.gram_files import join_grams
+from icm_ray.evidence.tensors import GRAMS, read_evidence
 from icm_ray.files import FACTORS, whole_folder, write_json
 from icm_ray.kinds import SavedModulesPolicy
-
-GRAMS = "gram_statistics"
-"""Evidence that belongs to each adapter alone; what was learned belongs to all of them together."""
 
 
 def keep_factors(

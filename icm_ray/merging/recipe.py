@@ -104,6 +104,10 @@ def refuse_unused(recipe: MergeRecipe) -> None:
             f"resources.gpus_per_worker: {how.whole_gpus} but a worker merges on one and no base "
             "is run without data. Give it one."
         )
+    if how.grams != "full":
+        problems.append(
+            f"resources.grams: {how.grams} but none are gathered without data. Leave it out."
+        )
     if problems and recipe.data is None:
         raise RecipeError(problems)
 

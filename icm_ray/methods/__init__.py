@@ -20,7 +20,11 @@ _MASKS = {
     "mask_a.<task>": "(rank, d_in), preset peft: nonzero keeps an entry of A",
     "mask_b.<task>": "(d_out, rank), preset peft: nonzero keeps an entry of B",
 }
-_INPUTS = {"gram.<task>": "(d_in, d_in): X^T X / n over the module's inputs"}
+_INPUTS = {
+    "gram.<task>": "(d_in, d_in): X^T X / n over the module's inputs, or its upper triangle",
+    "gram_root.<task>": "(R, d_in): U of U^T U + diag(v) in place of it",
+    "gram_diagonal.<task>": "(d_in,): v of the same",
+}
 _LEARNED: dict[str, Any] = {
     "cost": "steps x tasks forward and backward passes of the base in jobs.learn, then a stack",
     "needs": "learned_merge",

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from icm_ray.linalg import lowrank
+from icm_ray.linalg.gram import Gram
 from icm_ray.linalg.orthogonal import polar
 from icm_ray.methods.shared.grams import grams_of
 from icm_ray.methods.shared.parameters import Scale
@@ -51,8 +52,8 @@ def esm(
     `d_out / K` directions in the codes, which is arbitrary ones beyond its rank; here the
     directions it has. With fewer inputs than d_out the codes count a part of a norm twice.
 
-    Evidence: `gram.<task>`, `(d_in, d_in)`; a module without any is seen as with inputs alike in
-    all directions.
+    Evidence: `gram.<task>`, or `gram_root.<task>` and `gram_diagonal.<task>`; a module without any
+    is seen as with inputs alike in all directions.
 
     Cost: O(R d_in^2 + R^2 (d_out + d_in)), twice; the result has rank R, the sum of ranks.
     """
@@ -120,11 +121,11 @@ def _joined(
 
 
 def _directions(
-    factors: LoRAFactors, gram: Tensor | None, most: int
+    factors: LoRAFactors, gram: Gram | None, most: int
 ) -> tuple[Float[Tensor, "d_out q"], Float[Tensor, "d_in q"], float]:
     """Return a task's weighed directions of outputs, what of its delta goes into each, its norm."""
     a, b = factors.a.double(), factors.b.double()
-    squares, vectors = torch.linalg.eigh(a @ a.T if gram is None else a @ gram.double() @ a.T)
+    squares, vectors = torch.linalg.eigh((a if gram is None else gram.left(a)) @ a.T)
     # Grams are float32: what is smaller is rounding, and would be a whole direction of U.
     squares = squares.where(squares > lowrank.NUMERICAL_RANK * squares[-1:], 0)
     spectrum = lowrank.svd(b, vectors * squares.sqrt())

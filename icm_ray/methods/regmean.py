@@ -7,7 +7,6 @@ import torch
 from pydantic import Field
 
 from icm_ray.errors import InputError
-from icm_ray.linalg.gram import damped
 from icm_ray.methods.shared.grams import grams_of
 from icm_ray.methods.shared.parameters import Scale
 from icm_ray.methods.shared.weighted_sum import weighted_sum
@@ -40,31 +39,30 @@ def regmean(
     added to each G_k and so to both sides of the equation. Directions no input has, where the
     equation says nothing, get the average of the tasks, and one adapter alone is given back.
 
-    Evidence: `gram.<task>`, `(d_in, d_in)`. A task without this module counts as a zero delta if
-    its Gram is given, and is left out if not. A module without any Gram (an embedding has no input
-    features) is averaged.
+    Evidence: `gram.<task>`, or `gram_root.<task>` and `gram_diagonal.<task>`. A task without this
+    module counts as a zero delta if its Gram is given, and is left out if not. A module without any
+    Gram (an embedding has no input features) is averaged.
 
     Raises:
         InputError: Grams for some tasks of the module only, of another size, or singular.
 
-    Cost: O(d_in^3 + R d_in^2); three `(d_in, d_in)` float64 matrices besides the Grams.
+    Cost: O(d_in^3 + R d_in^2); three `(d_in, d_in)` float64 matrices besides the Grams. Of Grams in
+    D directions in all, O((D^2 + R D) d_in).
     """
     factors = list(factors)
-    grams = grams_of(factors[0].shape[1], context, evidence or {})
-    if not any(gram.any() for gram in grams.values()):
-        return weighted_sum(factors, [scale / len(context.all_tasks)] * len(factors))
-    total = torch.zeros_like(next(iter(grams.values())), dtype=torch.float64)
-    by_task, right = dict(zip(context.tasks, factors, strict=True)), []
-    for task, gram in grams.items():
-        gram = damped(gram, rho, ridge)
-        total += gram
+    total, right = None, []
+    by_task = dict(zip(context.tasks, factors, strict=True))
+    for task, gram in grams_of(factors[0].shape[1], context, evidence or {}).items():
+        gram = gram.damped(rho, ridge)
+        total = gram if total is None else total + gram
         if task in by_task:
-            right.append(by_task[task].a.double() @ gram)
-    lower, failed = torch.linalg.cholesky_ex(total)
-    if failed:
+            right.append(gram.left(by_task[task].a))
+    if total is None or not total.energies().any():
+        return weighted_sum(factors, [scale / len(context.all_tasks)] * len(factors))
+    a = total.solved(torch.cat(right))
+    if a is None:
         raise InputError(
             f"{context.module}: the Gram matrices of all tasks add up to a singular matrix. "
             "Set params.ridge above 0, or gather more inputs."
         )
-    a = torch.cholesky_solve(torch.cat(right).T, lower).T
     return LoRAFactors(a.float().contiguous(), torch.cat([f.b for f in factors], 1) * scale)

@@ -24,6 +24,7 @@ from icm_ray.evaluation.scoring import (
     standing,
     values,
 )
+from icm_ray.evidence.tensors import Evidence
 from icm_ray.files import sha256_of
 from icm_ray.fusion.serial import Checkpoints, fusion_spec_of, objectives_of, train_fusion
 from icm_ray.fusion.store import save_fusion
@@ -32,7 +33,7 @@ from icm_ray.learning.fixed import FixedLosses
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.learner import Run, learn
 from icm_ray.learning.objectives import objective_of
-from icm_ray.learning.recipes import needs_grams, plan_of, spec_of
+from icm_ray.learning.recipes import grams_in, needs_grams, plan_of, spec_of
 from icm_ray.learning.tasks import LearnerData
 from icm_ray.merging.merge import merge
 from icm_ray.methods import find_method
@@ -50,7 +51,7 @@ class Material:
     Attributes:
         adapters: What is merged.
         data: Unlabelled inputs, and the heads and labels that some trial's objective reads.
-        grams: Gram statistics, `<module>.gram.<task>`, if a method or a start needs them.
+        grams: Gram statistics, read a module at a time, if a method or a start needs them.
         scored: Validation examples by task.
         references: Predictions on them of "base" and "expert", by task.
         seed: Seed of merges and learners.
@@ -61,7 +62,7 @@ class Material:
 
     adapters: Sequence[Adapter]
     data: LearnerData = field(default_factory=lambda: LearnerData({}))
-    grams: Mapping[str, Tensor] = field(default_factory=dict)
+    grams: Evidence | None = None
     scored: Mapping[str, TaskData] = field(default_factory=dict)
     references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
@@ -150,7 +151,7 @@ class Measurer:
         elif setting.fuses:
             evidence = self._fusion(setting)
         elif find_method(setting.method).needs == "gram_statistics":
-            evidence = dict(material.grams)
+            evidence = material.grams
         result = merge(
             material.adapters,
             setting.method,
@@ -165,9 +166,10 @@ class Measurer:
         """Learn as jobs.learn does, or as far as `steps`; a paused run goes on where it was."""
         spec = spec_of(setting.method, setting.learn)
         how = spec.optimisation
-        grams = self._grams_by_task() if needs_grams(spec) else None
+        adapters, known = self.material.adapters, self.material.grams
+        grams = grams_in(known, [a.name for a in adapters]) if known and needs_grams(spec) else None
         tasks = self._tasks(spec.objective, how.batch)
-        learning = plan_of(spec, self.material.adapters, grams).learning(self.base)
+        learning = plan_of(spec, adapters, grams).learning(self.base)
         last = min(steps or how.steps, how.steps)
 
         def pause(step: int, _loss: float) -> None:
@@ -205,13 +207,6 @@ class Measurer:
     def scratch(self) -> Path:
         """Folder of the one paused learner, and of the last Fusion-VAE."""
         return Path(tempfile.mkdtemp(prefix="icm_ray-search-"))
-
-    def _grams_by_task(self) -> dict[str, dict[str, Tensor]]:
-        grams: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self.material.grams.items():
-            module, _, task = name.partition(".gram.")
-            grams.setdefault(module, {})[task] = tensor
-        return grams
 
     def _scores(
         self, adapter: Adapter, examples: int | None

@@ -30,7 +30,7 @@ from icm_ray.fusion.in_context import Context, context_specs
 from icm_ray.fusion.latent import check_beneath
 from icm_ray.fusion.store import load_fusion
 from icm_ray.learning.learner import Run
-from icm_ray.learning.recipes import Grams, Plan, needs_grams, plan_of, spec_of
+from icm_ray.learning.recipes import Plan, grams_in, needs_grams, plan_of, spec_of
 from icm_ray.learning.shares import shares_of
 from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.merging.estimate import warn, warnings_of
@@ -149,7 +149,9 @@ def learn_to_folder(session: Session, request: LearnRequest, folder: Path, label
     adapters = [file.load() for file in request.files]
     batch = request.spec.optimisation.batch
     tasks = request.data.batched(adapters, load_reader(session.base), batch)
-    plan = plan_of(request.spec, adapters, _read_grams(request))
+    known = read_evidence(request.grams) if request.grams else None
+    grams = grams_in(known, [file.name for file in request.files]) if known else None
+    plan = plan_of(request.spec, adapters, grams)
     scratch = scratch_folder(folder, "learning", key)
     run = Run(session.seed, session.resources.threads, scratch, key)
     seconds = [cost_of(context.fusion)] if context else []
@@ -167,20 +169,6 @@ def learn_to_folder(session: Session, request: LearnRequest, folder: Path, label
     write_json(folder / RUN_FILE, {"cpu_seconds": sum(seconds)})
     shutil.rmtree(scratch)
     return folder
-
-
-def _read_grams(request: LearnRequest) -> Grams | None:
-    """Return what Gram statistics say of the adapters, by module and task."""
-    if request.grams is None:
-        return None
-    evidence, tasks = read_evidence(request.grams), [file.name for file in request.files]
-    modules = sorted({module for file in request.files for module in file.shapes})
-    tensors = {m: evidence.of(m, ["gram.<task>"], tasks) for m in modules}
-    return {
-        module: {name.removeprefix("gram."): tensor for name, tensor in of_module.items()}
-        for module, of_module in tensors.items()
-        if of_module
-    }
 
 
 def _summary(report: Any) -> dict[str, dict[str, float]]:

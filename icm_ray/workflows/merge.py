@@ -13,10 +13,10 @@ from icm_ray.distributed.evidence import grams_on_ray
 from icm_ray.distributed.merge import merge_on_ray
 from icm_ray.distributed.session import Session, opened
 from icm_ray.errors import RecipeError
-from icm_ray.evidence.tensors import base_of, join_grams, read_evidence
+from icm_ray.evidence.gram_files import join_grams
+from icm_ray.evidence.tensors import GRAMS, base_of, read_evidence
 from icm_ray.learning.recipes import spec_of
 from icm_ray.learning.tasks import experts_for, learner_data
-from icm_ray.merging.factors import GRAMS
 from icm_ray.merging.order import MergeRequest
 from icm_ray.merging.recipe import merge_recipe
 from icm_ray.merging.requirements import check_sources

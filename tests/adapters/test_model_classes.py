@@ -152,7 +152,7 @@ def test_evidence_reaches_every_module_and_regmean_takes_it(trained, model, tmp_
         assert found.task_vector.norm() > 1e-3
         seen = gather_grams(model, adapter, trained.modules, [batch])
         assert set(seen.shared) == set(trained.modules)
-        grams |= {f"{m}.gram.{file.name}": seen.grams[own] for m, own in seen.shared.items()}
+        grams |= {f"{m}.gram.{file.name}": seen.grams[own].whole for m, own in seen.shared.items()}
     result = icm_ray.merge(trained.files, "regmean", evidence=grams)
     written(result, trained, tmp_path / "merged")
     soup = icm_ray.merge(trained.files, "soup").adapter

@@ -68,7 +68,7 @@ def test_actors_gather_what_one_process_does(grams, adapters, tiny_bert, one_thr
         assert dict(told.shared[name]) == dict(expected.shared)
         for module in modules:
             found = told.of(module, ["gram.<task>"], (name,))[f"gram.{name}"]
-            assert torch.equal(found, expected.grams[expected.shared[module]])
+            assert torch.equal(found, expected.grams[expected.shared[module]].whole)
 
 
 def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, grams, tmp_path):

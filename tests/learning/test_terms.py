@@ -42,9 +42,8 @@ def test_regmean_terms_add_up_to_regmean_and_lack_of_grams_to_the_mean(terms) ->
     draw = torch.Generator().manual_seed(0)
     with_grams, without = sorted(terms.modules)[:2]
     inputs = {task: torch.randn(40, 16, generator=draw) for task in terms.tasks}
-    grams = {task: x.T @ x / 40 for task, x in inputs.items()}
-    made = regmean_terms(terms, {with_grams: grams}, rho=0.9)
-    evidence = {f"gram.{task}": gram for task, gram in grams.items()}
+    evidence = {f"gram.{task}": x.T @ x / 40 for task, x in inputs.items()}
+    made = regmean_terms(terms, lambda m: evidence if m == with_grams else {}, rho=0.9)
     factors = list(terms.modules[with_grams].values())
     about = context(terms, with_grams)
     expected = regmean(factors, context=about, evidence=evidence, rho=0.9, ridge=1e-4)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from icm_ray.adapters import open_all
 from icm_ray.errors import InputError
-from icm_ray.evidence.tensors import join_grams, read_evidence, write_evidence
+from icm_ray.evidence.gram_files import join_grams
+from icm_ray.evidence.tensors import read_evidence, write_evidence
 from icm_ray.files import read_json, sha256_of_file
 from icm_ray.merging.proof import reproduce, verify_folder
 

@@ -2,7 +2,7 @@
 
 import torch
 from factor_samples import assert_close, check, draw_factors, for_any_stack
-from test_regmean import grams_of
+from test_regmean import forms, grams_of
 
 import icm_ray
 from icm_ray.methods.esm import esm, passes
@@ -53,3 +53,9 @@ def test_modules_that_differ_in_numbers_only_share_a_mean(adapter_around) -> Non
     # Norms 1 and 3 have a mean of 2: factors of 1/4 and 9/4, where a module alone has 1.
     assert_close(found["l.1.q"], 27 * found["l.0.q"])
     assert_close(found["l.1.v"], 4 / 9 * found["l.1.q"])
+
+
+def test_directions_and_a_diagonal_are_the_gram_they_stand_for(make_adapter) -> None:
+    adapters = [make_adapter(name, shapes={"m": (6, 8)}) for name in "ab"]
+    less, whole = ({f"m.{n}": x for n, x in told.items()} for told in forms("ab", 8))
+    assert_close(merged(adapters, **less)["m"], merged(adapters, **whole)["m"])

@@ -103,6 +103,36 @@ def test_a_module_without_grams_is_averaged(evidence) -> None:
     assert_close(found, (factors[0].delta() + factors[1].delta()) / 6)
 
 
+def forms(tasks: str, d_in: int) -> tuple[dict, dict]:
+    """Grams by two directions and a diagonal, and the same as wholes."""
+    draw = torch.Generator().manual_seed(0)
+    less, whole = {}, {}
+    for task in tasks:
+        root, diagonal = torch.randn(2, d_in, generator=draw), torch.rand(d_in, generator=draw)
+        less |= {f"gram_root.{task}": root, f"gram_diagonal.{task}": diagonal}
+        whole[f"gram.{task}"] = root.T @ root + torch.diag(diagonal)
+    return less, whole
+
+
+@pytest.mark.parametrize("d_in", [4, 24], ids=["more directions than features", "fewer"])
+@pytest.mark.parametrize("rho", [0.9, 1.0])
+def test_directions_and_a_diagonal_are_the_gram_they_stand_for(d_in: int, rho: float) -> None:
+    factors = [draw_factors(6, d_in, 2, seed) for seed in range(3)]
+    less, whole = forms("abcd", d_in)
+    about = context("abc", "abcd")
+    found = dense(regmean(factors, context=about, evidence=less, rho=rho))
+    assert_close(found, dense(regmean(factors, context=about, evidence=whole, rho=rho)))
+
+
+def test_a_diagonal_is_a_diagonal_gram() -> None:
+    factors = [draw_factors(6, 5, 2, seed) for seed in range(2)]
+    rows = torch.tensor([[1.0, 2, 3, 4, 0], [2.0, 1, 0, 1, 0]])
+    less = {f"gram_diagonal.{task}": row for task, row in zip("ab", rows, strict=True)}
+    whole = {f"gram.{task}": torch.diag(row) for task, row in zip("ab", rows, strict=True)}
+    found = dense(regmean(factors, context=context(2), evidence=less))
+    assert_close(found, dense(regmean(factors, context=context(2), evidence=whole)))
+
+
 def test_what_is_wrong_with_grams_is_said() -> None:
     factors = [draw_factors(6, 5, 2, seed) for seed in range(2)]
     told = context(2)
@@ -110,6 +140,8 @@ def test_what_is_wrong_with_grams_is_said() -> None:
         regmean(factors, context=told, evidence=grams_of("a", 5))
     with pytest.raises(InputError, match=r"m\.gram\.a: \(4, 4\) but \(5, 5\)"):
         regmean(factors, context=told, evidence=grams_of("ab", 4))
+    with pytest.raises(InputError, match=r"m\.gram_root\.a: \(2, 4\) but \(2, 5\)"):
+        regmean(factors, context=told, evidence=forms("ab", 4)[0])
     singular = {f"gram.{task}": torch.ones(5, 5) for task in "ab"}
     with pytest.raises(InputError, match=r"m: the Gram matrices .* Set params\.ridge above 0"):
         regmean(factors, context=told, evidence=singular, rho=1.0, ridge=0.0)

@@ -7,6 +7,7 @@ nothing but a base that was not prepared yet.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile
@@ -18,6 +19,9 @@ from icm_ray.config import (
     Recipe,
     Resources,
 )
+from icm_ray.distributed.evidence import input_widths
+from icm_ray.evidence.gram_files import room_lines, stored_bytes
+from icm_ray.evidence.grams import SUM_ENTRIES
 from icm_ray.learning.recipes import needs_grams
 from icm_ray.learning.tasks import LearnerData, load_inputs
 from icm_ray.merging.estimate import warnings_of
@@ -31,8 +35,6 @@ from icm_ray.workflows.prepared import data_of, heads_in, prepared_base
 
 RAY_SECONDS = 10.0
 """A local Ray's start and end."""
-GRAM_ENTRY = 4
-"""Bytes: Gram statistics are kept in float32."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class JobPlan:
     Attributes:
         seconds: Of one worker, by stage.
         items: How many workers can share the work.
-        gathered: Bytes that workers gather, which the driver holds and writes.
+        gathered: Bytes of Gram statistics, all tasks together, at most.
         left_out: What is not tried, with the reason.
         warnings: What is odd about the adapters.
     """
@@ -63,8 +65,8 @@ def _evidence(recipe: EvidenceRecipe) -> tuple[Bench, JobPlan]:
     is_grams = recipe.kind == "gram_statistics"
     passes = 1 if is_grams else 2  # the base's own states beside the adapter's
     seconds = {recipe.kind.replace("_", " "): passes * one * _count(data)}
-    gathered = _gram_bytes(files) if is_grams else 0
-    return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings_of(files)))
+    gathered, warnings = _grams(recipe, files) if is_grams else (0, warnings_of(files))
+    return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings))
 
 
 def _learn(recipe: LearnRecipe) -> tuple[Bench, JobPlan]:
@@ -75,14 +77,15 @@ def _learn(recipe: LearnRecipe) -> tuple[Bench, JobPlan]:
     spec, data = request.spec, request.data
     how, examples = spec.optimisation, _count(data)
     one = bench.forward(data, how.batch)
-    seconds, gathered = {}, 0
+    seconds, gathered, warnings = {}, 0, warnings_of(files)
     if needs_grams(spec):
-        seconds["gram statistics"], gathered = one * examples, _gram_bytes(files)
+        seconds["gram statistics"] = one * examples
+        gathered, warnings = _grams(recipe, files)
     # Base and expert once, and the merge at its start and at its end.
     seconds["losses before and after"] = 4 * one * examples
     step = bench.step(spec, [file.load() for file in files], data)
     seconds[f"{how.steps} steps"] = how.steps * how.batch * len(files) * step
-    return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings_of(files)))
+    return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings))
 
 
 def _evaluate(recipe: EvaluateRecipe) -> tuple[Bench, JobPlan]:
@@ -126,7 +129,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     bench, plan = _PLANS[type(recipe)](recipe)
     workers = workers_here(recipe.resources, plan.items)
     whole = sum(plan.seconds.values())
-    base, own = bench.session.shared, peak_bytes() - bench.mapped
+    base = bench.session.shared
+    sums = min(2 * plan.gathered // plan.items, 8 * SUM_ENTRIES)  # float64, of one task at a time
+    own = peak_bytes() - bench.mapped + sums
     time = bench.start_seconds + whole / workers + RAY_SECONDS
     summary = {
         "base": f"{base.path.name}, {base.bytes / 1e6:.0f} MB in {base.dtype}, "
@@ -136,12 +141,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "time": f"about {time:.0f} s with these workers, starting them and Ray included",
         "memory a worker": f"{own / 1e6:.0f} MB, and {bench.mapped / 1e6:.0f} MB of base and "
         "libraries that the workers of a node share",
-        "memory of the driver": f"{(bench.bare + plan.gathered) / 1e6:.0f} MB",
+        "memory of the driver": f"{bench.bare / 1e6:.0f} MB",
     }
     if bench.device_bytes:
         summary["memory a device"] = f"{bench.device_bytes / 1e6:.0f} MB"
     if plan.gathered:
-        summary["disk"] = f"{plan.gathered / 1e6:.0f} MB"
+        summary["disk"] = f"{plan.gathered / 1e6:.0f} MB, twice that while it is put together"
     return {
         "summary": summary,
         "warnings": [
@@ -153,7 +158,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "total_seconds": time,
         "worker_bytes": own,
         "shared_bytes": bench.mapped,
-        "driver_bytes": bench.bare + plan.gathered,
+        "driver_bytes": bench.bare,
         "device_bytes": bench.device_bytes,
     }
 
@@ -170,7 +175,11 @@ def _count(data: LearnerData) -> int:
     return sum(len(inputs) for inputs, _ in data.inputs.values())
 
 
-def _gram_bytes(files: Sequence[AdapterFile]) -> int:
-    """Return what Gram statistics take at most; modules that read one tensor share theirs."""
-    modules = {module: shape[1] for file in files for module, shape in file.shapes.items()}
-    return GRAM_ENTRY * len(files) * sum(d_in**2 for d_in in modules.values())
+def _grams(
+    recipe: EvidenceRecipe | LearnRecipe, files: Sequence[AdapterFile]
+) -> tuple[int, list[str]]:
+    """Return the bytes of all tasks' Gram statistics, and the job's warnings."""
+    widths = list(input_widths(files).values())
+    directions = recipe.resources.gram_directions
+    room = room_lines(Path(recipe.output), widths, len(files), directions)
+    return len(files) * stored_bytes(widths, directions), [*warnings_of(files), *room]

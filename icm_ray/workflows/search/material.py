@@ -4,15 +4,13 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from icm_ray.distributed.evidence import checkpoints_on_ray, grams_on_ray
 from icm_ray.distributed.scores import Standings, references, score_on_ray
 from icm_ray.distributed.session import Pool
 from icm_ray.errors import InputError
 from icm_ray.evaluation.metrics import share
 from icm_ray.evaluation.scoring import TaskScore, task_data
-from icm_ray.evidence.tensors import TENSORS
+from icm_ray.evidence.tensors import read_evidence
 from icm_ray.learning.tasks import LearnerData, learner_data
 from icm_ray.search.measuring import Material
 from icm_ray.search.plan import Plan
@@ -39,10 +37,10 @@ def gather_material(plan: Plan, pool: Pool, target: Path) -> Material:
         assert recipe.data is not None, "checked with the plan"
         tasks = [file.name for file in files]
         data = learner_data(recipe.data, tasks, plan.objectives, plan.experts)
-    grams, scored, predictions, checkpoints = {}, {}, {}, None
+    grams, scored, predictions, checkpoints = None, {}, {}, None
     if plan.needs_grams:
         folder = target.with_name(f"{target.name}.grams")
-        grams = load_file(grams_on_ray(pool, files, data.inputs, folder) / TENSORS)
+        grams = read_evidence(grams_on_ray(pool, files, data.inputs, folder))
     if plan.needs_scores:
         limit = plan.suite.limit(recipe.validation, recipe.most)
         scored = task_data(plan.suite, plan.experts, "validation", limit)
