@@ -38,8 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": BASICS,
     "merging": BASICS | {"adapters", "config", "evidence", "linalg", "methods", "report", "suites"},
     "learning": BASICS
-    | {"adapters", "base_model", "config", "evaluation", "evidence", "linalg", "methods"}
-    | {"suites"},
+    | {"adapters", "base_model", "config", "evaluation", "evidence", "linalg", "merging"}
+    | {"methods", "suites"},
     "fusion": BASICS
     | {"adapters", "base_model", "config", "evidence", "finetuning", "fusion_vae", "learning"}
     | {"linalg"},

@@ -59,6 +59,9 @@ class ObjectiveSpec(Part):
     heads: bool = Field(
         default=False, description="task_vector_match: look through the experts' heads too."
     )
+    temperature: float = Field(
+        default=1.0, gt=0, description="distillation: of class probabilities, both sides'."
+    )
     max_new_tokens: Positive = Field(default=1, description="token_entropy: longest answer.")
     reduction: Literal["mean", "sum"] = Field(
         default="mean", description="token_entropy: over an answer's positions."
@@ -75,7 +78,9 @@ class StartSpec(Part):
         default="own", description="Terms: the deltas, TSV's orthogonalised, RegMean's shares."
     )
     residual: str | None = Field(
-        default=None, description="Fixed merge beneath: 'regmean', or a merged adapter's folder."
+        default=None,
+        description="Fixed merge beneath: a method that learns nothing, or a merged adapter's "
+        "folder.",
     )
     residual_scale: float = 1.0
     rho: float = Field(

@@ -34,6 +34,8 @@ from icm_ray.learning.terms import (
     tsv_terms,
 )
 from icm_ray.linalg.gram import GRAM_KINDS
+from icm_ray.merging.merge import merge
+from icm_ray.methods import METHODS
 from icm_ray.types import Adapter, LoRAFactors
 
 LEARNERS: Mapping[str, LearnSpec] = {
@@ -174,9 +176,20 @@ def _residual(
         if share is None:
             raise RecipeError("start.residual: regmean but no Gram statistics were gathered.")
         return summed(share, start.residual_scale)
-    saved = load_adapter(Path(start.residual))
+    saved = _merged(start.residual, adapters)
     theirs = {f.shape for a in adapters for f in a.modules.values()}
     if not {f.shape for f in saved.modules.values()} <= theirs:
         raise InputError(f"{start.residual}: shapes differ from the adapters'. Choose their merge.")
     scale = start.residual_scale
     return {m: LoRAFactors(f.a, f.b * scale) for m, f in saved.modules.items()}
+
+
+def _merged(name: str, adapters: Sequence[Adapter]) -> Adapter:
+    """Return the merge that a start names: of a method at its defaults, or out of a folder."""
+    if name not in METHODS:
+        return load_adapter(Path(name))
+    if needs := METHODS[name].needs:
+        raise RecipeError(
+            f"start.residual: {name!r} needs {needs}. Merge with it first, and name the folder."
+        )
+    return merge(adapters, name).adapter

@@ -98,6 +98,10 @@ def test_a_merged_adapter_lies_beneath_at_its_scale(adapters, make_adapter, tmp_
     start = StartSpec(value=0.0, residual=str(tmp_path / "soup"), residual_scale=3.0)
     found = merged_factors(plan(adapters, start=start).parameters())
     assert_equal(found, icm_ray.merge(adapters, "task_arithmetic").adapter.modules)
+    named = StartSpec(value=0.0, residual="soup", residual_scale=3.0)
+    assert_equal(merged_factors(plan(adapters, start=named).parameters()), found)
+    with pytest.raises(RecipeError, match="'esm' needs gram_statistics"):
+        plan(adapters, start=StartSpec(residual="esm"))
     icm_ray.save_adapter(make_adapter("other"), tmp_path / "other")
     with pytest.raises(InputError, match="shapes differ from the adapters'"):
         plan(adapters, start=StartSpec(residual=str(tmp_path / "other")))
@@ -128,6 +132,7 @@ TARGETS, TOKENS = Targets(("value",), (1,), 0.5), Tokens(padding=True, skip_firs
         ({"kind": "task_vector_match", "heads": True}, TaskVectorMatch(heads=True)),
         ({"kind": "entropy"}, HeadEntropy()),
         ({"kind": "distillation"}, Distillation()),
+        ({"kind": "distillation", "temperature": 2.0}, Distillation(temperature=2.0)),
         ({"kind": "supervised"}, Supervised()),
     ],
 )

@@ -106,7 +106,7 @@ OBJECTIVES: Mapping[str, ObjectiveRow] = {
         meaning="entropy of a language model's next tokens",
     ),
     "distillation": ObjectiveRow(
-        lambda _spec, base: Distillation(_readout(base), _end(base)),
+        lambda spec, base: Distillation(_readout(base), _end(base), spec.temperature),
         meaning="distance of the answers from the expert's",
         reads_heads=True,
         moves_latents=True,

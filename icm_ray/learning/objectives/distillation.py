@@ -1,11 +1,12 @@
 """A merge's answers beside those of each task's expert."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from icm_ray.base_model.decoding import Readout
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives.choices import CHOICES, ChoiceLoss
-from icm_ray.learning.objectives.logits import HeadLoss, asked, divergence, squared_error
+from icm_ray.learning.objectives.logits import HeadLoss, Loss, asked, divergence, squared_error
 from icm_ray.learning.objectives.protocol import Scaling, TaskObjective
 from icm_ray.learning.objectives.tokens import ExpertsTokens
 
@@ -22,10 +23,12 @@ class Distillation:
     Attributes:
         readout: A language model's head.
         end: Token that ends an answer, or None.
+        temperature: Of class probabilities (arXiv 1503.02531, section 2); tokens keep theirs.
     """
 
     readout: Readout | None = None
     end: int | None = None
+    temperature: float = 1.0
     scaling: Scaling = "energy"
 
     def of(self, inputs: TaskInputs) -> TaskObjective | None:
@@ -33,8 +36,9 @@ class Distillation:
         if inputs.kind in ("language_modelling", "generation"):
             end = self.end if inputs.end is None else inputs.end
             return ExpertsTokens(self.readout, inputs.max_new_tokens, end)
+        soft = partial(divergence, temperature=self.temperature)
         if inputs.kind == CHOICES:
-            return ChoiceLoss(self.readout, divergence)
-        known = {"classification": divergence, "regression": squared_error}
+            return ChoiceLoss(self.readout, soft)
+        known: dict[str | None, Loss] = {"classification": soft, "regression": squared_error}
         asks = asked(inputs)
         return HeadLoss(inputs, known[asks]) if asks in known else None

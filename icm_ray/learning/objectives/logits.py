@@ -67,9 +67,12 @@ def entropy(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows"]:
     return -(log.exp() * log).sum(-1)
 
 
-def divergence(logits: Tensor, expected: Tensor) -> Tensor:
-    """Return each row's Kullback-Leibler divergence from the expected distribution, float32."""
-    own, theirs = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
+def divergence(logits: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return each row's Kullback-Leibler divergence from the expected distribution, float32.
+
+    Both sides' logits are divided by `temperature`: above 1, what is unlikely counts for more.
+    """
+    own, theirs = ((side.float() / temperature).log_softmax(-1) for side in (logits, expected))
     return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1)
 
 
