@@ -136,9 +136,9 @@ def _join(shares: Sequence[tuple[Evidence, str]], folder: Path, origin: Mapping[
         if task in one.described.get("rows", {}):
             about["rows"].setdefault(task, {}).update(one.described["rows"][task])
             about["inputs"][task] = one.described["inputs"][task]
-    about["format"] = GRAM_FORMAT
+    described = {"format": GRAM_FORMAT, **about}
     with new_evidence(
-        folder, GRAMS, adapters=adapters, shared=shared, described=about, origin=origin
+        folder, GRAMS, adapters=adapters, shared=shared, described=described, origin=origin
     ) as place:
         _save_in_turn(place, files)
 

@@ -28,6 +28,11 @@ def inner_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "tas
     return gram
 
 
+DIAGONAL_FLOOR = 1e-10
+"""Smallest entry of a diagonal, over the largest of the whole, that Woodbury's identity divides by;
+below it Cholesky's factor says whether a solution is there."""
+
+
 @dataclass(frozen=True)
 class Gram:
     """A module's mean `x x^T` over its inputs: `whole + root^T root + diag(diagonal)`.
@@ -123,9 +128,10 @@ class Gram:
 
         Cost: O(d_in^3) for a whole; O(directions^2 d_in) otherwise, by Woodbury's identity.
         """
-        is_small = self.whole is None and len(self.root) < len(self.diagonal)
-        if is_small and bool((self.diagonal > 0).all()):
-            return self._by_directions(x.double())
+        if self.whole is None and len(self.root) < len(self.diagonal):
+            least = DIAGONAL_FLOOR * self.energies().max()
+            if bool((self.diagonal > least).all()):
+                return self._by_directions(x.double())
         lower, failed = torch.linalg.cholesky_ex(self.square())
         return None if failed else torch.cholesky_solve(x.double().T, lower).T
 

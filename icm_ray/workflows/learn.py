@@ -10,7 +10,7 @@ from typing import Any
 from icm_ray.adapters import AdapterFile, open_adapter, open_all
 from icm_ray.base_model.loading import load_reader
 from icm_ray.checkpoint import scratch_folder
-from icm_ray.config import LearnRecipe, LearnSpec
+from icm_ray.config import LearnRecipe, LearnSpec, Resources
 from icm_ray.distributed.evidence import grams_on_ray
 from icm_ray.distributed.learning import LearnOrder, learn_on_ray
 from icm_ray.distributed.session import Session, opened
@@ -118,10 +118,20 @@ def request_of(recipe: LearnRecipe) -> LearnRequest:
             check_beneath(model.layout.gauge)
     else:
         spec = spec_of(recipe.method, recipe.learn)
+    refuse_form(spec, recipe.resources)
     tasks = [file.name for file in files]
     experts = experts_for(spec.objective, recipe.heads, recipe.data, refs)
     data = learner_data(recipe.data, tasks, [spec.objective], experts)
     return LearnRequest(recipe.method, spec, files, data, context)
+
+
+def refuse_form(spec: LearnSpec, resources: Resources) -> None:
+    """Raise RecipeError if Gram statistics are to have a form, but learning reads none."""
+    if resources.grams != "full" and not needs_grams(spec):
+        raise RecipeError(
+            f"resources.grams: {resources.grams} but learning starts from none. Leave it out, or "
+            "set learn.start.residual: regmean."
+        )
 
 
 def learn_with_grams(session: Session, request: LearnRequest, folder: Path, label: str) -> Path:

@@ -22,7 +22,7 @@ from icm_ray.merging.recipe import merge_recipe
 from icm_ray.merging.requirements import check_sources
 from icm_ray.methods import find_method
 from icm_ray.types import MergeResult
-from icm_ray.workflows.learn import LearnRequest, learn_with_grams
+from icm_ray.workflows.learn import LearnRequest, learn_with_grams, refuse_form
 from icm_ray.workflows.prepared import preparing
 
 
@@ -53,6 +53,7 @@ def _learned(
     assert recipe.data is not None, "asked for by recipes with data alone"
     tasks = [file.name for file in files]
     spec = spec_of(recipe.method, recipe.learn)
+    refuse_form(spec, recipe.resources)
     refs = [ref.pair for ref in recipe.adapters]
     experts = experts_for(spec.objective, None, recipe.data, refs)
     data = learner_data(recipe.data, tasks, [spec.objective], experts)

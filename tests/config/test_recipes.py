@@ -167,6 +167,7 @@ def test_all_problems_are_told_at_once(refused) -> None:
         ("method: soup", "method: soup\nresources: {gpus_per_worker: 1.5, device: cuda}"),
         ("method: soup", "method: soup\nresources: {gpus_per_worker: 2, device: 'cuda:1'}"),
         ("method: soup", "method: soup\nresources: {gpus_per_worker: 2}"),
+        ("method: soup", "method: soup\nresources: {grams: low_rank:0}"),
         ("method: soup", "method: soup\nmodules_to_save: maybe"),
         ("path: out", "path: out, rank: [8]"),
         ("[{name: a, path: here}, {name: b, path: there}]", "[]"),

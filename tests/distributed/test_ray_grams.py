@@ -8,6 +8,7 @@ from ray_samples import hashes, write_yaml
 from typer.testing import CliRunner
 
 from icm_ray.adapters import load_adapter
+from icm_ray.adapters.saving import as_stored
 from icm_ray.base_model.loading import load_base
 from icm_ray.base_model.states import make_batches, tokenize
 from icm_ray.cli import app
@@ -93,6 +94,19 @@ def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, gram
 
 
 @pytest.mark.slow
+def test_a_merge_gathers_less_than_the_whole(recipe, adapters, tmp_path):
+    args = ["-c", str(recipe), "resources.grams=low_rank:2"]
+    assert run_job(MergeRecipe, merge_work, "", args) == 0
+    evidence = tmp_path / "merged.evidence"
+    kinds = {name.split(".")[-2] for name in read_evidence(evidence).names}
+    assert kinds == {"gram_root", "gram_diagonal"}
+    files = [load_adapter(path, name) for name, path in adapters[:3]]
+    expected = merge(files, "regmean", evidence=evidence).adapter
+    assert load_adapter(tmp_path / "merged").fingerprint == as_stored(expected).fingerprint
+    assert not list(tmp_path.glob(".*gathering*"))
+
+
+@pytest.mark.slow
 def test_an_adapter_that_comes_later_brings_its_own_and_finds_the_others(
     ray_session, content, grams, tmp_path
 ):
@@ -136,6 +150,11 @@ def test_grams_of_many_serve_any_of_them(grams, adapters):
         (["base=null"], "base: missing but data are run through it"),
         (["method=nsc", "evidence=somewhere"], "data, evidence: both named"),
         (["method=soup"], "data: method 'soup' gathers none"),
+        (
+            ["method=soup", "data=null", "resources.grams=diagonal"],
+            "resources.grams: diagonal but none are gathered without data",
+        ),
+        (["method=nsc", "resources.grams=diagonal"], "diagonal but learning starts from none"),
     ],
 )
 def test_wrong_sources_are_named_before_any_work(recipe, tmp_path, capsys, changes, words):

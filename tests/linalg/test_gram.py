@@ -66,6 +66,8 @@ def test_any_form_acts_as_its_square(gram: Gram) -> None:
 def test_a_singular_one_has_no_solution() -> None:
     root, x = matrix(3, 9), matrix(1, 9)
     assert Gram.of(9, gram_root=root).solved(x) is None
+    rounding = torch.full((9,), 1e-18, dtype=torch.float64)
+    assert Gram.of(9, gram_root=root, gram_diagonal=rounding).solved(x) is None
     assert Gram.of(9, gram=root.T @ root * 0).solved(x) is None
 
 
