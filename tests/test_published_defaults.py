@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, astuple
 from functools import partial, reduce
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from icm_ray.learning.objectives.token_entropy import TokenEntropy
 from icm_ray.learning.recipes import LEARNERS
 from icm_ray.learning.targets import Targets
 from icm_ray.learning.tasks import load_inputs
-from icm_ray.learning.terms import regmean_terms
 from icm_ray.linalg.lowrank import NUMERICAL_RANK
 from icm_ray.linalg.subspace import RATIO_FLOOR
 from icm_ray.methods import METHODS
@@ -178,10 +176,6 @@ def split_of_inputs() -> str:
     return next(s for s in splits if SUITES["text"].load(task, s, 8).inputs == inputs)
 
 
-def default_of(function: Callable[..., Any], parameter: str) -> Any:
-    return signature(function).parameters[parameter].default
-
-
 def moments(optimizer: str) -> list[Any]:
     """Return which optimiser moves a learner's parameters, and how it starts."""
     decay = {} if optimizer == "adamw" else {"weight_decay": 0.0}
@@ -209,7 +203,6 @@ CONSTANTS: Mapping[str, Callable[[], Any]] = {
     "what losses are divided by": lambda: {kind.__name__: kind.scaling for kind in OBJECTIVES},
     "floor under the ratio's root": lambda: RATIO_FLOOR,
     "singular values that count": lambda: NUMERICAL_RANK,
-    "RegMean beneath a learner": lambda: [default_of(regmean_terms, n) for n in ("rho", "ridge")],
     "descent": lambda: [getattr(OptimisationSpec(), name) for name in MOVES],
     "moments of AdamW": partial(moments, "adamw"),
     "moments of Adam": partial(moments, "adam"),

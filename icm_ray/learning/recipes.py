@@ -62,7 +62,7 @@ LEARNERS: Mapping[str, LearnSpec] = {
     "distillation": LearnSpec(
         parameters=ParametersSpec(kind="cores"),
         objective=ObjectiveSpec(kind="distillation"),
-        start=StartSpec(value=0.0, residual="regmean", rho=0.9),
+        start=StartSpec(value=0.0, residual="regmean"),
         optimisation=OptimisationSpec(steps=120, lr=0.1, weight_decay=0.0, schedule="cosine"),
     ),
     # Paper: arXiv 2310.02575, layer-wise; coefficients are cut to [0, 1] as in its code.

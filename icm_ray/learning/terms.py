@@ -103,7 +103,6 @@ def regmean_terms(
     grams: ReadGrams,
     *,
     rho: float = 1.0,
-    ridge: float = 1e-4,
 ) -> Terms:
     """Return each task's share of RegMean's closed form; the sum of the terms is its merge.
 
@@ -113,14 +112,11 @@ def regmean_terms(
         terms: The adapters' own.
         grams: Called once a module; modules without any are averaged.
         rho: Factor of the Grams' off-diagonal entries.
-        ridge: Added to Gram diagonals, over their mean entry.
     """
 
     def remake(module: str, own: ModuleTerms) -> dict[str, LoRAFactors]:
         context = ModuleContext(module, tuple(own), terms.tasks)
-        whole = regmean(
-            list(own.values()), context=context, evidence=grams(module), rho=rho, ridge=ridge
-        )
+        whole = regmean(list(own.values()), context=context, evidence=grams(module), rho=rho)
         assert isinstance(whole, LoRAFactors)
         ranks = [term.rank for term in own.values()]
         parts = zip(own, whole.a.split(ranks), whole.b.split(ranks, 1), strict=True)

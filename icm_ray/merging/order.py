@@ -41,7 +41,8 @@ class MergeRequest:
         """Return what identifies the result: the same request of the same adapters."""
         evidence = as_evidence(self.evidence)
         prints = {adapter.name: adapter.fingerprint for adapter in adapters}
-        asked = [self.method, dict(self.params or {}), self.output_rank, self.seed]
+        params = find_method(self.method).bind(self.params, list(prints))  # defaults may move
+        asked = [self.method, params, self.output_rank, self.seed]
         asked += [self.device] if self.device != "cpu" else []  # kinds of devices round differently
         return sha256_of(["merge", asked, evidence.identity if evidence else None, prints])
 

@@ -20,13 +20,13 @@ def regmean(
     evidence: ModuleEvidence | None = None,
     rho: Annotated[
         float, Field(ge=0, le=1, description="Factor of the Grams' off-diagonal entries.")
-    ] = 0.9,
+    ] = 1.0,
     ridge: Annotated[
         float,
         Field(
             ge=0, allow_inf_nan=False, description="Added to Gram diagonals, over their mean entry."
         ),
-    ] = 1e-6,
+    ] = 1e-2,
     scale: Scale = 1.0,
 ) -> LoRAFactors | Delta:
     """Solve the joint regression: `scale * (sum_k B_k A_k G_k)(sum_k G_k)^-1`.
@@ -35,9 +35,11 @@ def regmean(
     times rho. The base cancels, so the regression of the whole weights is that of the deltas, and
     its solution is an exact LoRA: `B = [B_1 .. B_K]`, `A = [A_1 G_1; ..; A_K G_K] G^-1`.
 
-    Paper: arXiv 2212.09849, closed form with reduced off-diagonal entries. Differs: the ridge is
-    added to each G_k and so to both sides of the equation. Directions no input has, where the
-    equation says nothing, get the average of the tasks, and one adapter alone is given back.
+    Paper: arXiv 2212.09849, closed form. Differs: published is rho 0.9, which takes a tenth of the
+    off-diagonal entries, and no ridge; whole Grams with a ridge of a hundredth keep more
+    (docs/experiments.md). The ridge is added to each G_k and so to both sides of the equation.
+    Directions no input has, where the equation says nothing, get the average of the tasks, and one
+    adapter alone is given back.
 
     Evidence: `gram.<task>`, or `gram_root.<task>` and `gram_diagonal.<task>`. A task without this
     module counts as a zero delta if its Gram is given, and is left out if not. A module without any

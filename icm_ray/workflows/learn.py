@@ -38,7 +38,7 @@ from icm_ray.methods import find_method
 from icm_ray.report import LearnedRow, learned_page
 from icm_ray.workflows.prepared import data_of, heads_in, prepared_base, preparing
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -374,9 +374,8 @@ def test_the_job_trains_through_the_base_and_is_found_done(
     assert "<svg" in (tmp_path / "adapted.report" / "index.html").read_text()
     files = [(one["name"], one["path"]) for one in recipe["adapters"]]
     adapters = [load_adapter(path, name) for name, path in files]
-    how = {"rho": 0.8, "ridge": 1e-4}
     grams = tmp_path / "adapted.grams"
-    beneath = merge(adapters, "regmean", params=how, evidence=grams).adapter.modules
+    beneath = merge(adapters, "regmean", params={"rho": 0.8}, evidence=grams).adapter.modules
     kept = load_learned(tmp_path / "adapted").tensors
     found = merge(adapters, "icm_fusion", evidence=tmp_path / "adapted").adapter.modules
     for module, factors in beneath.items():

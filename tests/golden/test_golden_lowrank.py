@@ -35,8 +35,8 @@ OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "robustmerge_default": (robust_merge, {"preset": "raw"}),
     "fr_r07": (fr_merging, {"preset": "free", "align": False}),
     "fr_r07_align": (fr_merging, {"preset": "free"}),
-    "regmean_r10": (regmean, {"rho": 1.0}),
-    "regmean_r09": (regmean, {}),
+    "regmean_r10": (regmean, {"ridge": 1e-6}),
+    "regmean_r09": (regmean, {"rho": 0.9, "ridge": 1e-6}),
 }
 
 

@@ -46,7 +46,7 @@ def test_regmean_terms_add_up_to_regmean_and_lack_of_grams_to_the_mean(terms) ->
     made = regmean_terms(terms, lambda m: evidence if m == with_grams else {}, rho=0.9)
     factors = list(terms.modules[with_grams].values())
     about = context(terms, with_grams)
-    expected = regmean(factors, context=about, evidence=evidence, rho=0.9, ridge=1e-4)
+    expected = regmean(factors, context=about, evidence=evidence, rho=0.9)
     torch.testing.assert_close(summed(made)[with_grams].delta(), expected.delta())
     torch.testing.assert_close(summed(made)[without].delta(), summed(terms, 1 / 3)[without].delta())
     for task, term in made.modules[with_grams].items():

@@ -41,13 +41,13 @@ def test_one_adapter_comes_back(factors: list[LoRAFactors]) -> None:
 def test_one_adapter_comes_back_where_inputs_leave_directions_empty() -> None:
     one = draw_factors(6, 12, 3)
     few = grams_of("a", 12, rows=4)
-    found = regmean([one], context=context(1), evidence=few, rho=1.0)
+    found = regmean([one], context=context(1), evidence=few)
     assert_close(dense(found), one.delta())
 
 
 def test_toy_value() -> None:
     grams = {"gram.a": torch.diag(torch.tensor([2.0, 1.0])), "gram.b": torch.eye(2)}
-    found = regmean(TOY, context=context(2), evidence=grams)
+    found = regmean(TOY, context=context(2), evidence=grams, ridge=0.0)
     expected = torch.tensor([[1, 1.5], [-1 / 3, 1]])
     torch.testing.assert_close(dense(found), expected, atol=1e-5, rtol=0)
 
@@ -144,4 +144,4 @@ def test_what_is_wrong_with_grams_is_said() -> None:
         regmean(factors, context=told, evidence=forms("ab", 4)[0])
     singular = {f"gram.{task}": torch.ones(5, 5) for task in "ab"}
     with pytest.raises(InputError, match=r"m: the Gram matrices .* Set params\.ridge above 0"):
-        regmean(factors, context=told, evidence=singular, rho=1.0, ridge=0.0)
+        regmean(factors, context=told, evidence=singular, ridge=0.0)

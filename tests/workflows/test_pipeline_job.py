@@ -316,7 +316,6 @@ def test_fusion_rows_share_what_has_one_recipe(out, plain, recipe):
     beneath = icm_ray.merge(
         [load_adapter(out / "experts" / SET / task / "adapter", task) for task in RECIPE["tasks"]],
         "regmean",
-        params={"rho": 1.0, "ridge": 1e-4},  # as learning starts from it
         evidence=out / "evidence" / f"{SET}-grams",
     ).adapter
     kept_beneath = load_learned(out / "learned" / SET / "above-regmean").tensors
