@@ -199,7 +199,8 @@ def _sizes(
     shapes = {file.name: file.shapes for file in files}
     ranks, stacked, flops, largest = {}, {}, 0.0, 0
     row, counts = find_method(order.method), 0
-    if len(passes_of(order)) > 1:  # of all tasks: a module's, their sum, and the sum's sums
+    looks = len(passes_of(order)) + 1
+    if looks > 2:  # of all tasks: a module's, their sum, and the sum's sums
         bins = max(digit.bins for digit in digits_for(len(order.tasks)))
         counts = 4 * BYTES["float64"] * bins * len(order.tasks)
     for module, tasks in order.present.items():
@@ -210,12 +211,11 @@ def _sizes(
         limit = {"at most": int(order.rule.number), "total": even}.get(order.rule.kind)
         ranks[module] = min(limit or stacked[module], stacked[module])
         if row.is_dense:
-            looks = len(passes_of(order)) + 1
             flops += looks * d_out * d_in * (2.0 * total + VISIT * len(tasks))
             flops += 100.0 * d_out * d_in * ranks[module]  # the randomised cut
             largest = max(largest, 8 * (total * (d_out + d_in) + d_out * d_in) + counts)
         else:
-            flops += 6.0 * total * total * (d_out + d_in) + 20.0 * total**3
+            flops += looks * (6.0 * total * total * (d_out + d_in) + 20.0 * total**3)
             largest = max(largest, 20 * total * (d_out + d_in))
     return ranks, stacked, flops, largest
 

@@ -88,6 +88,14 @@ def test_the_summary_says_what_a_server_and_a_cluster_need(plan, tmp_path):
     assert found["worker_bytes"] > 100_000_000
 
 
+def test_each_pass_over_all_modules_costs_another_look_at_them(plan, tmp_path):
+    folders = {n: save_lora(tmp_path / n, i) for i, n in enumerate("ab")}
+    once = plan(folders, method="svd")["seconds"]
+    assert plan(folders, method="svd_latent")["seconds"] == pytest.approx(2 * once)
+    trimmed = plan(folders, method="knots_ties", params={"density": 0.2})["seconds"]
+    assert trimmed > plan(folders, method="knots_ties", params={"density": 1.0})["seconds"]
+
+
 def test_who_writes_holds_the_result_the_inputs_and_the_base(plan, tmp_path, tiny_bert):
     folders = {n: save_lora(tmp_path / n, i, shapes=LARGE) for i, n in enumerate("ab")}
     found = plan(folders)
