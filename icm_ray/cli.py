@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -98,7 +97,7 @@ def methods(
         console = _console()
         if name:
             row = rows[name]
-            page = method_page(name, row.schema(), row.family, getdoc(row.function) or "")
+            page = method_page(name, row.schema(), row.family, row.doc)
             console.print(page)
         else:
             facts = {key: row.facts() for key, row in rows.items()}

@@ -81,8 +81,8 @@ KEPT_OUT = (
     "accelerate",
     "deepspeed",
 )
-DOOR = ("exec", "icm_ray/suites/own_scorer.py")
-"""A scorer beside a suite, which a recipe allows by name."""
+DOORS = (("exec", "icm_ray/suites/own_scorer.py"), ("exec", "icm_ray/methods/source.py"))
+"""A scorer beside a suite, which a recipe allows by name; what signatures in our own files say."""
 VAGUE = ("utils", "util", "common", "core", "base", "manager", "helpers", "misc", "runs")
 
 FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py")])
@@ -230,7 +230,7 @@ def test_no_code_comes_from_inputs(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if (called, name_of(path)) == DOOR:
+            if (called, name_of(path)) in DOORS:
                 continue
             assert called not in ("eval", "exec", "yaml.load", "pickle.load", "pickle.loads"), (
                 f"{name_of(path)}:{node.lineno}"

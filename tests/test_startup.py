@@ -48,7 +48,8 @@ def recipe(tmp_path: Path) -> str:
 
 
 def test_help_and_the_list_of_methods_need_no_library() -> None:
-    lines = [["icm_ray", "methods"], ["icm_ray", "--help"]]
+    lines = [["icm_ray", "methods", *more] for more in ([], ["ties"], ["--json"])]
+    lines += [["icm_ray", "--help"]]
     lines += [["icm_ray", name, "--help"] for name in COMMANDS]
     lines += [[f"jobs.{name}", "--help"] for name in JOBS]
     assert run(*lines) == [(0, [])] * len(lines)
@@ -65,7 +66,10 @@ def test_what_is_wrong_with_a_line_or_a_recipe_is_told_without_a_library(recipe:
         ["icm_ray", "merge", "-c", recipe, "metod=svd"],
         ["icm_ray", "merge", "-c", recipe, "method=svdd"],
         ["icm_ray", "merge", "-c", recipe, "method=regmean"],
+        ["icm_ray", "merge", "-c", recipe, "params.wieghts=[1, 2]"],
+        ["icm_ray", "merge", "-c", recipe, "method=ties", "params.density=2.0"],
         ["icm_ray", "plan", "-c", recipe, "method=svdd"],
+        ["icm_ray", "plan", "-c", recipe, "params.weights=[1]"],
         ["jobs.merge", "-c", recipe, "metod=svd"],
     ]
     assert run(*lines) == [(2, [])] * len(lines)

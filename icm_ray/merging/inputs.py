@@ -13,6 +13,7 @@ from icm_ray.errors import InputError
 from icm_ray.linalg import lowrank
 from icm_ray.merging.order import MergeOrder
 from icm_ray.methods import METHODS
+from icm_ray.methods.shared.calibration import calibrated
 from icm_ray.types import LoRAFactors, ModuleContext
 
 ReadFactors = Callable[[str, str], LoRAFactors]
@@ -111,11 +112,12 @@ def _before(order: MergeOrder, module: str) -> Before | None:
     """Return what changes a module's factors before the method sees them, if anything does."""
     silent = order.silent_at(module)
     heard = [i for i, task in enumerate(order.present[module]) if task not in silent]
-    if order.steps.calibrate is None or not heard:
+    side = order.steps.calibrate
+    if side is None or not heard:
         return None
 
     def step(factors: Sequence[LoRAFactors]) -> list[LoRAFactors]:
-        changed = order.steps.before([factors[index] for index in heard])
+        changed = calibrated([factors[index] for index in heard], side)
         return list({**dict(enumerate(factors)), **dict(zip(heard, changed, strict=True))}.values())
 
     return step

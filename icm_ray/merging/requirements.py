@@ -6,13 +6,17 @@ from icm_ray.methods import find_method
 
 
 def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
-    """Refuse an unknown method, and evidence that is missing, doubled, useless or out of reach.
+    """Refuse an unknown method, wrong parameters, and evidence that is missing or out of place.
 
     Raises:
         RecipeError: every such problem.
     """
-    needs = find_method(recipe.method).needs
-    problems = []
+    row = find_method(recipe.method)
+    needs, problems = row.needs, []
+    try:
+        row.bind(recipe.params, [ref.name for ref in recipe.adapters])
+    except RecipeError as error:
+        problems += error.problems
     if recipe.learn and needs != "learned_merge":
         problems.append(f"learn: method {recipe.method!r} learns nothing. Leave it out.")
     if recipe.data is not None and needs is None:

@@ -3,7 +3,7 @@
 To add a method: write `methods/<name>.py` with one function of that name whose keyword-only
 parameters are its schema, add a row here and in the README, `configs/merge/<name>.yaml` and a
 golden test. Help, validation, contract tests and the search space read the row. Methods need torch,
-which takes seconds to import: the table imports none, and a row its own when it is first used.
+which takes seconds to import: the table imports none, a row its own when it is first run.
 """
 
 from collections.abc import Mapping

@@ -1,19 +1,19 @@
 """What a merge method is, and how a user's parameters are bound to its signature."""
 
-import ast
 import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from icm_ray.errors import RecipeError, did_you_mean
 from icm_ray.kinds import EvidenceKind
+from icm_ray.methods.source import Source, source_of
+from icm_ray.methods.steps import STEPS
 
 Family = Literal["sums", "signs and sparsity", "subspaces", "factors", "learned"]
 PASSED_IN = ("context", "evidence")
@@ -112,32 +112,28 @@ class Method:
         return self._code("warns", _no_warning)
 
     @property
-    def summary(self) -> str:
-        """First line of the function's docstring, read from its file: a list needs no torch."""
-        file = Path(__file__).with_name(f"{self._module}.py")
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-        return (ast.get_docstring(functions[self._module]) or "").partition("\n")[0]
+    def doc(self) -> str:
+        """The function's docstring."""
+        return self._source.doc(self._module)
 
     @property
     def _module(self) -> str:
         return self.module or self.name
+
+    @property
+    def _source(self) -> Source:
+        return source_of(f"{__package__}.{self._module}")
 
     def _code(self, name: str, *default: Any) -> Any:
         return getattr(import_module(f"{__package__}.{self._module}"), name, *default)
 
     def parameters(self) -> dict[str, inspect.Parameter]:
         """Return the keyword-only parameters users may set, annotations resolved."""
-        signature = inspect.signature(self.function, eval_str=True)
-        return {
-            name: parameter
-            for name, parameter in signature.parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and name not in PASSED_IN
-        }
+        return self._source.keywords(self._module, but=PASSED_IN)
 
     def accepted(self) -> dict[str, inspect.Parameter]:
         """Return the same, and the steps that any method takes."""
-        return {**self.parameters(), **_steps()}
+        return {**self.parameters(), **STEPS}
 
     def bind(self, params: Mapping[str, Any] | None, tasks: Sequence[str]) -> dict[str, Any]:
         """Return every parameter's value, and each step's that is asked for, all checked.
@@ -178,7 +174,7 @@ class Method:
     def facts(self) -> dict[str, Any]:
         """Return the row as JSON, without what only its code knows: the parameters."""
         return {
-            "summary": self.summary,
+            "summary": self.doc.partition("\n")[0],
             "formula": self.formula,
             "use": self.use,
             "paper": self.paper,
@@ -199,15 +195,9 @@ class Method:
         return {
             **self.facts(),
             "parameters": _described(own),
-            "steps": _described(_steps()),
+            "steps": _described(STEPS),
             "presets": {name: {"preset": name} for name in presets},
         }
-
-
-def _steps() -> Mapping[str, inspect.Parameter]:
-    from icm_ray.methods.steps import STEPS  # they compute, so they need torch as methods do
-
-    return STEPS
 
 
 def _described(parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

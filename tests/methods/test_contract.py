@@ -3,6 +3,7 @@
 Properties a row may name in `exempt`: identity, homogeneity, scaling. Everything else holds always.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from icm_ray.merging import merge as merging
 from icm_ray.merging.merge import assemble, merge_as_asked, merge_modules
 from icm_ray.merging.order import MergeRequest, plan_merge
 from icm_ray.merging.passes import concluded, measure_modules, passes_of
+from icm_ray.methods.table import PASSED_IN
 from icm_ray.seeding import generator
 from icm_ray.types import Adapter, LoRAFactors, MergeResult
 
@@ -183,6 +185,15 @@ def abc(make_adapter) -> list[Adapter]:
         make_adapter("b", shapes=shapes, rank={"l.0": 3, "l.1": 1, "l.2": 4}),
         make_adapter("c", shapes={m: shapes[m] for m in ("l.1", "l.2")}, rank=1, scaling=0.5),
     ]
+
+
+def test_what_is_told_of_a_method_is_what_its_code_says() -> None:
+    for name, row in METHODS.items():
+        signature = inspect.signature(row.function, eval_str=True)
+        own = {key: one for key, one in signature.parameters.items() if key not in PASSED_IN}
+        keywords = {key: one for key, one in own.items() if one.kind is one.KEYWORD_ONLY}
+        assert str(keywords) == str(row.parameters()), name
+        assert inspect.getdoc(row.function) == row.doc, name
 
 
 def test_every_method_is_covered_and_every_exemption_is_known() -> None:

@@ -14,7 +14,8 @@ from icm_ray.merging import merge as merging
 from icm_ray.merging.merge import assemble, merge_as_asked, merge_modules
 from icm_ray.merging.order import MergeRequest, plan_merge
 from icm_ray.merging.passes import concluded, measure_modules, passes_of
-from icm_ray.methods.steps import STEPS, calibrated
+from icm_ray.methods.shared.calibration import calibrated
+from icm_ray.methods.steps import STEPS
 from icm_ray.types import LoRAFactors
 
 SHAPES = {"embed": (8, 7), "l.2.q": (6, 7), "l.3.q": (6, 7), "l.6.q": (5, 9)}
