@@ -94,7 +94,8 @@ def described(schema: Schema) -> str:
         values = schema.get("additionalProperties")
         return f"one {described(values)} per task" if isinstance(values, Mapping) else "table"
     if kind == "array":
-        return f"list of {described(schema.get('items', {}))}s"
+        item = described(schema.get("items", {}))
+        return f"list, each {item}" if " " in item else f"list of {item}s"
     words = {"null": "none", "boolean": "true | false", "string": "text", "integer": "whole number"}
     return words.get(kind, kind) + _range(schema)
 

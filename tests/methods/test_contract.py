@@ -465,7 +465,7 @@ def test_rows_describe_themselves(method: str) -> None:
 
     row = METHODS[method]
     schema = json.loads(json.dumps(row.schema(), allow_nan=False))
-    assert row.summary.endswith(".")
+    assert schema["summary"].endswith(".")
     assert set(schema["parameters"]) == set(row.parameters())
     for name, parameter in schema["parameters"].items():
         assert parameter.get("description"), f"{method}.{name} has no description"
