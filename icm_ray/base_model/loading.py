@@ -26,7 +26,7 @@ from icm_ray.adapters.contents import DTYPES
 from icm_ray.base_model.image_text import load_processor
 from icm_ray.base_model.packed import load_packed
 from icm_ray.base_model.pictures import ANY_SIZE, Preprocessing
-from icm_ray.base_model.placing import device_plan, placed
+from icm_ray.base_model.placing import HERE, Place, device_plan, offloaded, placed
 from icm_ray.base_model.prompts import UNBOUNDED
 from icm_ray.base_model.readers import ImageReader, Reader, TextReader
 from icm_ray.errors import InputError
@@ -168,9 +168,7 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name] for name in state if name in set(first.values())}
 
 
-def build_base(
-    path: Path, weights: Weights, *, device: str, dtype: str | None = None, gpus: int = 1
-) -> Base:
+def build_base(path: Path, weights: Weights, place: Place = HERE) -> Base:
     """Return a Base around `weights`, without copying them where device and precision allow.
 
     A quantised base is read from its folder by the library that packed it.
@@ -178,23 +176,27 @@ def build_base(
     Args:
         path: Folder with config and tokenizer.
         weights: As `load_weights` returns them; never written to.
-        device: Where the model goes.
-        dtype: What its floats become; None: as they are stored. What is packed stays packed.
-        gpus: Over how many such devices its blocks are spread.
+        place: Where the model goes.
 
     Raises:
         InputError: the weights are not what the config says, or cannot be unpacked here.
     """
     base = open_base(path)
-    plan = {"": device}
-    if gpus > 1:
-        plan = device_plan(build(base, own_class(base.config)), device, gpus)
-    precision = getattr(torch, dtype) if dtype else None
+    plan = {"": place.device}
+    if place.gpus > 1:
+        plan = device_plan(build(base, own_class(base.config)), place.device, place.gpus)
+    precision = getattr(torch, place.dtype) if place.dtype else None
+    if base.quantised and place.offload:
+        raise InputError(f"resources.offload: true but {path} is quantised. Leave it out.")
     if base.quantised:
         whole = load_packed(base, plan, precision or stored_dtype(base))
     else:
         precision = precision or next(iter(_precisions(weights)), None)
-        whole = placed(_around(base, weights), plan, precision)
+        whole = _around(base, weights)
+        if place.offload:
+            whole = offloaded(whole, place.device, precision)
+        else:
+            whole = placed(whole, plan, precision)
     whole = whole.eval().requires_grad_(False)
     return Base(whole.base_model, load_reader(path), path, whole)
 
@@ -240,9 +242,9 @@ def _longest(config: Any, tokenizer: Any) -> int:
     return min([UNBOUNDED, *said])
 
 
-def load_base(path: Path, *, device: str = "cpu", dtype: str | None = None, gpus: int = 1) -> Base:
+def load_base(path: Path, place: Place = HERE) -> Base:
     """Load a base model and its tokenizer from a folder; see `build_base`."""
-    return build_base(path, load_weights(path), device=device, dtype=dtype, gpus=gpus)
+    return build_base(path, load_weights(path), place)
 
 
 def fingerprint_weights(weights: Weights) -> str:

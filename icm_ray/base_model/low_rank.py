@@ -1,7 +1,6 @@
 """Adapters applied to a base as low-rank updates on the fly; no weight is copied or changed."""
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icm_ray.base_model.loading import find_module
+from icm_ray.base_model.placing import device_of
 from icm_ray.errors import InputError
 from icm_ray.types import Adapter, LoRAFactors
 
@@ -42,10 +42,9 @@ Seat = tuple[torch.device, torch.dtype]
 
 
 def seat_of(module: nn.Module, model: nn.Module) -> Seat:
-    """Return where a module of a model computes; its own weights may be packed, as buffers too."""
-    own = next(itertools.chain(module.parameters(), module.buffers()))
+    """Return where a module of a model computes, and how precisely."""
     plain = next(weight for weight in model.parameters() if weight.is_floating_point())
-    return own.device, plain.dtype
+    return device_of(module), plain.dtype
 
 
 def change_shape(module: nn.Module) -> tuple[int, int] | None:

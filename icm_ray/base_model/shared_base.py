@@ -14,6 +14,7 @@ from icm_ray.base_model.loading import (
     load_weights,
     stored_dtype,
 )
+from icm_ray.base_model.placing import Place
 from icm_ray.errors import InputError
 
 Prepare = Callable[[], Path]
@@ -38,13 +39,11 @@ class SharedBase:
     bytes: int
     prepare: Prepare | None = None
 
-    def load(self, device: str, dtype: str | None, gpus: int = 1) -> Base:
+    def load(self, place: Place) -> Base:
         """Return the base inside a worker, mapped from the node's own folder.
 
         Args:
-            device: Where the model goes.
-            dtype: What its floats become; None: as they are stored.
-            gpus: Over how many such devices its blocks are spread.
+            place: Where the model goes.
 
         Raises:
             InputError: the node has no such folder, or holds another base in it.
@@ -64,7 +63,7 @@ class SharedBase:
                 f"{path}: another base on node {node} than the driver's. Name a revision, or put "
                 "the base on storage that all nodes see."
             )
-        return build_base(path, weights, device=device, dtype=dtype, gpus=gpus)
+        return build_base(path, weights, place)
 
 
 def share_base(path: Path, prepare: Prepare | None = None) -> SharedBase:

@@ -83,6 +83,11 @@ class Resources(Part):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="Precision the base runs in; None: as it is stored."
     )
+    offload: bool = Field(
+        default=False,
+        description="Blocks of the base stay in the node's memory and are on the GPU while they "
+        "run: for bases that do not fit.",
+    )
     grams: str = Field(
         default="full",
         pattern=r"^(full|diagonal|low_rank:[1-9]\d{0,4})$",
@@ -100,6 +105,8 @@ class Resources(Part):
             raise ValueError("gpus_per_worker: above 1 a whole number is expected")
         if self.gpus_per_worker > 1 and self.device != "cuda":
             raise ValueError("gpus_per_worker: several need device cuda, without a number")
+        if self.offload and (self.device == "cpu" or self.gpus_per_worker > 1):
+            raise ValueError("offload: needs device cuda and one GPU a worker")
         return self
 
     @property

@@ -14,6 +14,7 @@ from icm_ray.base_model.readers import Inputs
 from icm_ray.base_model.shared_base import SharedBase
 from icm_ray.base_model.states import batches_of
 from icm_ray.config import Resources
+from icm_ray.distributed.cluster import place_of
 from icm_ray.distributed.faults import MAX_RETRIES
 from icm_ray.distributed.trials import measure, measurer_of
 from icm_ray.errors import InputError
@@ -128,7 +129,7 @@ class AdapterActor:
 
     def __init__(self, shared: SharedBase, resources: Resources) -> None:
         torch.set_num_threads(resources.threads)
-        self.base = shared.load(resources.device, resources.dtype, resources.whole_gpus)
+        self.base = shared.load(place_of(resources))
         self.threads = resources.threads
         self.held: tuple[Source, Adapter] | None = None
         self.measurer: tuple[Any, Measurer] | None = None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from icm_ray.backend_lines import without_backend_lines
+from icm_ray.base_model.placing import Place
 from icm_ray.config import Resources
 from icm_ray.distributed import is_joining
 from icm_ray.distributed.faults import MAX_LOST, as_ours, lost_work
@@ -92,6 +93,12 @@ def check_fits(resources: Resources) -> None:
         f"resources: no node can hold one worker: wants {short}. Lower resources: in the recipe "
         "or add a larger node."
     )
+
+
+def place_of(resources: Resources) -> Place:
+    """Return where a worker's base goes."""
+    how = resources
+    return Place(how.device, how.dtype, how.whole_gpus, how.offload)
 
 
 def worker_options(resources: Resources) -> dict[str, Any]:

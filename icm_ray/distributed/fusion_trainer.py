@@ -61,6 +61,8 @@ def check_resources(resources: Resources) -> None:
             f"{resources.device}."
         )
     gpus = float(resources.device == "cuda")  # DeepSpeed counts a node's devices by its workers
+    if resources.offload:
+        problems.append("resources.offload: true but DeepSpeed holds the base whole. Leave it out.")
     if resources.gpus_per_worker != gpus:
         problems.append(
             f"resources.gpus_per_worker: {resources.gpus_per_worker:g} but {gpus:g} is expected "

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from icm_ray.base_model.placing import Place
 from icm_ray.base_model.shared_base import SharedBase
 from icm_ray.config import EngineSpec, FusionSpec, Resources
 from icm_ray.distributed.progress import bar
@@ -98,7 +99,7 @@ def _meta(order: FusionOrder, table: FusionTable) -> MetaTraining:
     side = None
     if order.base is not None:
         device, dtype = order.resources.device, order.resources.dtype
-        side = BaseSide(order.base.load(device, dtype), order.tasks)
+        side = BaseSide(order.base.load(Place(device, dtype)), order.tasks)
     return MetaTraining.build(order.spec, order.layout, table, side, order.seed)
 
 

@@ -14,7 +14,14 @@ from icm_ray.base_model.pictures import preprocessing_key
 from icm_ray.base_model.shared_base import Prepare, SharedBase, share_base
 from icm_ray.config import Resources
 from icm_ray.distributed.actors import AdapterActor
-from icm_ray.distributed.cluster import Key, connected, run_bounded, worker_count, worker_options
+from icm_ray.distributed.cluster import (
+    Key,
+    connected,
+    place_of,
+    run_bounded,
+    worker_count,
+    worker_options,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,7 @@ class Session:
 
     def load_base(self) -> Base:
         """Return the base as workers run it."""
-        how = self.resources
-        return self.shared.load(how.device, how.dtype, how.whole_gpus)
+        return self.shared.load(place_of(self.resources))
 
     @contextlib.contextmanager
     def pool(self, items: int) -> Iterator["Pool"]:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from icm_ray.adapters.blocks import block_path
 from icm_ray.base_model.loading import find_module
 from icm_ray.base_model.low_rank import Seat, change_shape, seat_of
+from icm_ray.base_model.placing import is_offloaded
 from icm_ray.base_model.states import Batch, outputs
 from icm_ray.errors import InputError
 from icm_ray.learning.inputs import Seen
@@ -93,8 +94,10 @@ def observe(
         batch: The inputs.
         modules: Paths whose inputs are kept; those these inputs never reach are left out.
         hidden: Whether the last hidden state is wanted.
-        save: Recompute blocks in the backward pass instead of keeping their activations.
+        save: Recompute blocks in the backward pass instead of keeping their activations. Done in
+            any case where blocks are offloaded: to keep activations is to keep weights.
     """
+    save = save or is_offloaded(model)
     seen: dict[str, Tensor] = {}
 
     def keeper(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

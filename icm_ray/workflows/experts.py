@@ -7,6 +7,7 @@ from icm_ray.config import FinetuneRecipe
 from icm_ray.distributed.finetune import ExpertOrder, train_groups
 from icm_ray.distributed.probes import ProbeOrder, fit_probes, read_probe
 from icm_ray.distributed.session import Session
+from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import Expert
 from icm_ray.files import is_done, sha256_of
 from icm_ray.finetuning.expert import ExpertJob, Lesson
@@ -92,6 +93,11 @@ def find_or_train(
         if not is_done(folders[label, task], keys[label, task])
     )
     if missing:
+        if recipe.resources.offload:
+            raise RecipeError(
+                "resources.offload: true but experts are trained on a base that is whole on the "
+                "device. Leave it out, or name ready adapters."
+            )
         # All of them, so that one more expert does not find other heads.
         probes = probes_of(session, recipe, root)
         heads = {task: read_probe(folder)[0] for task, folder in probes.items()}

@@ -17,6 +17,7 @@ from icm_ray.adapters import (
     verify_with_peft,
 )
 from icm_ray.base_model import loading as evidence_base
+from icm_ray.base_model.placing import Place
 from icm_ray.base_model.readers import Batch, TextReader
 from icm_ray.base_model.states import hidden_states
 from icm_ray.errors import InputError
@@ -56,7 +57,7 @@ def model(trained):
     weights = evidence_base.load_weights(trained.base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence_base, "load_reader", lambda path: TextReader(None))
-        base = evidence_base.build_base(trained.base, weights, device="cpu", dtype="float32")
+        base = evidence_base.build_base(trained.base, weights, Place(device="cpu", dtype="float32"))
     assert base.d_model == 16
     return base.model
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icm_ray.base_model.loading import build_base, fingerprint_weights, load_base, load_weights
+from icm_ray.base_model.placing import Place
 from icm_ray.errors import InputError
 
 WEIGHTS = "model.safetensors"
@@ -28,7 +29,7 @@ def save(folder: Path, dtype: torch.dtype) -> None:
 def test_the_base_is_mapped_in_the_precision_it_is_stored_in(copy, dtype) -> None:
     save(copy, dtype)
     weights, again = load_weights(copy), load_weights(copy, is_known=True)
-    base = build_base(copy, weights, device="cpu")
+    base = build_base(copy, weights, Place(device="cpu"))
     for name, tensor in base.model.state_dict().items():
         assert tensor.dtype == dtype, name
         assert tensor.data_ptr() == weights[name].data_ptr(), name
@@ -63,7 +64,7 @@ def test_a_rebuilt_base_computes_the_same(tiny_bert) -> None:
     with torch.no_grad():
         expected = plain(input_ids=ids).last_hidden_state
         assert torch.equal(load_base(tiny_bert).model(input_ids=ids).last_hidden_state, expected)
-        half = load_base(tiny_bert, dtype="bfloat16").model
+        half = load_base(tiny_bert, Place(dtype="bfloat16")).model
         assert half(input_ids=ids).last_hidden_state.dtype == torch.bfloat16
 
 

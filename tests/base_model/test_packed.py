@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from icm_ray.adapters import save_adapter
 from icm_ray.base_model.loading import Base, fingerprint_weights, load_base, load_weights
+from icm_ray.base_model.placing import Place
 from icm_ray.base_model.shared_base import share_base
 from icm_ray.base_model.states import hidden_states, make_batches, tokenize
 from icm_ray.config import ExpertSet, LearnSpec, LoRARecipe, Training, changed
@@ -72,7 +73,7 @@ def test_it_is_loaded_as_it_is_stored(packed, bases, bits) -> None:
     assert type(layer).__name__ == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
     assert next(layer.parameters()).dtype == {4: torch.uint8, 8: torch.int8}[bits]
     assert not any(weight.requires_grad for weight in bases[0].whole.parameters())
-    half = load_base(packed, dtype="bfloat16").model
+    half = load_base(packed, Place(dtype="bfloat16")).model
     assert half.dtype == torch.bfloat16
     assert half(torch.tensor([[2, 5, 3]])).last_hidden_state.dtype == torch.bfloat16
 
@@ -85,7 +86,7 @@ def test_its_states_are_those_of_its_numbers(bases, tasks, bits) -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_computes_the_same(packed, bases, tasks) -> None:
-    there = load_base(packed, device="cuda")
+    there = load_base(packed, Place(device="cuda"))
     assert {weight.device.type for weight in there.whole.parameters()} == {"cuda"}
     batch = tasks[0].batches[0]
     with torch.no_grad():

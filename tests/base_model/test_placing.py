@@ -8,7 +8,7 @@ from torch import nn
 from icm_ray.base_model.decoding import greedy, readout_of
 from icm_ray.base_model.loading import load_base
 from icm_ray.base_model.low_rank import applied
-from icm_ray.base_model.placing import device_plan
+from icm_ray.base_model.placing import Place, device_plan, is_offloaded
 from icm_ray.base_model.states import features, make_batches, pad_batch, tokenize
 from icm_ray.errors import InputError
 
@@ -64,7 +64,7 @@ def spread(accelerator, tiny_llama):
     """The tiny Llama over two GPUs."""
     kind = accelerator.several(2)
     with accelerator.on():
-        base = load_base(tiny_llama, device=kind, gpus=2)
+        base = load_base(tiny_llama, Place(device=kind, gpus=2))
     assert {str(p.device) for p in base.whole.parameters()} == {f"{kind}:0", f"{kind}:1"}
     return base
 
@@ -88,3 +88,38 @@ def test_states_and_answers_over_two_gpus(
         states, said = run(spread)
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
     assert said == answers
+
+
+def test_blocks_that_stay_in_memory_come_to_the_device_one_at_a_time(
+    accelerator, tiny_llama, texts, make_adapter
+) -> None:
+    here = load_base(tiny_llama)
+    with accelerator.on():
+        there = load_base(tiny_llama, Place(device=accelerator.name, offload=True))
+    assert is_offloaded(there.model)
+    assert not is_offloaded(here.model)
+    blocks = there.model.layers
+
+    def resident() -> int:
+        """Return how many blocks have weights on the device."""
+        home = torch.device("cpu")
+        return sum(block.mlp.gate_proj.weight.device != home for block in blocks)
+
+    assert resident() == 0
+    seen: list[int] = []
+    for layer in blocks:
+        layer.mlp.act_fn.register_forward_hook(lambda *_: seen.append(resident()))
+    adapter = make_adapter(
+        "code", shapes={f"model.layers.{i}.self_attn.q_proj": (16, 16) for i in (0, 1)}, spread=0.3
+    )
+    prompts = tokenize(here.tokenizer, texts[:6], 16)
+
+    def run(base) -> torch.Tensor:
+        with applied(base.whole, adapter):
+            return features(base.model, make_batches(prompts, 3, 0))
+
+    expected = run(here)
+    with accelerator.on():
+        torch.testing.assert_close(run(there), expected, rtol=1e-4, atol=1e-5)
+    assert set(seen) == {1}
+    assert resident() == 0

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.placing import Place
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.scoring import TaskData, evaluate
 from icm_ray.suites.tasks import Examples, Task
@@ -31,7 +32,7 @@ def test_scores(accelerator, tiny_bert, tiny_llama, texts, make_adapter, kind) -
     data = {"one": TaskData(task, Examples(tuple(texts), targets, tuple(texts), answers), head)}
     here = evaluate(load_base(path), adapter, data, batch=4)
     with accelerator.on():
-        there = evaluate(load_base(path, device=accelerator.name), adapter, data, batch=4)
+        there = evaluate(load_base(path, Place(device=accelerator.name)), adapter, data, batch=4)
     found, expected = there["one"].predictions, here["one"].predictions
     if found.dtype.kind == "f":
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from icm_ray.adapters import load_adapter
 from icm_ray.base_model.loading import load_base
 from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.placing import Place
 from icm_ray.config import ExpertSet, LoRARecipe, Training
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.heads import Head
@@ -88,7 +89,10 @@ def test_the_loss_falls(train, task: Task) -> None:
 
 
 def test_a_base_in_bfloat16_trains_a_float_head(tiny_bert, examples, tmp_path: Path) -> None:
-    base, start = load_base(tiny_bert, dtype="bfloat16"), Head(torch.zeros(2, 16), torch.zeros(2))
+    base, start = (
+        load_base(tiny_bert, Place(dtype="bfloat16")),
+        Head(torch.zeros(2, 16), torch.zeros(2)),
+    )
     (found,) = train_experts(base, [Lesson(make_job(steps=60), examples, start)], tmp_path)
     assert found.head.weight.dtype == torch.float32
     assert losses_summary(found.losses)["last_loss"] < losses_summary(found.losses)["first_loss"]

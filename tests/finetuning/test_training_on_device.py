@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.placing import Place
 from icm_ray.config import ExpertSet, LoRARecipe, Training
 from icm_ray.evaluation.heads import Head
 from icm_ray.finetuning.expert import ExpertJob, Lesson
@@ -40,7 +41,7 @@ def test_it_is_the_processor_s_and_resumes(
     def trained(device: str, scratch: str, report=None):
         folder = tmp_path / scratch
         folder.mkdir(exist_ok=True)
-        base = load_base(tiny_bert if headed else tiny_llama, device=device)
+        base = load_base(tiny_bert if headed else tiny_llama, Place(device=device))
         return train_experts(base, [Lesson(job, examples, start)], folder, report)[0]
 
     def kill(step: int, _losses: list[float]) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from icm_ray.base_model.loading import load_base
+from icm_ray.base_model.placing import Place
 from icm_ray.fusion.base_side import BaseSide
 from icm_ray.fusion.data import FusionTable
 from icm_ray.fusion.latent import latent_plan
@@ -21,7 +22,7 @@ def test_training(
     layout = Layout.fit(spec.representation, samples)
 
     def trained(device: str):
-        side = BaseSide(load_base(tiny_bert, device=device), tasks)
+        side = BaseSide(load_base(tiny_bert, Place(device=device)), tasks)
         meta = MetaTraining.build(spec, layout, FusionTable.of(layout, samples, vectors), side, 0)
         meta.vae = meta.vae.to(device)
         return finished(meta, train(meta), adapters)
@@ -41,7 +42,7 @@ def test_in_context(accelerator, tiny_bert, tasks, model, adapters) -> None:
     object.__setattr__(plan, "spec", plan.spec.model_copy(update={"optimisation": quick}))
 
     def learned(device: str):
-        base = load_base(tiny_bert, device=device)
+        base = load_base(tiny_bert, Place(device=device))
         return learn(base.model, plan.learning(base), tasks).tensors
 
     here = learned("cpu")

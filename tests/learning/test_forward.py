@@ -8,6 +8,7 @@ from torch import nn
 
 from icm_ray.base_model.loading import find_module, load_base
 from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.placing import Place
 from icm_ray.base_model.readers import join
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged, observe
@@ -131,7 +132,7 @@ def test_nothing_is_left_behind_after_an_error(tiny, terms, make_adapter, make_t
 def test_half_precision_bases_run_in_their_dtype(tiny_bert, terms, make_tasks) -> None:
     from icm_ray.base_model.loading import load_base
 
-    half = load_base(tiny_bert, dtype="bfloat16")
+    half = load_base(tiny_bert, Place(dtype="bfloat16"))
     parameters = Coefficients(terms, 0.4)
     with merged(half.model, parameters.frames, parameters.cores()):
         seen = observe(half.model, make_tasks()[0].batches[0], TARGETS, hidden=True)

@@ -8,6 +8,7 @@ import torch
 
 from icm_ray.base_model.loading import Base, load_base
 from icm_ray.base_model.low_rank import applied
+from icm_ray.base_model.placing import Place
 from icm_ray.base_model.states import features
 from icm_ray.config import LearnSpec, changed
 from icm_ray.evidence.gather import example_ratios, gather
@@ -20,7 +21,7 @@ from icm_ray.learning.recipes import LEARNERS, plan_of
 @pytest.fixture(scope="module")
 def there(tiny_bert, accelerator) -> Base:
     with accelerator.on():
-        base = load_base(tiny_bert, device=accelerator.name)
+        base = load_base(tiny_bert, Place(device=accelerator.name))
     assert {str(p.device) for p in base.model.parameters()} == {accelerator.name}
     return base
 
@@ -28,7 +29,7 @@ def there(tiny_bert, accelerator) -> Base:
 @pytest.fixture(scope="module")
 def spread(tiny_bert, accelerator) -> Base:
     with accelerator.on():
-        base = load_base(tiny_bert, device=accelerator.several(2), gpus=2)
+        base = load_base(tiny_bert, Place(device=accelerator.several(2), gpus=2))
     assert len({p.device for p in base.model.parameters()}) == 2
     return base
 
@@ -109,6 +110,19 @@ def test_every_learner(accelerator, tiny, there, make_tasks, adapters, name, cha
         torch.testing.assert_close(found.tensors[key], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["nsc", "distillation"])
+def test_a_base_whose_blocks_stay_in_memory(
+    accelerator, tiny, tiny_bert, make_tasks, adapters, name
+) -> None:
+    tasks, plan = make_tasks(labels=True), plan_of(short(name), adapters)
+    here = learn(tiny.model, plan.learning(tiny), tasks)
+    with accelerator.on():
+        base = load_base(tiny_bert, Place(device=accelerator.name, offload=True))
+        found = learn(base.model, plan.learning(base), tasks)
+    for key, tensor in here.tensors.items():
+        torch.testing.assert_close(found.tensors[key], tensor, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_objective_over_two_gpus(
     accelerator, tiny, spread, make_tasks, adapters, name
@@ -134,7 +148,7 @@ def test_a_coefficient_of_a_half_precision_base_moves_by_its_own_step(
     tiny_bert, make_tasks, adapters
 ) -> None:
     """bfloat16 has 8 bits: .4 and .401 are one number there, but two results here."""
-    half, tasks = load_base(tiny_bert, dtype="bfloat16"), make_tasks()
+    half, tasks = load_base(tiny_bert, Place(dtype="bfloat16")), make_tasks()
     spec = short("nsc")
     losses = set()
     for value in (0.4, 0.401, 0.402, 0.403):
