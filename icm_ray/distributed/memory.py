@@ -17,7 +17,7 @@ from icm_ray.distributed.merge import merge_on_ray
 from icm_ray.merging.order import MergeRequest
 
 INTERVAL = 0.15
-"""Seconds between two samples: weighing walks page tables, and a module takes longer than this."""
+"""Least seconds between two samples: weighing walks page tables, and a module takes longer."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class Sampler:
         me = psutil.Process()
         workers: list[psutil.Process] = []
         for turn in range(10**9):
+            started = time.monotonic()
             if turn % 5 == 0:  # looking for new processes costs more than weighing known ones
                 workers = _workers(me)
             own = _pss(me)
@@ -131,7 +132,8 @@ class Sampler:
             self.workers = max(self.workers, sum(size > 0 for size in sizes))
             if total > self.peak:
                 self.peak, self.driver = total, own
-            if self._stop.wait(INTERVAL):
+            # A large base has many pages: weighing it must not take the time of what is weighed.
+            if self._stop.wait(max(INTERVAL, 5 * (time.monotonic() - started))):
                 return
 
 
