@@ -70,6 +70,9 @@ class MergeReportFile(Strict):
     saved_modules: dict[str, list[str]] = Field(
         description="Tensors kept in saved_modules/<task>.safetensors, by task."
     )
+    evicted: dict[str, str] = Field(
+        default={}, description="Adapters it was meant to be of, each with what kept it out."
+    )
 
 
 class ResultsFile(BaseModel):

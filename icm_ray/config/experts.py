@@ -83,6 +83,8 @@ class Sizes(Part):
 class FinetuneRecipe(Recipe):
     """Recipe of `jobs.finetune`: K experts on one base."""
 
+    can_evict = True
+
     suite: str = Field(default="text", description=SUITE)
     tasks: list[str] | None = Field(default=None, description="None: every task of the suite.")
     base: str | None = Field(default=None, description="None: the suite's own.")
@@ -97,6 +99,8 @@ class FinetuneRecipe(Recipe):
 
 class EvaluateRecipe(Recipe):
     """Recipe of `jobs.evaluate`: score adapters on a suite's tasks against its experts."""
+
+    can_evict = True
 
     suite: str = "text"
     experts: Annotated[str, Field(min_length=1)] | ReadyAdapters = Field(

@@ -74,6 +74,8 @@ class MergeRecipe(Recipe):
 class EvidenceRecipe(Recipe):
     """Recipe of `jobs.evidence`: what methods and reports must know of K adapters and inputs."""
 
+    can_evict = True
+
     kind: Literal["task_vectors", "gram_statistics"] = Field(
         default="task_vectors",
         description="Task vectors and null-space ratios, or what regmean and esm need.",

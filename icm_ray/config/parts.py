@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -97,6 +97,10 @@ class Resources(Part):
     backend: Literal["gloo", "nccl"] = "gloo"
     timeout_seconds: Positive = Field(
         default=1800, description="Longest wait for one piece of work."
+    )
+    on_broken_task: Literal["refuse", "evict"] = Field(
+        default="refuse",
+        description="Of a task whose workers die each time: end, or go on without it.",
     )
 
     @model_validator(mode="after")
@@ -222,6 +226,9 @@ class Output(Part):
 class Recipe(Part):
     """What every job's recipe has."""
 
+    can_evict: ClassVar[bool] = False
+    """Whether the job can go on without a task."""
+
     storage: str | None = Field(default=None, description="Folder that relative outputs are in.")
     resources: Resources = Resources()
     seed: int = Field(default=0, ge=0)
@@ -232,6 +239,12 @@ class Recipe(Part):
     cache: str | None = Field(
         default=None, description="Where bases are kept; default ICM_RAY_CACHE."
     )
+
+    @model_validator(mode="after")
+    def _evicting(self) -> "Recipe":
+        if self.resources.on_broken_task == "evict" and not self.can_evict:
+            raise ValueError("resources.on_broken_task: this job cannot go on without a task")
+        return self
 
     @property
     def output_path(self) -> str:

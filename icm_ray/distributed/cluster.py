@@ -189,7 +189,7 @@ def _completed(
 
     waiting, idle = list(calls), list(workers)
     flying: dict[Any, tuple[Key, Any]] = {}
-    lost: list[tuple[object, BaseException]] = []
+    lost: dict[Key, BaseException] = {}
     silent: dict[Key, float] = {}  # since when a call's worker cannot be reached
     try:
         while waiting or flying:
@@ -222,13 +222,13 @@ def _completed(
                     continue
                 # What kills its workers is named in the end; the others' work goes on. A slot for
                 # tasks is as good as before, an actor that was lost is not.
-                lost.append((what, error))
+                lost[key] = error
                 idle += [None] if worker is None else []
                 continue
             idle.append(worker)
             yield key, result
         if lost:
-            raise lost_work(lost, len(waiting))
+            raise lost_work(lost, len(waiting), label)
     finally:
         # The end of a session ends its calls. Cancelling them before can end this very process:
         # in Ray a cancelled task races with its own reply, and the loser fails a check.

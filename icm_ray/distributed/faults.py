@@ -1,9 +1,12 @@
 """What Ray's errors mean to a user: disk or memory that ran out (4), or work that was lost (5)."""
 
+import contextlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -19,9 +22,19 @@ _FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 
 
 class LostWork(ClusterError):
-    """Work whose workers died each time; `lost` is what it was."""
+    """Work whose workers died each time; `lost` says why, by what it was."""
 
-    lost: tuple[object, ...] = ()
+    lost: Mapping[Any, str] = MappingProxyType({})
+
+
+@contextlib.contextmanager
+def blaming(tasks_of: Callable[[Any], Iterable[str]]) -> Iterator[None]:
+    """Let work that the body loses be known by the tasks, or adapters, that it was about."""
+    try:
+        yield
+    except LostWork as error:
+        error.lost = {task: why for key, why in error.lost.items() for task in tasks_of(key)}
+        raise
 
 
 def as_ours(error: BaseException, what: object) -> BaseException:
@@ -47,7 +60,7 @@ def as_ours(error: BaseException, what: object) -> BaseException:
 
 def told(error: BaseException) -> tuple[type[ICMRayError], str]:
     """Return the kind of error that one of Ray's own is, and what it says, without a place."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = _lines(error)
     if isinstance(error, _FULL):
         return ResourceError, f"the object store is full ({_first(lines, error)}).{_spilling()}"
     low = next((i for i, line in enumerate(lines) if _OUT_OF_MEMORY.search(line)), None)
@@ -63,22 +76,31 @@ def told(error: BaseException) -> tuple[type[ICMRayError], str]:
     )
 
 
-def lost_work(lost: Sequence[tuple[object, BaseException]], left: int) -> ICMRayError:
+def lost_work(lost: Mapping[Any, BaseException], left: int, label: str = "") -> ICMRayError:
     """Return one error about all work whose workers died each time.
 
     Args:
-        lost: What it was, and Ray's error.
+        lost: Ray's error, by what it was.
         left: How much was not begun because of it.
+        label: Of all of it, before each name.
     """
-    known = [(str(what), *told(error)) for what, error in lost]
-    problems = by_cause((what, text) for what, _, text in known)
+    known = {key: told(error) for key, error in lost.items()}
+    before = f"{label}: " if label else ""
+    problems = by_cause((f"{before}{key}", text) for key, (_, text) in known.items())
     if left:
         problems.append(f"workers: {left} more pieces of work were not begun.")
-    if (kind := known[0][1]) is not ClusterError:
+    if (kind := next(iter(known.values()))[0]) is not ClusterError:
         return kind(problems)
     error = LostWork(problems)
-    error.lost = tuple(what for what, _ in lost)
+    error.lost = {
+        key: f"its workers died {MAX_RETRIES + 1} times ({_first(_lines(one), one)})"
+        for key, one in lost.items()
+    }
     return error
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()]
 
 
 def _first(lines: Sequence[str], error: BaseException) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from icm_ray.checkpoint import scratch_folder
 from icm_ray.distributed.cluster import run_tasks
-from icm_ray.distributed.faults import MAX_RETRIES
+from icm_ray.distributed.faults import MAX_RETRIES, blaming
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.experts import ADAPTER, HEAD, METRICS, TRAJECTORIES
@@ -53,7 +53,8 @@ def train_groups(session: Session, groups: Mapping[Path, Sequence[ExpertOrder]])
             forward pass. Those that are done are trained with the others and not written again.
     """
     arguments = {place: (session, orders, place) for place, orders in groups.items()}
-    run_tasks(_train, arguments, session.resources)
+    with blaming(lambda place: [order.lesson.job.task.name for order in groups[place]]):
+        run_tasks(_train, arguments, session.resources)
 
 
 @ray.remote(max_retries=MAX_RETRIES)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.exceptions
 import torch
 
 from icm_ray.distributed.cluster import fetch, worker_count, worker_options
-from icm_ray.distributed.faults import MAX_RETRIES
+from icm_ray.distributed.faults import MAX_RETRIES, LostWork, lost_work
 from icm_ray.distributed.progress import Bar, bar
 from icm_ray.distributed.session import Session
 from icm_ray.errors import ClusterError
@@ -111,40 +112,61 @@ def learn_on_ray(session: Session, order: LearnOrder, label: str) -> tuple[Learn
     count = worker_count(session.resources, len(groups))
     held, wants = ray.put(order), worker_options(session.resources)
     kind: Any = TaskActor  # what `ray.remote` returns is not what type checkers see
-    shares = [groups[i::count] for i in range(count)]
-    actors = {
-        ", ".join(task for group in mine for task in group): kind.options(**wants).remote(
-            session, held, mine
-        )
-        for mine in shares
-    }
-    crew = _Crew(actors, session.resources.timeout_seconds)
+
+    def crew_of(shares: Mapping[str, Sequence[Group]]) -> _Crew:
+        start = kind.options(**wants).remote
+        actors = {names: start(session, held, mine) for names, mine in shares.items()}
+        return _Crew(actors, session.resources.timeout_seconds)
+
+    shares = {_names(groups[i::count]): groups[i::count] for i in range(count)}
+    crew = crew_of(shares)
     try:
         with bar(how.steps, f"learn {label}") as drawn:
             return _learned(crew, order, covered, drawn)
+    except LostWork as error:
+        crew.close()
+        lost = dict(error.lost)
+        for names in [names for names in lost if len(shares[names]) > 1]:
+            del lost[names]
+            for group in shares[names]:
+                lost |= crew_of({_names([group]): [group]}).broken(crew.asked)
+        error.lost = {task: why for names, why in lost.items() for task in names.split(", ")}
+        raise
     finally:
-        for actor in actors.values():
-            ray.kill(actor)
+        crew.close()
 
 
-@dataclass(frozen=True)
+def _names(groups: Sequence[Group]) -> str:
+    return ", ".join(task for group in groups for task in group)
+
+
+@dataclass
 class _Crew:
     """The actors of a run, by the names of their tasks.
 
     Attributes:
         actors: Handles.
         timeout: Longest wait for an answer of all of them, seconds.
+        asked: What they were asked last.
     """
 
     actors: Mapping[str, Any]
     timeout: float
+    asked: Callable[[Any], Any] | None = None
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self.actors.values():
+            ray.kill(actor)
 
     def ask(self, what: str, call: Callable[[Any], Any]) -> list[Any]:
         """Return every actor's answer to a call, in order.
 
         Raises:
-            ClusterError: some died each time, or gave no answer in time; it names their tasks.
+            LostWork: some died each time; it names their tasks.
+            ClusterError: some gave no answer in time; it names their tasks.
         """
+        self.asked = call
         calls = {call(actor): tasks for tasks, actor in self.actors.items()}
         _, waiting = ray.wait(list(calls), num_returns=len(calls), timeout=self.timeout)
         if waiting:
@@ -153,7 +175,28 @@ class _Crew:
                 f"{', '.join(calls[one] for one in waiting)}. Run the same command to resume, or "
                 "raise resources.timeout_seconds."
             )
-        return [fetch(one, f"{what}: {tasks}") for one, tasks in calls.items()]
+        answers, lost = [], {}
+        for one, tasks in calls.items():
+            try:
+                answers.append(ray.get(one))
+            except ray.exceptions.RayTaskError:  # of ours, or a bug: its actor lives
+                answers.append(fetch(one, f"{what}: {tasks}"))
+            except ray.exceptions.RayError as error:
+                lost[tasks] = error
+        if lost:
+            raise lost_work(lost, 0, what)
+        return answers
+
+    def broken(self, call: Callable[[Any], Any] | None) -> Mapping[str, str]:
+        """Ask once more, end the actors, and return why those died that did."""
+        assert call is not None, "something was asked, or nothing could be lost"
+        try:
+            self.ask("alone", call)
+        except LostWork as error:
+            return error.lost
+        finally:
+            self.close()
+        return {}
 
 
 def _learned(

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import ray
 
 from icm_ray.distributed.cluster import run_tasks
-from icm_ray.distributed.faults import MAX_RETRIES
+from icm_ray.distributed.faults import MAX_RETRIES, blaming
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.answers import head_features
@@ -52,7 +52,8 @@ def fit_probes(session: Session, orders: Mapping[Path, ProbeOrder]) -> None:
         for folder, order in orders.items()
         if not is_done(folder, keys[folder])
     }
-    run_tasks(_fit, arguments, session.resources)
+    with blaming(lambda folder: [orders[folder].task.name]):
+        run_tasks(_fit, arguments, session.resources)
 
 
 def read_probe(folder: Path) -> tuple[Head, np.ndarray]:

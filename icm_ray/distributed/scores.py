@@ -12,12 +12,15 @@ import ray
 
 from icm_ray.adapters import AdapterFile
 from icm_ray.distributed.actors import AdapterSource, Source
+from icm_ray.distributed.faults import LostWork
 from icm_ray.distributed.session import Pool
 from icm_ray.evaluation.metrics import Score
 from icm_ray.evaluation.scoring import BATCH, Standing, TaskData, TaskScore, standing
 from icm_ray.files import is_done, read_json, sha256_of, whole_folder, write_json
 
 VERSION = 2
+BASE, EXPERT = "base", "expert"
+"""Labels of the references; an expert's task follows its label."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,33 @@ def score_on_ray(
     def keep(key: str, scores: dict[str, TaskScore]) -> None:
         save_scores(folder / key, key, scores)  # at once: a killed run has lost nothing
 
-    pool.map("scores", arguments, label=f"evaluate {folder.name}", done=keep)
+    try:
+        pool.map("scores", arguments, label=f"evaluate {folder.name}", done=keep)
+    except LostWork as error:
+        error.lost = _blamed(pool, [missing[key] for key in error.lost], shared, batch)
+        raise
     return {item.label: load_scores(folder / keys[item.label]) for item in items}
+
+
+def _blamed(pool: Pool, lost: Sequence[ScoreItem], shared: Any, batch: int) -> dict[Any, str]:
+    """Return which tasks, or else which adapters, kill whoever scores them, each with the reason.
+
+    Each of an item's tasks is scored once more by itself. A task is to blame if the base or its
+    own expert dies of it, any other adapter if the base does not.
+    """
+    alone = {
+        (item.label, task): (item.source, shared, (task,), batch)
+        for item in lost
+        for task in item.tasks
+    }
+    pool.close()  # some of its actors are gone for good
+    try:
+        pool.map("scores", alone)
+    except LostWork as error:
+        died = error.lost
+        tasks = {t: why for (name, t), why in died.items() if name in (BASE, f"{EXPERT} {t}")}
+        return tasks or {name: why for (name, _), why in died.items()}
+    return {}
 
 
 def references(experts: Sequence[AdapterFile], unseen: Sequence[str] = ()) -> list[ScoreItem]:
@@ -93,8 +121,9 @@ def references(experts: Sequence[AdapterFile], unseen: Sequence[str] = ()) -> li
 
     The base is scored on tasks without an expert, too.
     """
-    base = ScoreItem("base", None, (*(file.name for file in experts), *unseen))
-    return [base, *(ScoreItem(f"expert {f.name}", AdapterSource(f), (f.name,)) for f in experts)]
+    base = ScoreItem(BASE, None, (*(file.name for file in experts), *unseen))
+    own = (ScoreItem(f"{EXPERT} {f.name}", AdapterSource(f), (f.name,)) for f in experts)
+    return [base, *own]
 
 
 @dataclass(frozen=True)
@@ -114,9 +143,10 @@ class Standings:
     @classmethod
     def among(cls, scores: Mapping[str, dict[str, TaskScore]]) -> "Standings":
         """Take the scores of `references` out of those of everything."""
-        base = scores["base"]
-        expert = {t: scores[f"expert {t}"][t] for t in base if f"expert {t}" in scores}
-        others = {n: s for n, s in scores.items() if n != "base" and not n.startswith("expert ")}
+        base = scores[BASE]
+        expert = {t: scores[f"{EXPERT} {t}"][t] for t in base if f"{EXPERT} {t}" in scores}
+        apart = (BASE, *(f"{EXPERT} {task}" for task in expert))
+        others = {name: score for name, score in scores.items() if name not in apart}
         return cls(others, base, expert)
 
     def of(self, label: str) -> Standing:

@@ -48,7 +48,7 @@ def speed_of(
         inputs: A few unlabelled inputs of every task.
     """
     shared = ray.put(dict(data))
-    base = {"base": (None, shared, tuple(data), BATCH)}
+    base = {task: (None, shared, (task,), BATCH) for task in data}
     experts = {f.name: (AdapterSource(f), shared, (f.name,), BATCH) for f in files}
     # Task vectors run the base and the adapter over each input.
     reads = {f.name: (AdapterSource(f), *inputs[f.name], BATCH) for f in files}

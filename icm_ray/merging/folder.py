@@ -4,7 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from icm_ray.merging.factors import keep_factors
 from icm_ray.merging.whole_layers import usage_of, with_mean, write_each
 from icm_ray.report import ScoreRow
 from icm_ray.report.model_card import model_card
+from icm_ray.report.text import markdown
 from icm_ray.types import MergeReport, MergeResult, ModuleReport
 
 REPORT = "merge_report.json"
@@ -73,6 +74,7 @@ class Origin:
         evidence: Where what the method was told is, for `reproduce`.
         modules_to_save: The policy that the files were opened with.
         kept: What was asked for, if copies of the adapters are to be kept with it.
+        evicted: Adapters that it would have been made of, each with what kept it out.
     """
 
     files: Sequence[AdapterFile]
@@ -81,6 +83,7 @@ class Origin:
     evidence: Path | None = None
     modules_to_save: SavedModulesPolicy = "refuse"
     kept: Mapping[str, Any] | None = None
+    evicted: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def keeping(
@@ -139,11 +142,12 @@ def write_merged(
             "dtype": dtype_name(adapter.dtype),
             "modules_to_save": origin.modules_to_save,
             "saved_modules": kept,
+            **({"evicted": dict(origin.evicted)} if origin.evicted else {}),
         }
         usage = usage_of(adapter, origin.files, origin.modules_to_save)
         names = sorted(file.name for file in origin.files)
         card = model_card(result.report, names, adapter.base_model, scores or [], usage)
-        card += _per_task_card(result.report.per_task)
+        card += _per_task_card(result.report.per_task) + _evicted_card(origin.evicted)
         texts = {"README.md": card, REPORT: as_json(report)}
         texts[RUN_FILE] = as_json(_run_facts(origin, checks))
         if scores:
@@ -190,6 +194,15 @@ def _per_task_card(per_task: Mapping[str, float]) -> str:
         "\n## An adapter for each task\n\nThis method makes one common adapter, which is this "
         "folder, and one for each task, to be loaded when the task is known. The cut to a LoRA "
         "kept:\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _evicted_card(evicted: Mapping[str, str]) -> str:
+    if not evicted:
+        return ""
+    lines = [f"- {markdown(name)}: {markdown(why)}" for name, why in evicted.items()]
+    return "\n## Adapters left out\n\nMeant for this merge, and no part of it:\n\n" + (
+        "\n".join(lines) + "\n"
     )
 
 

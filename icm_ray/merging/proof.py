@@ -103,7 +103,13 @@ def reproduce(folder: Path) -> list[str]:
         scores = [ScoreRow(**row) for row in read_json(folder / SCORES)]
     with tempfile.TemporaryDirectory(prefix="icm_ray-") as scratch:
         copy = Path(scratch) / "again"
-        origin = Origin(files, manifest["key"], evidence=evidence, modules_to_save=policy)
+        origin = Origin(
+            files,
+            manifest["key"],
+            evidence=evidence,
+            modules_to_save=policy,
+            evicted=merged.report.get("evicted", {}),
+        )
         dtype = getattr(torch, merged.report["dtype"])
         write_merged(again, copy, origin, dtype=dtype, scores=scores)
         names = sorted(manifest["files"])

@@ -1,12 +1,12 @@
 """`jobs.evaluate`: adapters scored on a suite's tasks, beside the tasks' own experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icm_ray.adapters import AdapterFile, check_base, open_all
-from icm_ray.config import USUAL_SIZES, EvaluateRecipe
+from icm_ray.config import USUAL_SIZES, AdapterRef, EvaluateRecipe
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import opened
@@ -16,6 +16,7 @@ from icm_ray.evaluation.scoring import TaskData, idle_lines, task_data, values
 from icm_ray.learning.tasks import headless
 from icm_ray.merging.estimate import warn
 from icm_ray.suites import find_suite
+from icm_ray.workflows.evicting import evicting, others
 from icm_ray.workflows.prepared import check_counts, prepared_base, preparing, with_base
 
 
@@ -83,6 +84,25 @@ def wanted(recipe: EvaluateRecipe) -> Wanted:
 
 def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     """Score adapters against the experts whose heads they share."""
+    return evicting(recipe, _without, lambda rest, _evicted: _score(rest, target))
+
+
+def _without(recipe: EvaluateRecipe, names: Collection[str]) -> EvaluateRecipe | None:
+    """Return a recipe without some tasks' experts, and without adapters of these names."""
+    experts = recipe.experts
+    if isinstance(experts, str):
+        found = find_experts(Path(experts)).items()
+        experts = [AdapterRef(name=task, path=str(one.adapter)) for task, one in found]
+    meets = find_suite(recipe.suite).experts_of([ref.name for ref in experts])
+    gone = {*names, *(meets[task] for task in names if task in meets)}
+    left, adapters = others(experts, gone), others(recipe.adapters, names)
+    same = len(left) == len(experts) and len(adapters) == len(recipe.adapters)
+    if same or not left or not adapters:
+        return None
+    return recipe.model_copy(update={"experts": left, "adapters": adapters})
+
+
+def _score(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
     asked = wanted(recipe)
     recipe, names = asked.recipe, [ref.name for ref in recipe.adapters]
     with (

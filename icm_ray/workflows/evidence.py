@@ -11,6 +11,7 @@ from icm_ray.evidence.store import save_evidence
 from icm_ray.files import refuse_foreign
 from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.estimate import warn, warnings_of
+from icm_ray.workflows.evicting import evicting, without_adapters
 from icm_ray.workflows.prepared import data_of, prepared_base, preparing
 
 
@@ -22,6 +23,10 @@ def adapters_of(recipe: EvidenceRecipe) -> list[AdapterFile]:
 
 def run(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     """Gather what the recipe names, one actor an adapter."""
+    return evicting(recipe, without_adapters, lambda rest, _evicted: _gather(rest, target))
+
+
+def _gather(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     refuse_foreign(target)
     files = adapters_of(recipe)
     warn(warnings_of(files))

@@ -1,8 +1,8 @@
 """`jobs.learn`: from adapters and unlabelled inputs to a folder that `merge` reads."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,6 +36,7 @@ from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.methods import find_method
 from icm_ray.report import LearnedRow, learned_page
+from icm_ray.workflows.evicting import Evicted, evicting, without_adapters
 from icm_ray.workflows.prepared import data_of, heads_in, prepared_base, preparing
 
 VERSION = 3
@@ -52,6 +53,7 @@ class LearnRequest:
         data: Inputs of each task, with heads and labels where the objective reads them.
         context: The Fusion-VAE whose latent moves; None: what the recipe's `parameters` say.
         grams: Folder of Gram statistics, where the recipe starts from RegMean.
+        evicted: Adapters that it would have been of, each with what kept it out.
     """
 
     method: str
@@ -60,6 +62,7 @@ class LearnRequest:
     data: LearnerData
     context: Context | None = None
     grams: Path | None = None
+    evicted: Evicted = field(default_factory=dict)
 
     def key(self, session: Session) -> str:
         """Return what identifies what is learned."""
@@ -79,14 +82,26 @@ class LearnRequest:
             "grams": read_evidence(self.grams).identity if self.grams else None,
             "beneath": beneath,
             "context": self.context.identity if self.context else None,
+            **self._left_out(),
         }
         return sha256_of(content)
+
+    def noted(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a report that says what was evicted."""
+        return {**report, **self._left_out()}
+
+    def _left_out(self) -> dict[str, Any]:
+        return {"evicted": dict(self.evicted)} if self.evicted else {}
 
 
 def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     """Learn a merge from unlabelled inputs, one actor a task; `merge` reads what it writes."""
+    return evicting(recipe, without_adapters, lambda rest, evicted: _learn(rest, target, evicted))
+
+
+def _learn(recipe: LearnRecipe, target: Path, evicted: Evicted) -> dict[str, Any]:
     refuse_foreign(target)
-    request = request_of(recipe)
+    request = replace(request_of(recipe), evicted=evicted)
     files = request.files
     warn(warnings_of(files))
     suite, heads = data_of(recipe.data), heads_in(request.data)
@@ -174,7 +189,7 @@ def learn_to_folder(session: Session, request: LearnRequest, folder: Path, label
 
     learned = context.learn(stage, plan, adapters) if context else stage(plan)
     counts = {task: len(inputs) for task, (inputs, _) in request.data.inputs.items()}
-    learned = replace(learned, method=request.method)
+    learned = replace(learned, method=request.method, report=request.noted(learned.report))
     save_learned(learned, folder, {"key": key, "inputs": counts})
     write_json(folder / RUN_FILE, {"cpu_seconds": sum(seconds)})
     shutil.rmtree(scratch)

@@ -136,10 +136,10 @@ def test_an_actor_that_is_lost_gets_no_more_work():
 
 
 def test_what_is_lost_is_bounded_and_said_once_a_cause():
-    error = lost_work([(f"piece {i}", WorkerCrashedError()) for i in range(MAX_LOST)], 7)
+    error = lost_work({f"piece {i}": WorkerCrashedError() for i in range(MAX_LOST)}, 7)
     assert len(error.problems) == 2
     assert error.problems[0].endswith("(And 2 more.)")
-    assert type(lost_work([("a", OutOfMemoryError(LOW))], 0)) is ResourceError
+    assert type(lost_work({"a": OutOfMemoryError(LOW)}, 0)) is ResourceError
 
 
 def poisonous(file, module):

@@ -29,11 +29,13 @@ FILES = {
 def write(tmp_path):
     """Return a function that merges folders by name and writes the result."""
 
-    def written(folders, method="soup", target=None, policy="refuse", params=None, **options):
+    def written(
+        folders, method="soup", target=None, policy="refuse", params=None, evicted=None, **options
+    ):
         files = open_all(list(folders.items()), policy)
         result = merge([file.load() for file in files], method, params=params)
         target = target or tmp_path / "merged"
-        origin = Origin(files, "k", 1.5, modules_to_save=policy)
+        origin = Origin(files, "k", 1.5, modules_to_save=policy, evicted=evicted or {})
         checks = write_merged(result, target, origin, **options)
         return target, result, checks
 
@@ -278,6 +280,12 @@ def test_verify_runs_the_base(write, two, tiny_bert):
 )
 def test_reproduce_gives_the_same_bytes(write, two, method, params):
     target, _, _ = write(two, method, params=params)
+    assert set(reproduce(target)) == FILES - {"run.json"}
+
+
+def test_what_was_left_out_is_on_the_card_and_stays_there(write, two):
+    target, _, _ = write(two, evicted={"law": "its workers died 4 times (x)"})
+    assert "\n- law: its workers died 4 times (x)\n" in (target / "README.md").read_text()
     assert set(reproduce(target)) == FILES - {"run.json"}
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from icm_ray.report import (
 )
 from icm_ray.report.data import OF_TASKS
 from icm_ray.suites import BASES
+from icm_ray.workflows.evicting import evicted_lines
 from icm_ray.workflows.pipeline.choice import best_row, choice_of
 from icm_ray.workflows.pipeline.learned_report import learned_report
 from icm_ray.workflows.pipeline.table import SetResults, Table, Variant
@@ -71,7 +73,7 @@ def report_data(table: Table) -> ReportData:
         expert_gains={one.label: _expert_gains(table, one) for one in table.sets},
         **learned_report(table),
         choice=choice_of(table, rows) if table.validates_all else None,
-        notes=NOTES,
+        notes=(*evicted_lines(table.evicted), *NOTES),
     )
 
 
@@ -229,15 +231,17 @@ def _publish_adapter(
     shown = (one.label, row.name, tuned, "test")
     scores = [r for r in data.scores if (r.expert_set, r.method, r.tuned, r.split) == shown]
     merged = one.merged[row.name, variant.name]
-    key = sha256_of([VERSION, merged.report, [r.score for r in scores]])
+    evicted = [dict(table.evicted)] if table.evicted else []
+    key = sha256_of([VERSION, merged.report, [r.score for r in scores], *evicted])
     if is_done(target, key):
         return target
     files, request = one.files(row.tasks), table.request(one, variant)
     seconds = float(merged.run.get("seconds", 0.0))
+    origin = Origin.keeping(files, key, seconds, one.evidence_for(row))
     write_merged(
         merge_as_asked(files, request),
         target,
-        Origin.keeping(files, key, seconds, one.evidence_for(row)),
+        replace(origin, evicted=table.evicted),
         base=table.session.base,
         scores=scores,
     )

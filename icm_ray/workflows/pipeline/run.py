@@ -11,7 +11,8 @@ from icm_ray.finetuning.targets import with_targets
 from icm_ray.merging.estimate import warn
 from icm_ray.report import BASE, EXPERT, ReportData, summarise
 from icm_ray.suites import find_suite
-from icm_ray.workflows.pipeline.adapters import check_ready, ready_set, settled
+from icm_ray.workflows.evicting import Evicted, evicting
+from icm_ray.workflows.pipeline.adapters import check_ready, ready_set, settled, without_tasks
 from icm_ray.workflows.pipeline.report import console, publish, report_data
 from icm_ray.workflows.pipeline.stages import check_rows, check_tasks, run_stages
 from icm_ray.workflows.pipeline.table import DEFAULT, Table
@@ -28,6 +29,10 @@ def run(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
 
 def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     """Make a table of experts, and of merges if the recipe names some."""
+    return evicting(recipe, without_tasks, lambda rest, evicted: _run(rest, target, evicted))
+
+
+def _run(recipe: FinetuneRecipe, target: Path, evicted: Evicted) -> dict[str, Any]:
     suite = find_suite(recipe.suite)
     check_tasks(recipe)
     one = ready_set(recipe) if isinstance(recipe, PipelineRecipe) and recipe.adapters else None
@@ -38,7 +43,7 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
         recipe = recipe.model_copy(update={"lora": lora})
     target.mkdir(parents=True, exist_ok=True)
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
-        table = Table(recipe, suite, target, session)
+        table = Table(recipe, suite, target, session, evicted=evicted)
         run_stages(table)
     for one in table.sets:
         expert, base_alone = (one.scores[who, DEFAULT, "test"] for who in (EXPERT, BASE))

@@ -141,6 +141,7 @@ class Table:
         ratios: Folders of ratios by learned row, of the first set.
         training_ratios: Mean expert ratio at kept steps of training, by task, of the first set.
         offer: The methods of a recipe that names none.
+        evicted: Tasks that were left out, each with the reason.
     """
 
     recipe: FinetuneRecipe
@@ -152,6 +153,7 @@ class Table:
     ratios: dict[str, Path] = field(default_factory=dict)
     training_ratios: dict[str, dict[int, float]] = field(default_factory=dict)
     offer: Offer = field(default_factory=Offer)
+    evicted: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[MethodRow]:
