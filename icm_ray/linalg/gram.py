@@ -77,23 +77,27 @@ class Gram:
         return energies if self.whole is None else energies + self._opened().diagonal()
 
     def square(self) -> Float[Tensor, "d_in d_in"]:
-        """Return the matrix itself. Cost: 8 d_in^2 bytes, and as many again."""
+        """Return the matrix itself."""
+        upper = self._upper().triu()
+        return upper + upper.triu(1).T
+
+    def _upper(self) -> Float[Tensor, "d_in d_in"]:
+        """Return a new matrix whose upper triangle is this one's; below it is anything."""
         root = self.root.double()
-        square = root.T @ root
-        square.diagonal().add_(self.diagonal)
-        return square if self.whole is None else square.add_(self._opened())
+        upper = root.T @ root
+        upper.diagonal().add_(self.diagonal)
+        return upper if self.whole is None else upper.add_(self._opened())
 
     def _opened(self) -> Float[Tensor, "d_in d_in"]:
-        """Return `whole` as a square."""
+        """Return a matrix whose upper triangle is that of `whole`; below it is anything."""
         assert self.whole is not None
         if self.whole.ndim == 2:
             return self.whole.double()
-        d_in, stored = len(self.diagonal), self.whole.double()
-        upper = torch.ones(d_in, d_in, dtype=torch.bool, device=stored.device).triu_()
-        square = torch.zeros_like(upper, dtype=torch.float64)
-        square.masked_scatter_(upper, stored)
-        square.T.masked_scatter_(upper, stored)
-        return square
+        d_in = len(self.diagonal)
+        opened = self.whole.new_zeros(d_in, d_in, dtype=torch.float64)
+        for i, row in enumerate(self.whole.split(list(range(d_in, 0, -1)))):
+            opened[i, i:] = row
+        return opened
 
     def damped(self, rho: float, ridge: float) -> "Gram":
         """Return it with off-diagonals times `rho`, and a share of the mean added to the diagonal.
@@ -121,7 +125,10 @@ class Gram:
         """Return `x @ G`."""
         x, root = x.double(), self.root.double()
         product = (x @ root.T) @ root + x * self.diagonal
-        return product if self.whole is None else product.addmm_(x, self._opened())
+        if self.whole is None:
+            return product
+        upper = self._opened().triu()
+        return product + x @ upper + x @ upper.T - x * upper.diagonal()
 
     def solved(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"] | None:
         """Return `x @ G^-1`, or None if G is singular.
@@ -132,8 +139,8 @@ class Gram:
             least = DIAGONAL_FLOOR * self.energies().max()
             if bool((self.diagonal > least).all()):
                 return self._by_directions(x.double())
-        lower, failed = torch.linalg.cholesky_ex(self.square())
-        return None if failed else torch.cholesky_solve(x.double().T, lower).T
+        factor, failed = torch.linalg.cholesky_ex(self._upper(), upper=True)
+        return None if failed else torch.cholesky_solve(x.double().T, factor, upper=True).T
 
     def _by_directions(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         # G = D (I + V^T V) D with D the root of the diagonal: no number is far from 1 in the core.
