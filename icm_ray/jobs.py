@@ -26,12 +26,12 @@ _BASE = "icm_ray.workflows.plan"
 JOBS: Mapping[str, Job] = MappingProxyType(
     {
         "prepare": Job(PrepareRecipe, "icm_ray.workflows.prepare"),
-        "finetune": Job(FinetuneRecipe, "icm_ray.workflows.finetune"),
+        "finetune": Job(FinetuneRecipe, "icm_ray.workflows.finetune", _BASE),
         "evidence": Job(EvidenceRecipe, "icm_ray.workflows.evidence", _BASE),
         "learn": Job(LearnRecipe, "icm_ray.workflows.learn", _BASE),
-        "train_fusion": Job(TrainFusionRecipe, "icm_ray.workflows.train_fusion"),
+        "train_fusion": Job(TrainFusionRecipe, "icm_ray.workflows.train_fusion", _BASE),
         "merge": Job(MergeRecipe, "icm_ray.workflows.merge", "icm_ray.merging.estimate"),
-        "search": Job(SearchRecipe, "icm_ray.workflows.search.run"),
+        "search": Job(SearchRecipe, "icm_ray.workflows.search.run", _BASE),
         "evaluate": Job(EvaluateRecipe, "icm_ray.workflows.evaluate", _BASE),
         "pipeline": Job(PipelineRecipe, "icm_ray.workflows.pipeline.run", _BASE),
         "benchmark": Job(BenchmarkRecipe, "icm_ray.benchmarks.run"),

@@ -12,8 +12,9 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,20 @@ def _engine(meta: MetaTraining, order: FusionOrder) -> Any:
         dist_init_required=False,
     )
     return engine
+
+
+@contextlib.contextmanager
+def alone(meta: MetaTraining, order: FusionOrder) -> Iterator[Callable[[int], dict[str, float]]]:
+    """Lend what makes a step as a worker does that has no others, in this very process."""
+    import torch.distributed as dist
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # as Ray Train tells its workers
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(order.resources.backend, store=store, rank=0, world_size=1)
+    try:
+        yield partial(_step, _engine(meta, order), meta)
+    finally:
+        dist.destroy_process_group()
 
 
 def _settings(order: FusionOrder) -> dict[str, Any]:

@@ -79,20 +79,24 @@ def train(
     history: History = checkpoint.load(leaves, optimizer) if checkpoint else []
     with kernel_threads(threads):
         while len(history) < spec.steps and not is_lost(history):
-            step = len(history)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(spec, step)
-            optimizer.zero_grad()
-            losses = meta(step, meta.tasks_of(step))
-            losses["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(meta.vae.parameters(), spec.clip)
-            optimizer.step()
-            history.append({name: float(value.detach()) for name, value in losses.items()})
+            history.append(train_step(meta, optimizer, len(history)))
             if checkpoint and len(history) % spec.save_every == 0 and not is_lost(history):
                 checkpoint.save(leaves, optimizer, history)
             if progress:
                 progress(len(history), history[-1]["loss"])
     return history
+
+
+def train_step(meta: MetaTraining, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
+    """Make one step, and return its loss and the loss's parts."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(meta.spec, step)
+    optimizer.zero_grad()
+    losses = meta(step, meta.tasks_of(step))
+    losses["loss"].backward()
+    torch.nn.utils.clip_grad_norm_(meta.vae.parameters(), meta.spec.clip)
+    optimizer.step()
+    return {name: float(value.detach()) for name, value in losses.items()}
 
 
 def finished(meta: MetaTraining, history: History, adapters: Sequence[Adapter]) -> FusionModel:

@@ -83,15 +83,10 @@ def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
     With `joins`, a trained one takes in the adapters instead.
     """
     refuse_foreign(target)
-    _check(recipe, target)
-    refs = [ref.pair for ref in recipe.adapters]
-    files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.train_fusion")
-    if recipe.joins:  # before any spend
-        check_joins(load_fusion(Path(recipe.joins)), [file.name for file in files])
-    training = Training(recipe, files, _data(recipe, [file.name for file in files]))
-    warn(warnings_of(files))
-    suite, heads = data_of(recipe.data), heads_in(training.data)
-    base = prepared_base(recipe, suite, heads, [recipe.data.split])
+    if recipe.joins and Path(recipe.joins).resolve() == target.resolve():
+        raise RecipeError("output: the folder of joins. Choose another one.")
+    training, base = asked_of(recipe)
+    warn(warnings_of(training.files))
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         key = training.key(session)
         if not is_done(target, key):
@@ -99,12 +94,26 @@ def run(recipe: TrainFusionRecipe, target: Path) -> dict[str, Any]:
     return _report(target)
 
 
-def _check(recipe: TrainFusionRecipe, target: Path) -> None:
-    """Raise RecipeError if the recipe asks for nothing, or for what cannot be."""
+def asked_of(recipe: TrainFusionRecipe) -> tuple[Training, Path]:
+    """Open what a recipe names; return it and the base's folder.
+
+    Raises:
+        RecipeError: the recipe asks for nothing, or for what cannot be.
+        InputError: adapters, data, base or the Fusion-VAE that they join are not as they should be.
+    """
+    if not recipe.joins:
+        _check(recipe)
+    refs = [ref.pair for ref in recipe.adapters]
+    files = open_all(refs, recipe.modules_to_save, base=recipe.base, run_by="jobs.train_fusion")
+    names = [file.name for file in files]
     if recipe.joins:
-        if Path(recipe.joins).resolve() == target.resolve():
-            raise RecipeError("output: the folder of joins. Choose another one.")
-        return
+        check_joins(load_fusion(Path(recipe.joins)), names)
+    training = Training(recipe, files, _data(recipe, names))
+    suite, heads = data_of(recipe.data), heads_in(training.data)
+    return training, prepared_base(recipe, suite, heads, [recipe.data.split])
+
+
+def _check(recipe: TrainFusionRecipe) -> None:
     check_resources(recipe.resources)
     problems = []
     if len(recipe.adapters) < 2:

@@ -4,22 +4,34 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from ray_samples import ROOT, environment, write_yaml
 from safetensors.torch import load_file
 
-from icm_ray.config import EvidenceRecipe, LearnRecipe, PipelineRecipe
+from icm_ray.config import (
+    EvidenceRecipe,
+    FinetuneRecipe,
+    LearnRecipe,
+    PipelineRecipe,
+    SearchRecipe,
+    TrainFusionRecipe,
+)
 from icm_ray.config.loading import load_recipe
 from icm_ray.distributed.memory import Sampler
+from icm_ray.distributed.tune import Looks
 from icm_ray.evaluation.experts import HEAD
 from icm_ray.evaluation.heads import Head
 from icm_ray.evidence.tensors import TENSORS
+from icm_ray.jobs import JOBS
 from icm_ray.suites import find_suite
-from icm_ray.workflows import evidence, learn
+from icm_ray.workflows import evidence, finetune, learn, train_fusion
 from icm_ray.workflows.pipeline.usual import NEVER
 from icm_ray.workflows.plan import plan
+from icm_ray.workflows.plan.search import shares
+from icm_ray.workflows.search import run as search
 
 STEPS = {"method": "nsc", "learn": {"optimisation": {"steps": 5}}}
 DATA = {"suite": "text", "inputs_per_task": 12}
@@ -94,32 +106,104 @@ def test_a_pipeline_that_trains_first_has_no_plan(tiny_bert, tmp_path):
         plan(load_recipe(PipelineRecipe, recipe))
 
 
+def test_experts_are_planned_by_their_own_steps(tiny_bert, tmp_path):
+    recipe = FinetuneRecipe(
+        base=str(tiny_bert),
+        tasks=["depth", "keyword"],
+        training={"steps": 9, "batch": 4, "train_examples": 40, "checkpoints": 2},
+        sets=[{"seed": 0}, {"seed": 1}],
+        sizes={"calibration": 8, "validation": 8, "test": 8},
+        lora={"rank": 2, "targets": ["query"]},
+        resources={"cpus_per_worker": 0.5},
+        output=str(tmp_path / "out"),
+    )
+    found = plan(recipe)
+    assert list(found["seconds"]) == ["probes", "9 steps of 4 experts", "base and experts"]
+    assert found["items"] == 4
+    layers, width = 2, 16
+    one = layers * 2 * 2 * width
+    assert found["written"] == 4 * (4 * one * 3 + 2 * one * 3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_is_planned_by_its_own_trials(plain, tmp_path):
+    keys = {
+        **{key: value for key, value in plain.items() if key != "data"},
+        "suite": "text",
+        "validation": 32,
+        "method": "task_arithmetic",
+        "search": {"params.scale": "uniform(0.1, 1)"},
+        "trials": 50,
+    }
+    found = plan(SearchRecipe(**keys))
+    assert list(found["seconds"]) == ["base and experts", "50 trials", "the best"]
+    assert found["items"] == 50
+    assert not (tmp_path / "out").exists()
+
+
+def test_trials_that_are_stopped_early_cost_their_share():
+    whole, halved = Looks("all", (1,)), Looks("examples", (32, 64, 128), 2)
+    assert shares(whole) == (1.0, 1.0)
+    assert shares(halved) == (1.0, 1 / 4 + 1 / 2 * 1 / 2 + 1 / 4)
+    assert shares(replace(halved, on="steps")) == (1 / 4 + 1 / 2 * 1 / 4 + 1 / 4 * 1 / 2, 1.75)
+
+
+@pytest.mark.slow
+def test_a_fusion_vae_is_planned_on_the_engine_that_trains_it(plain):
+    fusion = {"vae_steps": 30, "meta_steps": 10, "representation": {"components": 4}}
+    found = plan(TrainFusionRecipe(**plain, fusion=fusion))
+    stages = ["task vectors", "base and experts", "starting DeepSpeed", "40 steps"]
+    assert list(found["seconds"]) == stages
+    assert found["written"] > 0
+
+
+EXPERTS = ROOT / "docs/results/text/experts/shared-seed0"
+TASKS = ("depth", "year")
+ADAPTERS = [{"name": task, "path": str(EXPERTS / task / "adapter")} for task in TASKS]
+INPUTS = {"adapters": ADAPTERS, "data": {"suite": "text", "inputs_per_task": 64}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("job", "run", "kind", "changes"),
+    ("job", "run", "changes"),
     [
-        ("evidence", evidence.run, EvidenceRecipe, {"kind": "gram_statistics", "batch": 32}),
+        ("evidence", evidence.run, {**INPUTS, "kind": "gram_statistics", "batch": 32}),
+        ("learn", learn.run, {**INPUTS, **STEPS}),
         (
-            "learn",
-            learn.run,
-            LearnRecipe,
-            {"method": "nsc", "learn": {"optimisation": {"steps": 5}}},
+            "finetune",
+            finetune.run,
+            {
+                "tasks": TASKS[:1],
+                "training": {"steps": 10, "train_examples": 400},
+                "sizes": {"calibration": 32, "validation": 64, "test": 64},
+            },
+        ),
+        (
+            "train_fusion",
+            train_fusion.run,
+            {**INPUTS, "fusion": {"vae_steps": 20, "meta_steps": 5}},
+        ),
+        (
+            "search",
+            search.run,
+            {
+                "adapters": ADAPTERS,
+                "suite": "text",
+                "validation": 64,
+                "search": {"params.scale": "uniform(0.1, 1)"},
+                "trials": 3,
+            },
         ),
     ],
 )
-def test_a_worker_takes_the_memory_that_was_planned(job, run, kind, changes, tmp_path, on_ray):
-    experts = ROOT / "docs/results/text/experts/shared-seed0"
+def test_a_worker_takes_the_memory_that_was_planned(job, run, changes, tmp_path, on_ray):
     keys = {
         "base": "minilm",
-        "adapters": [
-            {"name": task, "path": str(experts / task / "adapter")} for task in ("depth", "year")
-        ],
-        "data": {"suite": "text", "inputs_per_task": 64},
         "resources": {"workers": 1},
         "output": str(tmp_path / "out"),
         **changes,
     }
-    recipe = write_yaml(tmp_path / "r.yaml", keys)
+    kind, recipe = JOBS[job].kind, write_yaml(tmp_path / "r.yaml", keys)
     done = subprocess.run(
         [sys.executable, "-m", "icm_ray", "plan", job, "-c", str(recipe), "--json"],
         cwd=ROOT,

@@ -100,7 +100,7 @@ def planned(
     rows, left_out = (table.rows, {}) if table.rows else allowed(table, one)
     learning = {row.name: _learning(table, one, row, speed) / workers for row in rows}
     scoring = {row.name: _scoring(table, one, row, speed) / workers for row in rows}
-    scoring[REFERENCES_COST] = _references(table, one, speed) / workers
+    scoring[REFERENCES_COST] = references_seconds(table, one, speed) / workers
     seconds: dict[str, float] = {}
     spent = scoring[REFERENCES_COST]
     for name in sorted(learning, key=lambda name: learning[name] + scoring[name]):
@@ -146,7 +146,7 @@ def _scoring(table: Table, one: SetResults, row: MethodRow, speed: Speed) -> flo
     return merge * settings + (validated * validation + 2 * test) * speed.merge
 
 
-def _references(table: Table, one: SetResults, speed: Speed) -> float:
+def references_seconds(table: Table, one: SetResults, speed: Speed) -> float:
     """Return what the base's and the experts' scores, and the task vectors, take of one worker."""
     scored = sum(_examples(table, one, split) for split in ("validation", "test"))
     vectors = 2 * _examples(table, one, "calibration") * speed.forward

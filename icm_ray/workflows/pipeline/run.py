@@ -10,7 +10,7 @@ from icm_ray.evaluation.scoring import idle_lines
 from icm_ray.finetuning.targets import with_targets
 from icm_ray.merging.estimate import warn
 from icm_ray.report import BASE, EXPERT, ReportData, summarise
-from icm_ray.suites import find_suite
+from icm_ray.suites import Suite, find_suite
 from icm_ray.workflows.evicting import Evicted, evicting
 from icm_ray.workflows.pipeline.adapters import check_ready, ready_set, settled, without_tasks
 from icm_ray.workflows.pipeline.report import console, publish, report_data
@@ -33,14 +33,7 @@ def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
 
 
 def _run(recipe: FinetuneRecipe, target: Path, evicted: Evicted) -> dict[str, Any]:
-    suite = find_suite(recipe.suite)
-    check_tasks(recipe)
-    one = ready_set(recipe) if isinstance(recipe, PipelineRecipe) and recipe.adapters else None
-    recipe, base = settled(recipe, suite, one)
-    if one is None:
-        shared = recipe.training.tasks_per_forward > 1
-        lora = with_targets(recipe.lora, base, shared=shared)
-        recipe = recipe.model_copy(update={"lora": lora})
+    recipe, suite, base = settled_table(recipe)
     target.mkdir(parents=True, exist_ok=True)
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         table = Table(recipe, suite, target, session, evicted=evicted)
@@ -55,6 +48,23 @@ def _run(recipe: FinetuneRecipe, target: Path, evicted: Evicted) -> dict[str, An
         print(f"{name}: {where}")
     chosen = {"choice": asdict(data.choice)} if data.choice else {}
     return {"outputs": outputs, "scores": _scores(data), **chosen}
+
+
+def settled_table(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, Suite, Path]:
+    """Return a recipe that leaves nothing open, its suite, and its base's folder, all checked.
+
+    Raises:
+        RecipeError, InputError: see `settled`; or a task or a target module is not there.
+    """
+    suite = find_suite(recipe.suite)
+    check_tasks(recipe)
+    one = ready_set(recipe) if isinstance(recipe, PipelineRecipe) and recipe.adapters else None
+    recipe, base = settled(recipe, suite, one)
+    if one is None:
+        shared = recipe.training.tasks_per_forward > 1
+        lora = with_targets(recipe.lora, base, shared=shared)
+        recipe = recipe.model_copy(update={"lora": lora})
+    return recipe, suite, base
 
 
 def _scores(data: ReportData) -> dict[str, Any]:

@@ -4,23 +4,20 @@ A plan opens adapters and data as the job does, so it refuses what the job would
 nothing but a base that was not prepared yet.
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
-from icm_ray.adapters import AdapterFile
 from icm_ray.config import (
     EvaluateRecipe,
     EvidenceRecipe,
+    FinetuneRecipe,
     LearnRecipe,
     PipelineRecipe,
     Recipe,
-    Resources,
+    SearchRecipe,
+    TrainFusionRecipe,
 )
-from icm_ray.distributed.evidence import input_widths
-from icm_ray.evidence.gram_files import room_lines, stored_bytes
 from icm_ray.evidence.grams import SUM_ENTRIES
 from icm_ray.learning.recipes import needs_grams
 from icm_ray.learning.tasks import LearnerData, load_inputs
@@ -29,31 +26,16 @@ from icm_ray.workflows.evaluate import wanted
 from icm_ray.workflows.evidence import adapters_of
 from icm_ray.workflows.learn import request_of
 from icm_ray.workflows.pipeline.offer import REFERENCES_COST
+from icm_ray.workflows.plan.experts import plan_experts
+from icm_ray.workflows.plan.fusion import plan_fusion
 from icm_ray.workflows.plan.measured import FEW, Bench, peak_bytes
 from icm_ray.workflows.plan.pipeline import asked_of, planned_rows
+from icm_ray.workflows.plan.planned import LOOKS, JobPlan, count, grams_of, workers_here
+from icm_ray.workflows.plan.search import plan_search
 from icm_ray.workflows.prepared import data_of, heads_in, prepared_base
 
 RAY_SECONDS = 10.0
 """A local Ray's start and end."""
-
-
-@dataclass(frozen=True)
-class JobPlan:
-    """What a job will do.
-
-    Attributes:
-        seconds: Of one worker, by stage.
-        items: How many workers can share the work.
-        gathered: Bytes of Gram statistics, all tasks together, at most.
-        left_out: What is not tried, with the reason.
-        warnings: What is odd about the adapters.
-    """
-
-    seconds: Mapping[str, float]
-    items: int
-    gathered: int = 0
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
 
 
 def _evidence(recipe: EvidenceRecipe) -> tuple[Bench, JobPlan]:
@@ -64,8 +46,8 @@ def _evidence(recipe: EvidenceRecipe) -> tuple[Bench, JobPlan]:
     one = bench.forward(data, recipe.batch)
     is_grams = recipe.kind == "gram_statistics"
     passes = 1 if is_grams else 2  # the base's own states beside the adapter's
-    seconds = {recipe.kind.replace("_", " "): passes * one * _count(data)}
-    gathered, warnings = _grams(recipe, files) if is_grams else (0, warnings_of(files))
+    seconds = {recipe.kind.replace("_", " "): passes * one * count(data)}
+    gathered, warnings = grams_of(recipe, files) if is_grams else (0, warnings_of(files))
     return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings))
 
 
@@ -75,14 +57,13 @@ def _learn(recipe: LearnRecipe) -> tuple[Bench, JobPlan]:
     suite, heads = data_of(recipe.data), heads_in(request.data)
     bench = Bench(prepared_base(recipe, suite, heads, [recipe.data.split]), recipe.resources)
     spec, data = request.spec, request.data
-    how, examples = spec.optimisation, _count(data)
+    how, examples = spec.optimisation, count(data)
     one = bench.forward(data, how.batch)
     seconds, gathered, warnings = {}, 0, warnings_of(files)
     if needs_grams(spec):
         seconds["gram statistics"] = one * examples
-        gathered, warnings = _grams(recipe, files)
-    # Base and expert once, and the merge at its start and at its end.
-    seconds["losses before and after"] = 4 * one * examples
+        gathered, warnings = grams_of(recipe, files)
+    seconds["losses before and after"] = LOOKS * one * examples
     step = bench.step(spec, [file.load() for file in files], data)
     seconds[f"{how.steps} steps"] = how.steps * how.batch * len(files) * step
     return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings))
@@ -115,6 +96,9 @@ _PLANS: Mapping[type[Recipe], Callable[[Any], tuple[Bench, JobPlan]]] = {
     LearnRecipe: _learn,
     EvaluateRecipe: _evaluate,
     PipelineRecipe: _pipeline,
+    FinetuneRecipe: plan_experts,
+    TrainFusionRecipe: plan_fusion,
+    SearchRecipe: plan_search,
 }
 
 
@@ -147,6 +131,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         summary["memory a device"] = f"{bench.device_bytes / 1e6:.0f} MB"
     if plan.gathered:
         summary["disk"] = f"{plan.gathered / 1e6:.0f} MB, twice that while it is put together"
+    elif plan.written:
+        summary["disk"] = f"{plan.written / 1e6:.0f} MB"
     return {
         "summary": summary,
         "warnings": [
@@ -161,25 +147,3 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "driver_bytes": bench.bare,
         "device_bytes": bench.device_bytes,
     }
-
-
-def workers_here(resources: Resources, items: int) -> int:
-    """Return how many workers this machine would start."""
-    fit = items
-    if resources.cpus_per_worker:
-        fit = int((os.cpu_count() or 1) / resources.cpus_per_worker)
-    return max(1, min(items, resources.workers or items, fit))
-
-
-def _count(data: LearnerData) -> int:
-    return sum(len(inputs) for inputs, _ in data.inputs.values())
-
-
-def _grams(
-    recipe: EvidenceRecipe | LearnRecipe, files: Sequence[AdapterFile]
-) -> tuple[int, list[str]]:
-    """Return the bytes of all tasks' Gram statistics, and the job's warnings."""
-    widths = list(input_widths(files).values())
-    directions = recipe.resources.gram_directions
-    room = room_lines(Path(recipe.output), widths, len(files), directions)
-    return len(files) * stored_bytes(widths, directions), [*warnings_of(files), *room]

@@ -2,8 +2,10 @@
 
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +15,8 @@ from icm_ray.base_model.states import batches_of, pooled
 from icm_ray.config import LearnSpec, Resources, StartSpec
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.scoring import TaskData, evaluate
+from icm_ray.finetuning.expert import Lesson
+from icm_ray.finetuning.training import train_experts
 from icm_ray.learning.gradients import TaskGradients
 from icm_ray.learning.learner import covered_tasks
 from icm_ray.learning.recipes import plan_of
@@ -22,7 +26,24 @@ from icm_ray.types import Adapter
 
 FEW = 16
 """Inputs of a task that are run."""
+STEPS = 4
+"""Of experts that are trained."""
 STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training a group of experts takes.
+
+    Attributes:
+        start: Seconds before the first step: examples are read, adapters are made.
+        step: Seconds of a step.
+        numbers: How many are trained, heads left out.
+    """
+
+    start: float
+    step: float
+    numbers: int
 
 
 class Bench:
@@ -47,16 +68,14 @@ class Bench:
                     for one in batches:
                         pooled(self.base.model, one)
 
-        return self._second(run) / sum(len(inputs) for inputs, _ in few.values())
+        return self.timed(run) / sum(len(inputs) for inputs, _ in few.values())
 
     def scored(
         self, data: Mapping[str, TaskData], batch: int, adapter: Adapter | None = None
     ) -> float:
         """Return the seconds of one example that is scored; see `scoring.evaluate`."""
         threads = self.resources.threads
-        spent = self._second(
-            lambda: evaluate(self.base, adapter, data, batch=batch, threads=threads)
-        )
+        spent = self.timed(lambda: evaluate(self.base, adapter, data, batch=batch, threads=threads))
         return spent / sum(len(one.examples) for one in data.values())
 
     def step(self, spec: LearnSpec, adapters: Sequence[Adapter], data: LearnerData) -> float:
@@ -73,9 +92,30 @@ class Bench:
         side = TaskGradients(self.base.model, learning, tasks, covered=covered)
         side.start(one)
         seen = sum(len(b.rows) for b in side.tasks[one].batches) / len(side.tasks[one].batches)
-        return self._second(lambda: side.gradient([one], 0)) / seen
+        return self.timed(lambda: side.gradient([one], 0)) / seen
 
-    def _second(self, run: Callable[[], object]) -> float:
+    def training(self, lessons: Sequence[Lesson]) -> "Trained":
+        """Train a group of experts for a few steps; the last one, which is kept, does not count."""
+        ends: list[float] = []
+
+        def stepped(_step: int, _losses: list[float]) -> None:
+            self._wait()
+            ends.append(time.monotonic())
+
+        short = {"steps": STEPS, "checkpoints": 1}
+        few = [
+            replace(one, job=replace(one.job, training=one.job.training.model_copy(update=short)))
+            for one in lessons
+        ]
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as scratch, kernel_threads(self.resources.threads):
+            model = train_experts(self.base, few, Path(scratch), stepped)[0].model
+        numbers = sum(leaf.numel() for leaf in model.parameters() if leaf.requires_grad)
+        model.unload()  # the next group finds the base bare
+        step = (ends[-2] - ends[0]) / (STEPS - 2)
+        return Trained(ends[0] - started - step, step, numbers)
+
+    def timed(self, run: Callable[[], object]) -> float:
         """Return what a second run takes; the first one touches the base's pages."""
         spent = 0.0
         with kernel_threads(self.resources.threads):

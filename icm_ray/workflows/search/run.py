@@ -37,13 +37,7 @@ WAIT_FOR_ACTORS = 300.0
 
 def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     """Run every trial that is missing, then merge, verify and report the best; see SearchRecipe."""
-    optuna()
-    check_loggers(recipe.loggers)
-    plan = plan_of(recipe)
-    suite = plan.suite if recipe.suite is not None else None
-    heads = heads_of(suite, plan.experts)[1] if suite else {}
-    base = prepared_base(recipe, suite, heads, SPLITS[1:])
-    check_base(plan.files, base)
+    plan, base = asked_of(recipe)
     warn(warnings_of(plan.files))
     if plan.is_scored:
         warn(unproven_lines({file.name for file in plan.files} - plan.experts.keys()))
@@ -54,6 +48,23 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         run_missing(plan, pairs, session, target)
         return finish(plan, pairs, session, target)
+
+
+def asked_of(recipe: SearchRecipe) -> tuple[Plan, Path]:
+    """Open what a recipe names; return it and the base's folder.
+
+    Raises:
+        RecipeError, InputError: see `plan_of`; or a library is missing, or adapters or heads do not
+            go with the base.
+    """
+    optuna()
+    check_loggers(recipe.loggers)
+    plan = plan_of(recipe)
+    suite = plan.suite if recipe.suite is not None else None
+    heads = heads_of(suite, plan.experts)[1] if suite else {}
+    base = prepared_base(recipe, suite, heads, SPLITS[1:])
+    check_base(plan.files, base)
+    return plan, base
 
 
 def run_missing(
