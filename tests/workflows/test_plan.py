@@ -149,6 +149,7 @@ def test_trials_that_are_stopped_early_cost_their_share():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # DeepSpeed's
 def test_a_fusion_vae_is_planned_on_the_engine_that_trains_it(plain):
     fusion = {"vae_steps": 30, "meta_steps": 10, "representation": {"components": 4}}
     found = plan(TrainFusionRecipe(**plain, fusion=fusion))
