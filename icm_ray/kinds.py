@@ -6,6 +6,9 @@ EvidenceKind = Literal["task_vectors", "gram_statistics", "learned_merge", "fusi
 """What evidence says: how adapters change the base, second moments of inputs, what was learned
 between the adapters' factors, or a trained Fusion-VAE."""
 
+CutMetric = Literal["inputs", "weights"]
+"""What a cut to a smaller rank keeps most of: what the tasks' inputs see, or entries of weights."""
+
 SavedModulesPolicy = Literal["refuse", "drop", "keep", "mean"]
 """What to do with `modules_to_save`: refuse the adapter, leave them out, keep them per task, or
 average them."""

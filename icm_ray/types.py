@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icm_ray.errors import InputError
+from icm_ray.kinds import CutMetric
 
 RankPolicy = int | str | None
 """An int, "exact", "energy:0.99", "serving:64", "total:400" over all modules, or None for the
@@ -195,6 +196,9 @@ class ModuleReport:
         absent: Tasks without this module; their delta counts as zero.
         cut: How the rank was reached.
         task_energy: For methods with an adapter for each task: what the cut kept of each one's.
+        seen_energy: Share of what the result adds to the module's outputs, squared over the inputs
+            behind the Gram statistics, that the cut kept, in [0, 1]; None without any, or if
+            nothing was cut.
     """
 
     rank: int
@@ -206,6 +210,7 @@ class ModuleReport:
     absent: tuple[str, ...] = ()
     cut: CutRoute = "none"
     task_energy: Mapping[str, float] = field(default_factory=dict)
+    seen_energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,7 @@ class MergeReport:
         params: Every parameter, defaults included.
         seed: Seed of the merge.
         output_rank: The rank policy as given.
+        output_metric: What a cut kept most of.
         inputs: Fingerprint of each adapter by name.
         modules: What happened to each module.
         evidence: sha256 of what the method was told of models and data, or None.
@@ -234,6 +240,13 @@ class MergeReport:
     modules: Mapping[str, ModuleReport]
     evidence: str | None = None
     per_task: Mapping[str, float] = field(default_factory=dict)
+    output_metric: CutMetric = "weights"
+
+    @property
+    def seen_energy(self) -> float | None:
+        """Mean over modules of what inputs see of them after the cut; None if nothing is known."""
+        shares = [m.seen_energy for m in self.modules.values() if m.seen_energy is not None]
+        return sum(shares) / len(shares) if shares else None
 
     @property
     def retained_energy(self) -> float:

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "inputs": set(),
     "linalg": set(),
-    "types": {"errors"},
+    "types": {"errors", "kinds"},
     "owners": set(),
     "swap": {"owners"},
     "locks": {"errors", "owners", "swap"},

@@ -38,6 +38,13 @@ class ModuleEntry(Strict):
     task_energy: dict[str, float] = Field(
         description="What the cut kept of each task's own change, for methods that make them."
     )
+    seen_energy: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of what the result adds to outputs, squared over the inputs, that the "
+        "cut kept; null without Gram statistics, or if nothing was cut.",
+    )
 
 
 class TaskEntry(Strict):
@@ -62,6 +69,12 @@ class MergeReportFile(Strict):
         description="Adapters in per_task/<task>/; empty for methods that make one for all."
     )
     retained_energy: float = Field(ge=0, le=1, description="Over all modules together.")
+    output_metric: Literal["inputs", "weights"] = Field(
+        default="weights", description="What a cut kept most of."
+    )
+    seen_energy: float | None = Field(
+        default=None, ge=0, le=1, description="Mean over modules; null if unknown."
+    )
     fingerprint: str = Digest
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
     modules_to_save: Literal["refuse", "drop", "keep", "mean"] = Field(

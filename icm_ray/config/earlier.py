@@ -13,7 +13,7 @@ ORDER = "order.json"
 ADAPTERS, EVIDENCE = "adapters", "evidence"
 """In the same folder: the adapters by name, and their Gram statistics."""
 ASKED = ("method", "params", "seed", "base", "revision", "same_base", "modules_to_save")
-OF_OUTPUT = ("rank", "dtype")
+OF_OUTPUT = ("rank", "metric", "dtype")
 """Keys of a recipe that an order may hold, and of its output; no other opens a door."""
 
 

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from icm_ray.errors import RecipeError
+from icm_ray.kinds import CutMetric
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -214,6 +215,11 @@ class Output(Part):
 
     path: str = Field(min_length=1)
     rank: int | str | None = None
+    metric: CutMetric | None = Field(
+        default=None,
+        description="What a cut to the rank keeps most of: what the inputs behind the Gram "
+        "statistics see, or entries of the weights. None: inputs where the method has them.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @model_validator(mode="before")

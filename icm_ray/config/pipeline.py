@@ -11,6 +11,7 @@ from icm_ray.config.fusion import EngineSpec, FusionChanges, InContext
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import Name, Part, Positive, ReadyAdapters, Resources
 from icm_ray.config.search import Searched
+from icm_ray.kinds import CutMetric
 
 
 def _setting(value: float | str) -> float | str:
@@ -27,6 +28,9 @@ class MethodRow(Part):
     method: str
     params: dict[str, Any] = {}
     rank: int | str | None = None
+    metric: CutMetric | None = Field(
+        default=None, description="What a cut to the rank keeps most of; see `output.metric`."
+    )
     tasks: list[str] | None = Field(
         default=None,
         min_length=1,

@@ -28,7 +28,8 @@ SHARD_BYTES = 64_000_000
 """Factors one task reads at least: small modules are merged together, as a task costs 2 ms."""
 
 Pair = tuple[np.ndarray, np.ndarray]
-Shipped = dict[str, tuple[Pair, ModuleReport, dict[str, Pair]]]
+Whole = tuple[Pair, ModuleReport, dict[str, Pair], np.ndarray | None]
+Shipped = dict[str, Whole]
 """Merged modules as numpy arrays, which the object store hands over without a copy."""
 
 
@@ -155,10 +156,7 @@ def _merge_shard(
     order: MergeOrder, modules: Sequence[str], files: dict[str, AdapterFile]
 ) -> Shipped:
     merged = merge_modules(order, modules, _reader(files))
-    return {
-        m: (_arrays(one.factors), one.report, {t: _arrays(f) for t, f in one.tasks.items()})
-        for m, one in merged.items()
-    }
+    return {m: _ship(one) for m, one in merged.items()}
 
 
 def _reader(files: dict[str, AdapterFile]) -> Callable[[str, str], LoRAFactors]:
@@ -169,9 +167,17 @@ def _arrays(factors: LoRAFactors) -> Pair:
     return factors.a.numpy(), factors.b.numpy()
 
 
-def _unship(item: tuple[Pair, ModuleReport, dict[str, Pair]]) -> MergedModule:
-    pair, report, tasks = item
-    return MergedModule(_factors(pair), report, {t: _factors(own) for t, own in tasks.items()})
+def _ship(one: MergedModule) -> Whole:
+    values = None if one.values is None else one.values.numpy()
+    tasks = {task: _arrays(own) for task, own in one.tasks.items()}
+    return _arrays(one.factors), one.report, tasks, values
+
+
+def _unship(item: Whole) -> MergedModule:
+    pair, report, tasks, values = item
+    seen = None if values is None else torch.from_numpy(values.copy())
+    own = {task: _factors(factors) for task, factors in tasks.items()}
+    return MergedModule(_factors(pair), report, own, seen)
 
 
 def _factors(pair: Pair) -> LoRAFactors:

@@ -109,13 +109,13 @@ def _randomised(
             y[row : row + block.shape[0]] = block @ z
             row += block.shape[0]
             if turn == 0:
-                total += _squares(block)
+                total += sum_of_squares(block)
         spans.append(torch.linalg.qr(y).Q)
         if turn < ITERATIONS:
-            z = torch.linalg.qr(_turned(shape[1], blocks, spans[-1])).Q
+            z = torch.linalg.qr(turned(shape[1], blocks, spans[-1])).Q
     # All powers together hold far more than the last one, for the same passes.
     q = torch.linalg.qr(torch.cat(spans, 1)).Q
-    inside = _turned(shape[1], blocks, q).double()
+    inside = turned(shape[1], blocks, q).double()
     squares, u = torch.linalg.eigh(inside.T @ inside)
     s = squares.flip(0).clamp(min=0).sqrt()
     s = s[s > NUMERICAL_RANK * s[:1]]
@@ -126,7 +126,7 @@ def _randomised(
     return Truncation(b, a, min(shape), _share(s, rank, total), False)
 
 
-def _turned(d_in: int, blocks: Blocks, y: Float[Tensor, "d_out w"]) -> Float[Tensor, "d_in w"]:
+def turned(d_in: int, blocks: Blocks, y: Float[Tensor, "d_out w"]) -> Float[Tensor, "d_in w"]:
     """Return the transposed matrix times `y`."""
     z, row = torch.zeros(d_in, y.shape[1]), 0
     for block in blocks():
@@ -135,7 +135,7 @@ def _turned(d_in: int, blocks: Blocks, y: Float[Tensor, "d_out w"]) -> Float[Ten
     return z
 
 
-def _squares(block: Tensor) -> float:
+def sum_of_squares(block: Tensor) -> float:
     """Return the sum of squares, in float64 over rows, each of which float32 sums well."""
     return float(torch.linalg.vector_norm(block, dim=1).double().square().sum())
 

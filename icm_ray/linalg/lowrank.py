@@ -138,6 +138,17 @@ def svd(b: Float[Tensor, "d_out rank"], a: Float[Tensor, "rank d_in"]) -> LowRan
     return _svd_by_grams(b, a) or _svd_by_qr(b, a)
 
 
+def root(products: Float[Tensor, "rank rank"]) -> Float[Tensor, "rank rank"]:
+    """Return a root r of products of rows in some metric, `r @ r.T = products`, float64.
+
+    `b @ r` has the left singular vectors and the values that `b @ a` has in the metric.
+    """
+    squares, vectors = torch.linalg.eigh(products)
+    # Metrics come in float32: what is smaller is rounding, and would be a whole direction.
+    squares = squares.where(squares > NUMERICAL_RANK * squares[-1:], 0)
+    return vectors * squares.sqrt()
+
+
 def _svd_by_grams(b: Tensor, a: Tensor) -> LowRankSVD | None:
     lower, info = torch.linalg.cholesky_ex(gram(a.T, a.T))
     pivots = lower.diagonal()

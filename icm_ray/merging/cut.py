@@ -4,12 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from icm_ray.errors import RecipeError
 from icm_ray.linalg import blockwise
 from icm_ray.linalg.lowrank import rank_for_energy, svd
-from icm_ray.types import CutRoute, Delta, LoRAFactors, MergeReport, RankPolicy
+from icm_ray.types import (
+    CutRoute,
+    Delta,
+    LoRAFactors,
+    MergeReport,
+    ModuleReport,
+    RankPolicy,
+)
 
 SERVING_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks a serving engine can be started with (`--max-lora-rank` of vLLM)."""
@@ -70,6 +78,20 @@ class RankRule:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a module's inputs see of the cut.
+
+    Attributes:
+        energy: Share that the cut kept; see `types.ModuleReport`.
+        values: How much each rank holds, over the norm of the whole, descending, if it was cut for
+            the inputs.
+    """
+
+    energy: float
+    values: Float[Tensor, " rank"] | None = None
+
+
+@dataclass(frozen=True)
 class Cut:
     """A module after the cut; see `types.ModuleReport` for the fields."""
 
@@ -77,6 +99,14 @@ class Cut:
     exact_rank: int
     retained_energy: float
     route: CutRoute
+    seen: Seen | None = None
+
+
+def is_within(result: LoRAFactors | Delta, rule: RankRule) -> bool:
+    """Say whether a result satisfies the rule as it is."""
+    if isinstance(result, Delta) or rule.kind in ("energy", "total") or rule.tight:
+        return False
+    return result.rank <= (rule.number if rule.kind == "at most" else min(result.shape))
 
 
 def cut(result: LoRAFactors | Delta, rule: RankRule) -> Cut:
@@ -86,8 +116,7 @@ def cut(result: LoRAFactors | Delta, rule: RankRule) -> Cut:
     Of a total, as much as one module could get of it is kept, by descending singular value.
     """
     if isinstance(result, LoRAFactors):
-        fits = result.rank <= (rule.number if rule.kind == "at most" else min(result.shape))
-        if fits and rule.kind not in ("energy", "total") and not rule.tight:
+        if is_within(result, rule):
             return Cut(result, result.rank, 1.0, "none")
         if min(result.shape) <= blockwise.EXACT_SIDE or not _is_wide(result):
             return _cut_factors(result, rule)
@@ -121,14 +150,27 @@ def _product(factors: LoRAFactors) -> Delta:
 
 def loss_lines(report: MergeReport) -> list[str]:
     """Return a line that says how much a cut lost, if a user would notice."""
-    if report.retained_energy >= NOTICED:
+    if _noticed(report) >= NOTICED:
         return []
-    worst = min(report.modules, key=lambda module: report.modules[module].retained_energy)
+    shares = {module: _noticed(one) for module, one in report.modules.items()}
+    worst = min(shares, key=lambda module: shares[module])
+    of = "the energy" if report.seen_energy is None else "what inputs see"
     return [
-        f"output.rank: {report.output_rank or 'left out'}: the cut kept "
-        f"{report.retained_energy:.0%} of the energy, {report.modules[worst].retained_energy:.0%} "
-        f"in {worst}. Raise it, or compare scores with an uncut merge."
+        f"output.rank: {report.output_rank or 'left out'}: the cut kept {_noticed(report):.0%} of "
+        f"{of}, {shares[worst]:.0%} in {worst}. Raise it, or compare scores with an uncut merge."
     ]
+
+
+def _noticed(one: MergeReport | ModuleReport) -> float:
+    """Return the share that a cut kept: of what inputs see, where that is known."""
+    return one.retained_energy if one.seen_energy is None else one.seen_energy
+
+
+def kept_line(report: MergeReport) -> str:
+    """Return what the cut kept, in words."""
+    line = f"{report.retained_energy:.2%} of the energy kept"
+    seen = report.seen_energy
+    return line if seen is None else f"{line}, {seen:.2%} of what inputs see"
 
 
 def serving_rank(ranks: list[int]) -> int:

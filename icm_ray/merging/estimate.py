@@ -25,6 +25,7 @@ from icm_ray.merging.cut import serving_rank
 from icm_ray.merging.folder import dtype_name
 from icm_ray.merging.order import MergeOrder, MergeRequest, idle_lines, plan_merge
 from icm_ray.merging.passes import passes_of
+from icm_ray.merging.requirements import needs_of
 from icm_ray.merging.sources import open_inputs, sources_of
 from icm_ray.methods import find_method
 
@@ -181,7 +182,7 @@ def _base_bytes(recipe: MergeRecipe) -> int:
 
 
 def _data_needed(recipe: MergeRecipe) -> str:
-    needs = find_method(recipe.method).needs
+    needs = needs_of(recipe.method, recipe.output.metric)
     if needs is None:
         return "none"
     inputs = recipe.data.most if recipe.data else 0

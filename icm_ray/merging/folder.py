@@ -247,6 +247,7 @@ def report_as_dict(report: MergeReport) -> dict[str, Any]:
     """Return a MergeReport as plain data."""
     plain = asdict(report)
     plain["retained_energy"] = report.retained_energy
+    plain["seen_energy"] = report.seen_energy
     plain["per_task"] = {t: {"retained_energy": kept} for t, kept in report.per_task.items()}
     return plain
 
@@ -259,7 +260,9 @@ def report_from_dict(plain: Mapping[str, Any]) -> MergeReport:
         for name, module in plain["modules"].items()
     }
     per_task = {task: own["retained_energy"] for task, own in plain.get("per_task", {}).items()}
-    return MergeReport(**{name: plain[name] for name in names}, modules=modules, per_task=per_task)
+    metric = plain.get("output_metric", "weights")  # absent in reports of before there were two
+    told = {name: plain[name] for name in names}
+    return MergeReport(**told, modules=modules, per_task=per_task, output_metric=metric)
 
 
 def read_merged(folder: Path) -> MergedFolder:

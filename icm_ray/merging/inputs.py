@@ -11,13 +11,19 @@ import torch
 from icm_ray.devices import CPU, find_device
 from icm_ray.errors import InputError
 from icm_ray.linalg import lowrank
-from icm_ray.merging.order import MergeOrder
+from icm_ray.linalg.gram import Gram
+from icm_ray.merging.order import SEEN, MergeOrder
 from icm_ray.methods import METHODS
 from icm_ray.methods.shared.calibration import calibrated
+from icm_ray.methods.shared.grams import grams_of
 from icm_ray.types import LoRAFactors, ModuleContext
 
 ReadFactors = Callable[[str, str], LoRAFactors]
 """Gives the factors of `(task, module)`; from memory, or from a file when they are needed."""
+
+UNSEEN = 1e-2
+"""Added to the Grams behind a cut, over their mean diagonal entry: a few hundred inputs do not show
+every direction."""
 
 Before = Callable[[Sequence[LoRAFactors]], Sequence[LoRAFactors]]
 """A step that changes all tasks' factors of a module at once."""
@@ -106,6 +112,21 @@ def inputs_of(
     before = _before(order, module)
     inputs = Inputs(tasks, module, read, with_norms=with_norms, device=device, before=before)
     return inputs, context, extra
+
+
+def seen_by_inputs(order: MergeOrder, module: str, d_in: int) -> Gram | None:
+    """Return the Gram of all inputs that a module's merge is about; None if nothing is known."""
+    if order.evidence is None:
+        return None
+    tasks = [task for task in order.tasks if task not in order.silent_at(module)]
+    context, device = ModuleContext(module, (), tuple(tasks)), find_device(order.device)
+    found = order.evidence.of(module, SEEN, tasks)
+    known = {name: tensor.to(device) for name, tensor in found.items()}
+    total = None
+    for gram in grams_of(d_in, context, known).values():
+        own = gram.damped(1.0, UNSEEN)
+        total = own if total is None else total + own
+    return total if total is not None and total.energies().any() else None
 
 
 def _before(order: MergeOrder, module: str) -> Before | None:

@@ -130,6 +130,8 @@ def _save_modules(place: Path, modules: Mapping[str, MergedModule], key: str) ->
         for number, factors in enumerate([one.factors, *one.tasks.values()]):
             tensors[f"{module}/{number}/a"] = factors.a.contiguous()
             tensors[f"{module}/{number}/b"] = factors.b.contiguous()
+        if one.values is not None:
+            tensors[f"{module}/values"] = one.values
     save_state(place, tensors, {"key": key, "modules": json.dumps(reports)})
 
 
@@ -142,6 +144,7 @@ def _read_modules(
     def one(module: str, noted: Mapping[str, Any]) -> MergedModule:
         report = {**noted["report"], "absent": tuple(noted["report"]["absent"])}
         tasks = {task: factors(module, at) for at, task in enumerate(noted["tasks"], 1)}
-        return MergedModule(factors(module, 0), ModuleReport(**report), tasks)
+        values = stored.get(f"{module}/values")
+        return MergedModule(factors(module, 0), ModuleReport(**report), tasks, values)
 
     return {module: one(module, noted) for module, noted in json.loads(notes["modules"]).items()}

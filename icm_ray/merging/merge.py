@@ -10,17 +10,26 @@ import torch
 from icm_ray.adapters import AdapterFile, fingerprint_of, with_common_names
 from icm_ray.adapters.base_names import chosen_name
 from icm_ray.devices import find_device, made_on, to_cpu
+from icm_ray.kinds import CutMetric
 from icm_ray.linalg import lowrank
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.merging.budget import within
-from icm_ray.merging.cut import Cut, cut
-from icm_ray.merging.inputs import ReadFactors, finite_only, inputs_of, not_finite
+from icm_ray.merging.cut import Cut, cut, is_within
+from icm_ray.merging.inputs import (
+    ReadFactors,
+    finite_only,
+    inputs_of,
+    not_finite,
+    seen_by_inputs,
+)
 from icm_ray.merging.module import MergedModule
 from icm_ray.merging.order import MergeOrder, MergeRequest, plan_merge
 from icm_ray.merging.passes import with_statistics
+from icm_ray.merging.seen import cut_as_seen, with_seen
 from icm_ray.methods import METHODS
 from icm_ray.types import (
     Adapter,
+    Delta,
     LoRAFactors,
     MergeReport,
     MergeResult,
@@ -37,6 +46,7 @@ def merge(
     params: Mapping[str, Any] | None = None,
     evidence: object | None = None,
     output_rank: RankPolicy = None,
+    output_metric: CutMetric | None = None,
     seed: int = 0,
 ) -> MergeResult:
     """Merge K adapters of one base model into one.
@@ -51,6 +61,9 @@ def merge(
         output_rank: An int, "exact", "energy:0.99", "serving:64", "total:400" (over all modules),
             or None for the method's own default: exact for every linear and learned method, the
             largest input rank for `svd` and for dense results.
+        output_metric: What a cut to that rank keeps most of: what the "inputs" see whose Gram
+            statistics are among the evidence, or entries of the "weights"; None: the first where
+            there are any.
         seed: Keys every random draw, together with task and module.
 
     Returns:
@@ -61,7 +74,7 @@ def merge(
         RecipeError: unknown method, parameter or rank policy.
         InputError: the adapters do not fit together.
     """
-    request = MergeRequest(method, params, evidence, output_rank, seed)
+    request = MergeRequest(method, params, evidence, output_rank, seed, output_metric=output_metric)
     return merge_as_asked(adapters, request)
 
 
@@ -107,7 +120,7 @@ def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedMo
     finally:
         factors.refuse_not_finite()  # says more than whatever NaN did inside of the method
     of_tasks = result.tasks if isinstance(result, PerTask) else {}
-    done = cut(result.unified if isinstance(result, PerTask) else result, order.rule)
+    done = _cut(order, module, result.unified if isinstance(result, PerTask) else result)
     of_tasks = {task: cut(one, order.rule) for task, one in of_tasks.items()}
     for task in set(context.tasks) - set(factors.norms):  # a weight of zero: never asked for
         _ = factors[context.tasks.index(task)]
@@ -121,11 +134,25 @@ def _merge_module(order: MergeOrder, module: str, read: ReadFactors) -> MergedMo
         truncation_error=max(1.0 - done.retained_energy, 0.0) ** 0.5,
         absent=tuple(task for task in order.tasks if task not in context.tasks),
         cut=done.route,
+        seen_energy=done.seen.energy if done.seen else None,
     )
     _refuse_not_finite(order, module, report.output_norm)
     tasks = {task: _home(one.factors) for task, one in of_tasks.items()}
     energies = {task: one.retained_energy for task, one in of_tasks.items()}
-    return MergedModule(_home(done.factors), replace(report, task_energy=energies), tasks)
+    values = done.seen.values if done.seen else None
+    values = to_cpu(values) if values is not None else None
+    return MergedModule(_home(done.factors), replace(report, task_energy=energies), tasks, values)
+
+
+def _cut(order: MergeOrder, module: str, result: LoRAFactors | Delta) -> Cut:
+    """Cut a module's common change; what belongs to one task alone is cut by its weights."""
+    if order.rule.kind == "exact" or is_within(result, order.rule):
+        return cut(result, order.rule)
+    inputs = seen_by_inputs(order, module, result.shape[1])
+    if inputs is not None and order.output_metric == "inputs":
+        return cut_as_seen(result, order.rule, inputs)
+    done = cut(result, order.rule)
+    return done if inputs is None else with_seen(done, result, inputs)
 
 
 def _after(order: MergeOrder, module: str, done: Cut, norms: Mapping[str, float]) -> Cut:
@@ -162,6 +189,7 @@ def assemble(
         params={**order.params, **order.steps.asked},
         seed=order.seed,
         output_rank=order.output_rank,
+        output_metric=order.output_metric,
         inputs={a.name: a.fingerprint for a in inputs},
         modules={module: merged[module].report for module in order.present},
         evidence=order.evidence.identity if order.evidence else None,

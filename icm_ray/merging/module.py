@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from jaxtyping import Float
+from torch import Tensor
+
 from icm_ray.types import LoRAFactors, ModuleReport
 
 
@@ -14,8 +17,10 @@ class MergedModule:
         factors: The merged change.
         report: What happened to it.
         tasks: Each task's own change, for methods that make them.
+        values: How much inputs see of each rank, if it was cut for them; see `cut.Seen`.
     """
 
     factors: LoRAFactors
     report: ModuleReport
     tasks: Mapping[str, LoRAFactors] = field(default_factory=dict)
+    values: Float[Tensor, " rank"] | None = None

@@ -13,10 +13,16 @@ from icm_ray.config import MergeRecipe
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.evidence.tensors import TASK, Evidence, as_evidence
 from icm_ray.files import sha256_of
+from icm_ray.kinds import CutMetric
+from icm_ray.linalg.gram import GRAM_KINDS
 from icm_ray.merging.cut import RankRule
+from icm_ray.merging.requirements import refuse_blind
 from icm_ray.methods import Method, find_method
 from icm_ray.methods.steps import STEPS, Steps
 from icm_ray.types import RankPolicy
+
+SEEN = tuple(f"{kind}.{TASK}" for kind in GRAM_KINDS)
+"""Tensors that tell of a module's inputs, one of each kind a task."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,15 @@ class MergeRequest:
     output_rank: RankPolicy = None
     seed: int = 0
     device: str = "cpu"
+    output_metric: CutMetric | None = None
 
     @classmethod
     def of(cls, recipe: MergeRecipe) -> "MergeRequest":
         """Return what a recipe asks for; evidence as the path it names, if it is whole by now."""
         evidence = Path(recipe.evidence) if recipe.evidence and recipe.data is None else None
         where = recipe.resources.device
-        return cls(recipe.method, recipe.params, evidence, recipe.output.rank, recipe.seed, where)
+        rank, metric = recipe.output.rank, recipe.output.metric
+        return cls(recipe.method, recipe.params, evidence, rank, recipe.seed, where, metric)
 
     def key(self, adapters: Sequence[Any]) -> str:
         """Return what identifies the result: the same request of the same adapters."""
@@ -44,6 +52,7 @@ class MergeRequest:
         params = find_method(self.method).bind(self.params, list(prints))  # defaults may move
         asked = [self.method, params, self.output_rank, self.seed]
         asked += [self.device] if self.device != "cpu" else []  # kinds of devices round differently
+        asked += [self.output_metric] if self.output_metric else []
         return sha256_of(["merge", asked, evidence.identity if evidence else None, prints])
 
 
@@ -56,6 +65,7 @@ class MergeOrder:
         params: Every parameter of the method, bound.
         rule: The parsed rank policy.
         output_rank: The rank policy as given.
+        output_metric: What a cut keeps most of.
         present: For each module, sorted, the tasks that have it, sorted.
         tasks: All task names, sorted.
         seed: Seed of the merge.
@@ -71,6 +81,7 @@ class MergeOrder:
     params: Mapping[str, Any]
     rule: RankRule
     output_rank: RankPolicy
+    output_metric: CutMetric
     present: Mapping[str, tuple[str, ...]]
     tasks: tuple[str, ...]
     seed: int
@@ -120,6 +131,7 @@ def plan_merge(
             f"params.calibrate: {steps.calibrate!r} but method {row.name!r} was learned on the "
             "adapters as they are. Leave it out."
         )
+    refuse_blind(row.name, request.output_metric)
     check_together(adapters, values=False)  # its warnings about values are `plan`'s to show
     largest = max(adapter.max_rank for adapter in adapters)
     rule = RankRule.parse(request.output_rank, row.default_rank, largest)
@@ -132,18 +144,23 @@ def plan_merge(
             f"output.rank: {request.output_rank!r} but {len(modules)} modules keep a rank each. "
             f"Give total:{len(modules)} or more."
         )
-    if request.evidence is not None and not row.takes:
-        raise RecipeError(f"evidence: given but method {row.name!r} uses none. Leave it out.")
+    takes = dict.fromkeys([*row.takes, *(SEEN if request.output_metric == "inputs" else ())])
+    if request.evidence is not None and not takes:
+        raise RecipeError(
+            f"evidence: given but method {row.name!r} uses none. Leave it out, or set "
+            "output.metric: inputs for a cut that reads Gram statistics."
+        )
     evidence = as_evidence(request.evidence)
     if evidence and row.prepare:
         evidence = row.prepare(evidence, tasks, **bound)
     if evidence or not is_gathered_later:
-        _check_evidence(row, evidence, present, adapters)
+        _check_evidence(row, evidence, present, adapters, list(takes))
     return MergeOrder(
         row.name,
         bound,
         rule,
         request.output_rank,
+        _metric(request, evidence, present, is_gathered_later),
         present,
         tasks,
         request.seed,
@@ -170,6 +187,25 @@ def _by_module(
     }
 
 
+def _metric(
+    request: MergeRequest,
+    evidence: Evidence | None,
+    present: Mapping[str, tuple[str, ...]],
+    is_gathered_later: bool,
+) -> CutMetric:
+    """Return what a cut keeps most of: what inputs see, if Gram statistics tell of them."""
+    seen = evidence and any(
+        evidence.keys(module, kind, tasks) for module, tasks in present.items() for kind in SEEN
+    )
+    if request.output_metric is None:
+        return "inputs" if seen else "weights"
+    if request.output_metric == "inputs" and not seen and (evidence or not is_gathered_later):
+        raise RecipeError(
+            f"output.metric: inputs but no Gram statistics. {_ADVICE['gram_statistics']}"
+        )
+    return request.output_metric
+
+
 def idle_lines(order: MergeOrder) -> list[str]:
     """Return a line naming the adapters that a weight of 0 keeps out of the merge, if any."""
     names = sorted(order.idle)
@@ -191,6 +227,7 @@ def _check_evidence(
     evidence: Evidence | None,
     present: Mapping[str, tuple[str, ...]],
     adapters: Sequence[Any],
+    takes: Sequence[str],
 ) -> None:
     """Refuse evidence that is missing, useless to the method, incomplete, or of other adapters."""
     if evidence is None:
@@ -217,12 +254,12 @@ def _check_evidence(
             f"evidence: learned with {missing} too. Merge the adapters it was learned from."
         )
     used = 0
-    for kind in row.takes:
+    for kind in takes:
         names = {m: evidence.keys(m, kind, tasks) for m, tasks in present.items()}
         used += sum(map(len, names.values()))
         for module, tasks in present.items():
             expected = len(tasks) if kind.endswith(TASK) else 1
-            some_lack = any(names.values()) and not row.needs
+            some_lack = any(names.values()) and not row.needs and kind not in SEEN
             if len(names[module]) < expected and (names[module] or some_lack):
                 problems.append(
                     f"evidence: {module}.{kind}: {len(names[module])} of {expected} tensors. "
@@ -231,7 +268,7 @@ def _check_evidence(
     if not used:
         problems.append(
             f"evidence: no tensor of use to {row.name!r} but names such as "
-            f"{next(iter(present))}.{next(iter(row.takes))} are expected. See docs/evidence.md."
+            f"{next(iter(present))}.{takes[0]} are expected. See docs/evidence.md."
         )
     if problems:
         raise InputError(problems)

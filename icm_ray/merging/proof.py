@@ -95,7 +95,14 @@ def reproduce(folder: Path) -> list[str]:
     files = open_all(list(merged.run["inputs"].items()), policy, base=base, same_base=True)
     _refuse_changed(files, report)
     evidence = _same_evidence(folder, merged, report)
-    request = MergeRequest(report.method, report.params, evidence, report.output_rank, report.seed)
+    request = MergeRequest(
+        report.method,
+        report.params,
+        evidence,
+        report.output_rank,
+        report.seed,
+        output_metric=report.output_metric,
+    )
     again = merge_as_asked([file.load() for file in files], request)
     again = replace(again, adapter=_targeted_as(folder, again.adapter))
     scores = None

@@ -18,7 +18,7 @@ from icm_ray.devices import find_device
 from icm_ray.errors import RecipeError, counted
 from icm_ray.evidence.tensors import as_evidence
 from icm_ray.files import refuse_foreign, refuse_inputs, sha256_of
-from icm_ray.merging.cut import loss_lines
+from icm_ray.merging.cut import kept_line, loss_lines
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.merging.folder import Origin, write_merged
 from icm_ray.merging.kept import Kept, merge_kept
@@ -89,7 +89,7 @@ def merge_recipe(
     print(
         f"{target}: {counted(len(files), 'adapter')} merged with {recipe.method} in "
         f"{seconds:.2f} s, rank {result.adapter.max_rank}, "
-        f"{result.report.retained_energy:.2%} of the energy kept, verified"
+        f"{kept_line(result.report)}, verified"
     )
     return {"outputs": {"adapter": str(target)}, "checks": checks}
 

@@ -2,7 +2,23 @@
 
 from icm_ray.config import MergeRecipe
 from icm_ray.errors import RecipeError
+from icm_ray.kinds import CutMetric, EvidenceKind
 from icm_ray.methods import find_method
+
+
+def needs_of(method: str, metric: CutMetric | None) -> EvidenceKind | None:
+    """Return the evidence that a merge cannot do without: its method, or the cut after it."""
+    return find_method(method).needs or ("gram_statistics" if metric == "inputs" else None)
+
+
+def refuse_blind(method: str, metric: CutMetric | None) -> None:
+    """Raise RecipeError if a cut is to see inputs, and the method's evidence takes their place."""
+    needs = find_method(method).needs
+    if metric == "inputs" and needs in ("learned_merge", "fusion_model"):
+        raise RecipeError(
+            f"output.metric: inputs but method {method!r} has no Gram statistics beside its "
+            f"{needs}. Leave it out: the cut then looks at the weights."
+        )
 
 
 def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
@@ -11,8 +27,9 @@ def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
     Raises:
         RecipeError: every such problem.
     """
-    row = find_method(recipe.method)
-    needs, problems = row.needs, []
+    row, problems = find_method(recipe.method), []
+    needs = needs_of(recipe.method, recipe.output.metric)
+    who = f"method {recipe.method!r}" if row.needs else "output.metric"
     try:
         row.bind(recipe.params, [ref.name for ref in recipe.adapters])
     except RecipeError as error:
@@ -36,6 +53,6 @@ def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
         advice = "Name base and data, or a folder written by jobs.evidence."
         if needs == "fusion_model":
             advice = "Name a folder written by jobs.train_fusion."
-        problems.append(f"evidence: missing but method {recipe.method!r} needs {needs}. {advice}")
+        problems.append(f"evidence: missing but {who} needs {needs}. {advice}")
     if problems:
         raise RecipeError(problems)

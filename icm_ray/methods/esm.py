@@ -125,10 +125,8 @@ def _directions(
 ) -> tuple[Float[Tensor, "d_out q"], Float[Tensor, "d_in q"], float]:
     """Return a task's weighed directions of outputs, what of its delta goes into each, its norm."""
     a, b = factors.a.double(), factors.b.double()
-    squares, vectors = torch.linalg.eigh((a if gram is None else gram.left(a)) @ a.T)
-    # Grams are float32: what is smaller is rounding, and would be a whole direction of U.
-    squares = squares.where(squares > lowrank.NUMERICAL_RANK * squares[-1:], 0)
-    spectrum = lowrank.svd(b, vectors * squares.sqrt())
+    products = (a if gram is None else gram.left(a)) @ a.T
+    spectrum = lowrank.svd(b, lowrank.root(products))
     values = spectrum.s[:most].square()
     weights = (values / values.mean()) ** EIGENVALUE_POWER
     weights /= weights.mean()

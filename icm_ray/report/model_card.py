@@ -82,6 +82,8 @@ def _settings(report: MergeReport) -> str:
         "rank": f"{rank} in {len(report.modules)} modules",
         "retained energy": f"{percent(report.retained_energy)} of the squared norm before the cut",
     }
+    if report.seen_energy is not None:
+        rows["as inputs see it"] = f"{percent(report.seen_energy)} of the squared norm of outputs"
     if report.evidence:
         rows["evidence (sha256)"] = report.evidence
     return _table("Settings", ("what", "value"), rows)

@@ -69,6 +69,25 @@ def test_any_shard_size_gives_the_serial_merge(adapters):
     assert counts[0] == len(order.present) > counts[1] > counts[2] == 1
 
 
+@pytest.mark.slow
+def test_a_budget_in_the_metric_of_inputs_is_the_serial_one(adapters):
+    files = open_all(adapters)
+    shapes = {m: shape for file in files for m, shape in file.shapes.items()}
+    draw = torch.Generator().manual_seed(0)
+    grams = {}
+    for module, (_, d_in, _) in shapes.items():
+        for file in files:
+            x = torch.randn(50, d_in, generator=draw) * torch.linspace(0.1, 2, d_in)
+            grams[f"{module}.gram.{file.name}"] = x.T @ x / 50
+    how = {"evidence": grams, "output_rank": f"total:{2 * len(shapes)}"}
+    expected = merge([file.load() for file in files], "regmean", **how)
+    assert expected.report.seen_energy < 1
+    found = merge_on_ray(
+        files, MergeRequest("regmean", **how), Resources(workers=2), shard_bytes=500
+    )
+    same(found, expected)
+
+
 def test_shards_cover_every_module_once_and_in_order(adapters):
     files = open_all(adapters)
     order = plan_merge(files, MergeRequest("soup"))

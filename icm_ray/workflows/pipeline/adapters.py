@@ -11,6 +11,7 @@ from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import heads_of, ready_experts
 from icm_ray.learning.tasks import headless
 from icm_ray.merging.estimate import unproven_lines, warn, warnings_of
+from icm_ray.merging.requirements import needs_of
 from icm_ray.methods import METHODS
 from icm_ray.suites import SPLITS, Suite, find_suite
 from icm_ray.suites.tasks import FIDELITY
@@ -130,7 +131,7 @@ def adapter_problems(recipe: PipelineRecipe, one: SetResults) -> list[str]:
         )
     for row in recipe.methods or []:
         blind = [name for name in one.unproven if row.tasks is None or name in row.tasks]
-        if blind and row.method in METHODS and METHODS[row.method].needs:
+        if blind and row.method in METHODS and needs_of(row.method, row.metric):
             problems.append(
                 f"methods.{row.name}: needs inputs of every adapter, and {', '.join(blind)} has no "
                 "task. Leave the adapter out with tasks: or choose a method without data."

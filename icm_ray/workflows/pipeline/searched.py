@@ -34,6 +34,8 @@ def check_search(row: MethodRow) -> None:
     ]
     if row.grid:
         problems.append("search, grid: both, but one of them chooses the setting.")
+    if row.metric:
+        problems.append(f"search, metric: {row.metric}, but a search cuts as by default. Use grid.")
     if find_method(row.method).needs in ("learned_merge", "fusion_model"):
         problems.append(f"search: {row.method} learns or trains first. Use jobs.search.")
     if problems:

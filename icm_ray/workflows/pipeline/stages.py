@@ -33,6 +33,7 @@ from icm_ray.learning.objectives import OBJECTIVES
 from icm_ray.learning.recipes import needs_grams, spec_of
 from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.cut import RankRule
+from icm_ray.merging.requirements import refuse_blind
 from icm_ray.methods import find_method
 from icm_ray.report.data import REFERENCES
 from icm_ray.report.summary import init_of
@@ -145,6 +146,7 @@ def check_rows(recipe: PipelineRecipe) -> None:
             problems += _label_problems(recipe, row, objectives)
             check_search(row)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
+            refuse_blind(row.method, row.metric)
             for variant in variants(row):
                 method.bind(variant.params, row.tasks or tasks)
         except RecipeError as error:

@@ -15,7 +15,7 @@ from icm_ray.evaluation.scoring import TaskScore
 from icm_ray.kinds import SavedModulesPolicy
 from icm_ray.merging.folder import MergedFolder
 from icm_ray.merging.order import MergeRequest
-from icm_ray.methods import find_method
+from icm_ray.merging.requirements import needs_of
 from icm_ray.suites import Suite
 
 DEFAULT = "default"
@@ -120,7 +120,7 @@ class SetResults:
     def evidence_for(self, row: MethodRow) -> Path | None:
         """Return the evidence that a row merges with."""
         made = self.made_for(row.name)
-        return made or (self.grams if find_method(row.method).needs else None)
+        return made or (self.grams if needs_of(row.method, row.metric) else None)
 
     def made_for(self, name: str) -> Path | None:
         """Return the folder that was learned or trained for a row, if one was."""
@@ -184,14 +184,21 @@ class Table:
         return DataSpec(suite=self.recipe.suite, inputs_per_task=count, split=split)
 
     def rows_that_need(self, kind: str) -> list[MethodRow]:
-        """Return the rows whose methods cannot do without a kind of evidence."""
-        return [row for row in self.rows if find_method(row.method).needs == kind]
+        """Return the rows that cannot do without a kind of evidence."""
+        return [row for row in self.rows if needs_of(row.method, row.metric) == kind]
 
     def request(self, one: SetResults, variant: Variant) -> MergeRequest:
         """Return what a setting asks of the merge of a set's experts."""
         row = variant.row
         evidence = one.evidence_for(row)
-        return MergeRequest(row.method, dict(variant.params), evidence, row.rank, self.session.seed)
+        return MergeRequest(
+            row.method,
+            dict(variant.params),
+            evidence,
+            row.rank,
+            self.session.seed,
+            output_metric=row.metric,
+        )
 
 
 def variants(row: MethodRow) -> Iterator[Variant]:
