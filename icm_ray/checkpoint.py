@@ -72,8 +72,14 @@ class Checkpoint:
         if state is None:
             return []
         stored, notes = state
+        try:
+            history = json.loads(notes["history"])
+            values = {name: stored[f"value/{name}"].reshape(v.shape) for name, v in leaves.items()}
+        except (KeyError, ValueError, RuntimeError):
+            _discard(self.path)
+            return []
         for name, leaf in leaves.items():
-            leaf.data.copy_(stored[f"value/{name}"].reshape(leaf.shape))
+            leaf.data.copy_(values[name])
             if f"exp_avg/{name}" in stored:
                 optimizer.state[leaf] = {
                     moment: stored[f"{moment}/{name}"].to(
@@ -81,7 +87,7 @@ class Checkpoint:
                     )
                     for moment in MOMENTS
                 }
-        return json.loads(notes["history"])
+        return history
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
@@ -119,10 +125,14 @@ def load_state(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]
                 "the version of icm_ray that wrote it, or remove the file to start again."
             )
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-        log.warning("%s: damaged, so the run starts again from its beginning.", path.name)
-        path.unlink()
+        _discard(path)
         return None
     return (stored, notes) if notes["key"] == key else None
+
+
+def _discard(path: Path) -> None:
+    log.warning("%s: damaged, so the run starts again from its beginning.", path.name)
+    path.unlink()
 
 
 def scratch_folder(folder: Path, verb: str, key: str) -> Path:

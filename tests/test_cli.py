@@ -471,7 +471,7 @@ def test_one_method_in_full(cli, name):
 def test_one_method_in_full_says_ranges_presets_and_the_docstring(cli):
     out = cli("methods", "linear")[1]
     assert "peft | nsc" in out
-    assert "one number per task or list of numbers or none" in " ".join(out.split())
+    assert "one number or list of numbers per task or list" in " ".join(out.split())
     assert "unequal ranks are padded with zeros" in out
     assert list(json.loads(cli("methods", "linear", "--json")[1])) == ["linear"]
 

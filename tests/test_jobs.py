@@ -86,6 +86,7 @@ def test_every_job_is_short(name):
     assert len((ROOT / "jobs" / f"{name}.py").read_text().splitlines()) <= 80
 
 
+@pytest.mark.slow
 def test_prepare_shows_base_and_data(job, tmp_path, tiny_bert):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"base": str(tiny_bert), "output": str(tmp_path / "out")}))

@@ -97,6 +97,7 @@ def equal(found, expected):
     assert found.inputs == expected.inputs
 
 
+@pytest.mark.slow
 def test_an_actor_unpacks_a_quantised_base_as_the_serial_path_does(
     ray_session, tiny_bert, files, inputs, tmp_path, one_thread
 ):
@@ -158,6 +159,7 @@ def test_two_actors_work_at_the_same_time(pool, files):
     assert overlap > 0.25 * min(a["dur"], b["dur"])
 
 
+@pytest.mark.slow
 def test_an_extra_actor_costs_less_than_a_quarter_of_the_base(pool, ray_session, tmp_path):
     base = save_tiny_bert(tmp_path, rows=1_300_000)
     large = session_on(base, cpus_per_worker=0.25, workers=1)
@@ -169,6 +171,7 @@ def test_an_extra_actor_costs_less_than_a_quarter_of_the_base(pool, ray_session,
         assert anonymous_bytes(pid_of(actor)) - without < large.shared.bytes / 4
 
 
+@pytest.mark.slow
 def test_actors_start_when_they_are_needed_and_end_with_the_pool(session, files, inputs):
     with session.pool(2) as pool:
         assert pool.map("evidence", {}) == {}

@@ -28,6 +28,7 @@ def session(tiny_bert, ray_session):
     return session_on(tiny_bert, workers=2, cpus_per_worker=0.5)
 
 
+@pytest.mark.slow
 def test_every_expert_is_a_whole_folder(experts, tiny_bert):
     for task in TASKS:
         folder = experts / "experts" / SET / task
@@ -52,6 +53,7 @@ def test_every_expert_is_a_whole_folder(experts, tiny_bert):
     assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.9
 
 
+@pytest.mark.slow
 def test_the_checkpoints_of_the_second_half_are_a_data_set(experts):
     for task in TASKS:
         folder = experts / "trajectories" / SET / task
@@ -66,6 +68,7 @@ def test_the_checkpoints_of_the_second_half_are_a_data_set(experts):
             assert torch.equal(a, factors.a)
 
 
+@pytest.mark.slow
 def test_a_second_run_trains_nothing(experts, tiny_bert, session):
     before = stamps(experts)
     found = find_or_train(session, finetune_recipe(tiny_bert, experts), experts)
@@ -73,6 +76,7 @@ def test_a_second_run_trains_nothing(experts, tiny_bert, session):
     assert stamps(experts) == before
 
 
+@pytest.mark.slow
 def test_one_worker_gives_the_bytes_of_two(experts, tiny_bert, session, tmp_path):
     recipe = finetune_recipe(tiny_bert, tmp_path, resources={"workers": 1})
     find_or_train(replace(session, resources=recipe.resources), recipe, tmp_path)
@@ -80,6 +84,7 @@ def test_one_worker_gives_the_bytes_of_two(experts, tiny_bert, session, tmp_path
     assert hashes(tmp_path / "trajectories") == hashes(experts / "trajectories")
 
 
+@pytest.mark.slow
 def test_a_group_gives_the_same_bytes_on_any_number_of_workers(tiny_bert, session, tmp_path):
     """Two sets of two tasks that share passes; one expert is lost and made again as it was."""
     training = {"steps": 4, "batch": 8, "train_examples": 48, "tasks_per_forward": 2}
@@ -100,6 +105,7 @@ def test_a_group_gives_the_same_bytes_on_any_number_of_workers(tiny_bert, sessio
     assert not list(out.rglob(".*"))
 
 
+@pytest.mark.slow
 def test_another_seed_trains_other_experts(experts, tiny_bert, session, tmp_path):
     sets = [{"init": "own", "seed": 1}]
     recipe = finetune_recipe(tiny_bert, tmp_path, sets=sets, tasks=["depth"])
@@ -110,6 +116,7 @@ def test_another_seed_trains_other_experts(experts, tiny_bert, session, tmp_path
     assert found.fingerprint != before.fingerprint
 
 
+@pytest.mark.slow
 def test_other_steps_train_again_in_the_same_place(tiny_bert, session, tmp_path):
     keys = []
     for steps in (2, 3, 3):
@@ -121,6 +128,7 @@ def test_other_steps_train_again_in_the_same_place(tiny_bert, session, tmp_path)
     assert keys[0] != keys[1] == keys[2]
 
 
+@pytest.mark.slow
 def test_ready_experts_are_used_only_if_they_are_these(experts, tiny_bert, session, tmp_path):
     recipe = finetune_recipe(tiny_bert, tmp_path, tasks=["depth"])
     ready = str(experts / "experts")
@@ -158,6 +166,7 @@ def test_every_hyper_parameter_counts_but_how_often_the_state_is_saved(tiny_bert
     assert len(keys) == 15
 
 
+@pytest.mark.slow
 def test_training_leaves_the_base_alone(experts, session):
     shared = session.shared
     assert fingerprint_weights(load_weights(shared.path)) == shared.fingerprint

@@ -72,6 +72,7 @@ def test_actors_gather_what_one_process_does(grams, adapters, tiny_bert, one_thr
             assert torch.equal(found, expected.grams[expected.shared[module]].whole)
 
 
+@pytest.mark.slow
 def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, grams, tmp_path):
     assert run_job(MergeRecipe, merge_work, "", ["-c", str(recipe)]) == 0
     merged, evidence = tmp_path / "merged", tmp_path / "merged.evidence"

@@ -126,6 +126,7 @@ def test_a_dead_actor_leaves_no_trace(tasks, tiny_bert, session, tmp_path, one_t
     same(on_ray(session, order, tmp_path / "killed", 2), expected)
 
 
+@pytest.mark.slow
 def test_a_run_continues_where_it_stopped(
     tasks, tiny_bert, session, tmp_path, one_thread, monkeypatch
 ):

@@ -110,7 +110,7 @@ def test_every_learner(accelerator, tiny, there, make_tasks, adapters, name, cha
         torch.testing.assert_close(found.tensors[key], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["nsc", "distillation"])
+@pytest.mark.parametrize("name", ["nsc"])
 def test_a_base_whose_blocks_stay_in_memory(
     accelerator, tiny, tiny_bert, make_tasks, adapters, name
 ) -> None:
@@ -123,7 +123,7 @@ def test_a_base_whose_blocks_stay_in_memory(
         torch.testing.assert_close(found.tensors[key], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", ["row_space_match", "distillation", "atlas"])
 def test_every_objective_over_two_gpus(
     accelerator, tiny, spread, make_tasks, adapters, name
 ) -> None:

@@ -39,6 +39,7 @@ def load(task: str, split: str) -> Examples:
     return VISION.load(task, split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_pictures_are_those_of_the_committed_files(task: str) -> None:
     assert VISION.split_hash(task, "test", 100) == HASHES[task]

@@ -16,6 +16,7 @@ SET = "shared-seed0"
 TASKS = ("depth", "supersense")
 
 
+@pytest.mark.slow
 def test_the_evidence_job(experts, tiny_bert, tmp_path):
     from jobs.evidence import work
 
@@ -39,6 +40,7 @@ def test_the_evidence_job(experts, tiny_bert, tmp_path):
     assert set(found["task_vector_norms"]) == set(TASKS)
 
 
+@pytest.mark.slow
 def test_the_evaluate_job(experts, tiny_bert, tmp_path, capsys):
     from jobs.evaluate import work
 

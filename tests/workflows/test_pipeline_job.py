@@ -99,6 +99,7 @@ def out(recipe, ray_session):
     return recipe.with_name("out")
 
 
+@pytest.mark.slow
 def test_the_report_has_every_row(out):
     (data,) = (out / "report").glob("*.parquet")
     rows = pq.read_table(data).to_pylist()
@@ -120,6 +121,7 @@ def test_the_report_has_every_row(out):
     assert str(out) not in page
 
 
+@pytest.mark.slow
 def test_results_say_what_was_made(out):
     found = read_json(out / "results.json")
     assert (found["status"], found["exit_code"], found["problems"]) == ("done", 0, [])
@@ -132,6 +134,7 @@ def test_results_say_what_was_made(out):
     assert found["scores"][f"{SET}/expert"] == {"mean": 1.0, "worst": 1.0}
 
 
+@pytest.mark.slow
 def test_the_test_split_scored_the_default_and_what_was_chosen_alone(out):
     # The default is so large that any point of the grid is better; the others leave no folder.
     merged = {
@@ -149,6 +152,7 @@ def test_the_test_split_scored_the_default_and_what_was_chosen_alone(out):
         read_manifest(folder)
 
 
+@pytest.mark.slow
 def test_running_it_again_touches_nothing(out, recipe):
     before = {name: stamps(out / name) for name in KEPT}
     assert all(before.values())
@@ -156,6 +160,7 @@ def test_running_it_again_touches_nothing(out, recipe):
     assert {name: stamps(out / name) for name in KEPT} == before
 
 
+@pytest.mark.slow
 def test_a_new_row_adds_its_own_work_only(out, plain, recipe):
     kept = {name: stamps(out / name) for name in ("experts", "evidence", "probes")}
     merged = stamps(out / "merged" / SET / "svd")
@@ -178,6 +183,7 @@ def test_a_new_row_adds_its_own_work_only(out, plain, recipe):
     assert {f"{SET}/soup", f"{SET}/learned"} <= set(read_json(out / "results.json")["scores"])
 
 
+@pytest.mark.slow
 def test_a_learned_row_costs_what_it_took_and_sees_the_inputs_it_asks_for(out):
     (data,) = (out / "report").glob("*.parquet")
     spent = {row["method"]: row["seconds"] for row in pq.read_table(data).to_pylist()}
@@ -187,6 +193,7 @@ def test_a_learned_row_costs_what_it_took_and_sees_the_inputs_it_asks_for(out):
     assert read_manifest(learned)["inputs"] == dict.fromkeys(RECIPE["tasks"], 8)
 
 
+@pytest.mark.slow
 def test_a_row_of_some_experts_is_scored_on_every_task(out):
     # One expert alone is its own average; the other task is unseen, and scored all the same.
     rows = pq.read_table(out / "report" / "results.parquet").to_pylist()
@@ -245,6 +252,7 @@ def test_a_fusion_row_s_mistakes_are_named():
         check_rows(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is compared as text")  # where the tiny base lies
 def test_the_adapter_is_proven(out, tiny_bert):
     cli = CliRunner()
@@ -263,6 +271,7 @@ def test_the_adapter_is_proven(out, tiny_bert):
     assert report["fingerprint"] in prints
 
 
+@pytest.mark.slow
 def test_every_stage_left_whole_folders_and_nothing_else(out):
     assert not list(out.rglob(".*"))
     made = ("learned", "ratios", "report", "results.json")

@@ -54,6 +54,7 @@ def plain(tiny_bert, adapters, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_gram_statistics_take_what_the_plan_says(plain, tmp_path, ray_session):
     recipe = EvidenceRecipe(**plain, kind="gram_statistics")
     found = plan(recipe)
@@ -78,6 +79,7 @@ def test_a_learner_is_planned_by_its_own_steps(plain):
     assert found["gathered"] > 0
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_planned_within_its_budget(plain, cli, tmp_path):
     keys = {key: value for key, value in plain.items() if key != "data"}
     keys |= {"name": "x", "budget": {"minutes": 0.01}}
@@ -106,6 +108,7 @@ def test_a_pipeline_that_trains_first_has_no_plan(tiny_bert, tmp_path):
         plan(load_recipe(PipelineRecipe, recipe))
 
 
+@pytest.mark.slow
 def test_experts_are_planned_by_their_own_steps(tiny_bert, tmp_path):
     recipe = FinetuneRecipe(
         base=str(tiny_bert),
@@ -126,6 +129,7 @@ def test_experts_are_planned_by_their_own_steps(tiny_bert, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_search_is_planned_by_its_own_trials(plain, tmp_path):
     keys = {
         **{key: value for key, value in plain.items() if key != "data"},

@@ -104,6 +104,7 @@ def out(recipe, tmp_path_factory):
     return search(recipe, tmp_path_factory.mktemp("search"), trials=6, test=24)
 
 
+@pytest.mark.slow
 def test_the_best_trial_is_an_adapter_with_the_same_score(out):
     rows = pq.read_table(out / "report" / "trials.parquet").to_pylist()
     assert [row["state"] for row in rows] == ["complete"] * 6
@@ -117,6 +118,7 @@ def test_the_best_trial_is_an_adapter_with_the_same_score(out):
     assert page.count("<svg") == 2  # history and importance; one objective has no front
 
 
+@pytest.mark.slow
 def test_the_best_recipe_runs_and_makes_the_same_bytes(out, tmp_path):
     again = yaml.safe_load((out / "best.yaml").read_text())
     assert again["output"]["path"] == str(out / "adapter")
@@ -140,12 +142,14 @@ def test_an_interrupted_search_asks_for_the_same_points(out, recipe, tmp_path):
     assert [t["metrics"] for t in trials(tmp_path / "out")] == [t["metrics"] for t in trials(out)]
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_only_read(out):
     before = {name: stamps(out / name) for name in ("trials", "adapter", "scores")}
     assert run(out.with_name("search.yaml")) == 0
     assert {name: stamps(out / name) for name in before} == before
 
 
+@pytest.mark.slow
 def test_a_damaged_memory_is_refused_and_left_alone(out, tmp_path, capsys):
     recipe = yaml.safe_load(out.with_name("search.yaml").read_text())
     shutil.copytree(out, tmp_path / "out")
@@ -254,6 +258,7 @@ LEARNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "halving",
     [
