@@ -172,6 +172,7 @@ def test_training_leaves_the_base_alone(experts, session):
     assert fingerprint_weights(load_weights(shared.path)) == shared.fingerprint
 
 
+@pytest.mark.slow
 def test_probes_are_the_serial_ones_and_kept_by_content(tiny_bert, session, tmp_path):
     recipe = finetune_recipe(tiny_bert, tmp_path)
     suite = SUITES["text"]

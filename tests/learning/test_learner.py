@@ -187,6 +187,7 @@ def test_tasks_without_an_objective_are_merged_all_the_same(tiny, make_tasks, te
         learn(tiny.model, Learning(Coefficients(terms, 0.3), Supervised(), STEPS), make_tasks())
 
 
+@pytest.mark.slow
 def test_the_worst_task_can_count_most(tiny, make_tasks, terms) -> None:
     ends = {}
     for worst in (None, 0.02):

@@ -90,10 +90,10 @@ def short(name: str, **changes: Any) -> LearnSpec:
 
 LEARNED = [
     *((name, {}) for name in LEARNERS),
-    ("nsc", {"optimisation": {"save_memory": True}}),
-    ("task_vector_match", {"objective": {"heads": True}}),
-    ("task_vector_match", {"start": {"basis": "tsv"}}),
-    ("atlas", {"parameters": {"groups": "rank"}}),
+    pytest.param("nsc", {"optimisation": {"save_memory": True}}, marks=pytest.mark.slow),
+    pytest.param("task_vector_match", {"objective": {"heads": True}}, marks=pytest.mark.slow),
+    pytest.param("task_vector_match", {"start": {"basis": "tsv"}}, marks=pytest.mark.slow),
+    pytest.param("atlas", {"parameters": {"groups": "rank"}}, marks=pytest.mark.slow),
 ]
 
 
@@ -123,6 +123,7 @@ def test_a_base_whose_blocks_stay_in_memory(
         torch.testing.assert_close(found.tensors[key], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["row_space_match", "distillation", "atlas"])
 def test_every_objective_over_two_gpus(
     accelerator, tiny, spread, make_tasks, adapters, name

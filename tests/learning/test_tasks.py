@@ -31,6 +31,7 @@ def data_of(suite: str, count: int = 3) -> tuple[DataSpec, str, list[str]]:
     return DataSpec(suite=suite, inputs_per_task=count), str(folder), sorted(find_experts(folder))
 
 
+@pytest.mark.slow
 # Drawing the vision suite's rooms takes a quarter of a minute.
 @pytest.mark.parametrize(
     "suite", [*sorted(set(SUITES) - {"vision"}), pytest.param("vision", marks=pytest.mark.slow)]

@@ -90,10 +90,8 @@ def test_a_file_is_code_that_somebody_must_allow(folder, monkeypatch) -> None:
     assert not ran.exists()
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("mine", "./mine.YAML")]
-
-
-@pytest.mark.parametrize("name", ["deep/mine", *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mine", "./mine.YAML", "deep/mine"])
 def test_what_is_no_name_is_no_way_around(folder, monkeypatch, name) -> None:
     monkeypatch.delenv(ALLOW_CODE_VARIABLE)
     monkeypatch.chdir(folder)

@@ -240,6 +240,7 @@ def test_a_suite_is_found_by_name_or_folder_and_read_again_when_it_changes(tmp_p
         find_suite("txet")
 
 
+@pytest.mark.slow
 def test_the_suites_that_come_along_pass_the_same_look(tmp_path: Path) -> None:
     suite = SUITES["generation"]
     again = checked_suite(suite.folder)

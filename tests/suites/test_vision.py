@@ -45,6 +45,7 @@ def test_the_pictures_are_those_of_the_committed_files(task: str) -> None:
     assert VISION.split_hash(task, "test", 100) == HASHES[task]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_have_their_sizes_and_share_no_document(task: str) -> None:
     seen: set[str] = set()

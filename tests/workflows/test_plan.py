@@ -66,6 +66,7 @@ def test_gram_statistics_take_what_the_plan_says(plain, tmp_path, ray_session):
     assert stored <= found["gathered"] <= 4 * stored  # query, key and value share a Gram
 
 
+@pytest.mark.slow
 def test_a_learner_is_planned_by_its_own_steps(plain):
     recipe = LearnRecipe(**plain, method="nsc", learn={"optimisation": {"steps": 7, "batch": 4}})
     found = plan(recipe)
