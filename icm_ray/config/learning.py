@@ -142,8 +142,6 @@ Overrides = Annotated[
 class LearnRecipe(Recipe):
     """Recipe of `jobs.learn`: what a learned method makes of K adapters and unlabelled inputs."""
 
-    can_evict = True
-
     base: str
     revision: str | None = None
     adapters: Adapters

@@ -36,7 +36,7 @@ from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.methods import find_method
 from icm_ray.report import LearnedRow, learned_page
-from icm_ray.workflows.evicting import Evicted, evicting, without_adapters
+from icm_ray.workflows.evicting import Evicted
 from icm_ray.workflows.prepared import data_of, heads_in, prepared_base, preparing
 
 VERSION = 3
@@ -96,12 +96,8 @@ class LearnRequest:
 
 def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
     """Learn a merge from unlabelled inputs, one actor a task; `merge` reads what it writes."""
-    return evicting(recipe, without_adapters, lambda rest, evicted: _learn(rest, target, evicted))
-
-
-def _learn(recipe: LearnRecipe, target: Path, evicted: Evicted) -> dict[str, Any]:
     refuse_foreign(target)
-    request = replace(request_of(recipe), evicted=evicted)
+    request = request_of(recipe)
     files = request.files
     warn(warnings_of(files))
     suite, heads = data_of(recipe.data), heads_in(request.data)

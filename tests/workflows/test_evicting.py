@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from llama_jobs import SMALL, STAGES, of_stage, recipe_on, save_base
+from llama_jobs import SMALL, of_stage, recipe_on, save_base
 from ray_samples import finetune_recipe, hashes
 from safetensors.torch import load_file
 
@@ -28,7 +28,7 @@ OWN_RAY = True
 
 def recipe_of(kind, tmp_path, how="evict", **keys):
     adapters = [{"name": name, "path": f"/{name}"} for name in "abc"]
-    plain = {"base": "b", "adapters": adapters, "data": {"suite": "text"}, "method": "nsc"}
+    plain = {"base": "b", "adapters": adapters, "data": {"suite": "text"}}
     plain |= {"resources": {"on_broken_task": how}, "output": str(tmp_path / "out")}
     return kind.model_validate({**plain, **keys})
 
@@ -48,7 +48,7 @@ def dying_of(*bad):
 
 
 def test_the_others_go_on_and_all_that_was_evicted_is_named(tmp_path, capsys):
-    recipe = recipe_of(JOBS["learn"].kind, tmp_path)
+    recipe = recipe_of(JOBS["evidence"].kind, tmp_path)
     found = evicting(recipe, without_adapters, dying_of("a", "c"))
     died = {"a": "died", "c": "died"}
     assert found == {"outputs": {"left": ["b"], "told": died}, "evicted": died}
@@ -57,13 +57,13 @@ def test_the_others_go_on_and_all_that_was_evicted_is_named(tmp_path, capsys):
 
 
 def test_nothing_is_evicted_from_a_run_that_loses_nothing(tmp_path):
-    recipe = recipe_of(JOBS["learn"].kind, tmp_path)
+    recipe = recipe_of(JOBS["evidence"].kind, tmp_path)
     assert "evicted" not in evicting(recipe, without_adapters, dying_of())
 
 
 @pytest.mark.parametrize(("how", "bad"), [("refuse", "a"), ("evict", "abc")])
 def test_what_is_refused_or_leaves_nothing_ends_the_job(tmp_path, how, bad):
-    recipe = recipe_of(JOBS["learn"].kind, tmp_path, how)
+    recipe = recipe_of(JOBS["evidence"].kind, tmp_path, how)
     with pytest.raises(LostWork, match="work was lost"):
         evicting(recipe, without_adapters, dying_of(*bad))
 
@@ -75,11 +75,11 @@ def test_what_is_no_task_s_own_ends_the_job(tmp_path):
         raise error
 
     with pytest.raises(LostWork):
-        evicting(recipe_of(JOBS["learn"].kind, tmp_path), without_adapters, run)
+        evicting(recipe_of(JOBS["evidence"].kind, tmp_path), without_adapters, run)
 
 
 def test_a_job_that_cannot_go_on_says_so(tmp_path):
-    plain = recipe_of(JOBS["learn"].kind, tmp_path).model_dump(include={"adapters", "resources"})
+    plain = recipe_of(JOBS["evidence"].kind, tmp_path).model_dump(include={"adapters", "resources"})
     with pytest.raises(RecipeError, match="on_broken_task: this job cannot go on without a task"):
         load_recipe(MergeRecipe, {**plain, "method": "svd", "output": "out"}, [])
 
@@ -146,7 +146,7 @@ def run(job, recipe):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("stage", [*STAGES, "pipeline"])
+@pytest.mark.parametrize("stage", ["evidence", "scores", "pipeline"])
 def test_a_broken_adapter_is_as_one_left_out(stage, shared, ray_session, tmp_path, monkeypatch):
     def asked(output, without=()):
         some = [ref for ref in shared["adapters"] if ref["name"] not in without]
