@@ -237,9 +237,7 @@ class Factors:
     def learned(self) -> dict[str, Tensor]:
         """Return A and B, and the residual's."""
         made = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
-        for module, rest in self.terms.residual.items():
-            made |= {f"{module}.residual_a": rest.a, f"{module}.residual_b": rest.b}
-        return made
+        return {**made, **fixed_tensors(self.terms)}
 
 
 def _key(module: str, sharing: Sharing) -> str:

@@ -34,7 +34,7 @@ from icm_ray.learning.recipes import Plan, grams_in, needs_grams, plan_of, spec_
 from icm_ray.learning.shares import shares_of
 from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.merging.estimate import warn, warnings_of
-from icm_ray.methods import find_method
+from icm_ray.methods import METHODS, find_method
 from icm_ray.report import LearnedRow, learned_page
 from icm_ray.workflows.evicting import Evicted
 from icm_ray.workflows.prepared import data_of, heads_in, prepared_base, preparing
@@ -68,7 +68,7 @@ class LearnRequest:
         """Return what identifies what is learned."""
         residual = self.spec.start.residual
         beneath = None
-        if residual not in (None, "regmean"):  # a saved merge that learning starts on
+        if residual is not None and residual not in METHODS:  # a saved merge beneath
             beneath = open_adapter(Path(residual)).fingerprint
         content = {
             "version": VERSION,
