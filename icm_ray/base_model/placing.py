@@ -45,12 +45,9 @@ def device_plan(model: Any, device: str, gpus: int) -> dict[str, str]:
     Raises:
         InputError: the model's class does not say which blocks are whole.
     """
-    if not model._no_split_modules:
-        raise InputError(
-            f"resources.gpus_per_worker: {gpus} but {type(model).__name__} does not say where it "
-            "may be cut. Give each worker one GPU."
-        )
-    blocks = frozenset(model._no_split_modules)
+    blocks = _blocks_of(
+        model, f"gpus_per_worker: {gpus}", "where it may be cut. Give each worker one GPU."
+    )
     places: dict[nn.Parameter, int] = {}
     plan, number, before, total = {}, 0, 0, sum(weight.nbytes for weight in model.parameters())
     for path, part in _parts(model, blocks):
@@ -74,12 +71,7 @@ def offloaded(model: Any, device: str, dtype: torch.dtype | None) -> Any:
     Raises:
         InputError: the model's class does not say which blocks are whole.
     """
-    if not model._no_split_modules:
-        raise InputError(
-            f"resources.offload: true but {type(model).__name__} does not say what its blocks are. "
-            "Leave it out."
-        )
-    blocks = frozenset(model._no_split_modules)
+    blocks = _blocks_of(model, "offload: true", "what its blocks are. Leave it out.")
     model = model.to(dtype=dtype)
     for _, part in _parts(model, blocks):
         if type(part).__name__ in blocks:
@@ -87,6 +79,13 @@ def offloaded(model: Any, device: str, dtype: torch.dtype | None) -> Any:
         else:
             part.to(device)
     return model
+
+
+def _blocks_of(model: Any, asked: str, lacks: str) -> frozenset[str]:
+    """Return the classes of a model's blocks; InputError, saying what lacks, if it names none."""
+    if not model._no_split_modules:
+        raise InputError(f"resources.{asked} but {type(model).__name__} does not say {lacks}")
+    return frozenset(model._no_split_modules)
 
 
 def _bring(block: Any, device: torch.device) -> None:

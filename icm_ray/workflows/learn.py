@@ -1,8 +1,8 @@
 """`jobs.learn`: from adapters and unlabelled inputs to a folder that `merge` reads."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,7 +36,6 @@ from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.methods import METHODS, find_method
 from icm_ray.report import LearnedRow, learned_page
-from icm_ray.workflows.evicting import Evicted
 from icm_ray.workflows.prepared import data_of, heads_in, prepared_base, preparing
 
 VERSION = 3
@@ -53,7 +52,6 @@ class LearnRequest:
         data: Inputs of each task, with heads and labels where the objective reads them.
         context: The Fusion-VAE whose latent moves; None: what the recipe's `parameters` say.
         grams: Folder of Gram statistics, where the recipe starts from RegMean.
-        evicted: Adapters that it would have been of, each with what kept it out.
     """
 
     method: str
@@ -62,7 +60,6 @@ class LearnRequest:
     data: LearnerData
     context: Context | None = None
     grams: Path | None = None
-    evicted: Evicted = field(default_factory=dict)
 
     def key(self, session: Session) -> str:
         """Return what identifies what is learned."""
@@ -82,16 +79,8 @@ class LearnRequest:
             "grams": read_evidence(self.grams).identity if self.grams else None,
             "beneath": beneath,
             "context": self.context.identity if self.context else None,
-            **self._left_out(),
         }
         return sha256_of(content)
-
-    def noted(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a report that says what was evicted."""
-        return {**report, **self._left_out()}
-
-    def _left_out(self) -> dict[str, Any]:
-        return {"evicted": dict(self.evicted)} if self.evicted else {}
 
 
 def run(recipe: LearnRecipe, target: Path) -> dict[str, Any]:
@@ -185,7 +174,7 @@ def learn_to_folder(session: Session, request: LearnRequest, folder: Path, label
 
     learned = context.learn(stage, plan, adapters) if context else stage(plan)
     counts = {task: len(inputs) for task, (inputs, _) in request.data.inputs.items()}
-    learned = replace(learned, method=request.method, report=request.noted(learned.report))
+    learned = replace(learned, method=request.method)
     save_learned(learned, folder, {"key": key, "inputs": counts})
     write_json(folder / RUN_FILE, {"cpu_seconds": sum(seconds)})
     shutil.rmtree(scratch)
