@@ -66,9 +66,7 @@ def merge_recipe(
     evidence = Path(recipe.evidence) if recipe.evidence else None
     if gatherer is not None and recipe.data is not None and base is not None:
         evidence = gatherer(files, base, evidence)
-    opened_evidence = as_evidence(evidence)  # hashed once
-    request = replace(request, evidence=opened_evidence)
-    learned = opened_evidence.described.get("report", {}) if opened_evidence else {}
+    request = replace(request, evidence=as_evidence(evidence))  # opened and hashed once
     result, seconds = merger(files, request)
     warn(loss_lines(result.report))
     checks = write_merged(
@@ -81,7 +79,6 @@ def merge_recipe(
             evidence=evidence,
             modules_to_save=recipe.modules_to_save,
             kept=recipe.order if recipe.keep_factors else None,
-            evicted=learned.get("evicted", {}),
         ),
         dtype=getattr(torch, recipe.output.dtype) if recipe.output.dtype else None,
         base=base,
