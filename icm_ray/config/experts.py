@@ -34,8 +34,9 @@ class Training(Part):
     lora_lr: float = Field(default=5e-3, gt=0)
     head_lr: float = Field(default=5e-3, gt=0)
     train_examples: Positive = 4800
-    checkpoints: Positive = Field(
-        default=16, description="Kept from the second half, evenly spaced."
+    checkpoints: Positive = Field(default=16, description="Kept of the trajectory, evenly spaced.")
+    trajectory: Literal["second_half", "whole"] = Field(
+        default="second_half", description="whole: from the untrained LoRA on."
     )
     save_every: Positive = Field(
         default=50, description="Steps between states a killed run resumes from."

@@ -1,6 +1,7 @@
 """Train experts on one frozen base, one or several in each forward pass: resumable, repeatable."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ def train_experts(
     leaves = {name: leaf for learner in learners for name, leaf in learner.leaves.items()}
     checkpoint = Checkpoint(scratch / STATE)  # the folder's name has the run's key
     history: list[list[float]] = checkpoint.load(leaves, optimizer)
+    if not history:
+        for learner in learners:
+            learner.trajectory.offer(0, math.nan, learner.adapter)
     for step in range(len(history), training.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * (1 - step / training.steps)
@@ -136,7 +140,12 @@ class _Learner:
             if name in path.split(".")
         }
         training = self.job.training
-        self.trajectory = Trajectory(scratch / task.name, training.steps, training.checkpoints)
+        self.trajectory = Trajectory(
+            scratch / task.name,
+            training.steps,
+            training.checkpoints,
+            whole=training.trajectory == "whole",
+        )
 
     @property
     def leaves(self) -> dict[str, nn.Parameter]:

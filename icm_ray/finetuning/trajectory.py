@@ -1,4 +1,4 @@
-"""The second half of training as a Parquet data set, one row a checkpoint.
+"""The second half of training, or all of it, as a Parquet data set, one row a checkpoint.
 
 Columns: `step` int64, `loss` float64, `adapter` fixed_size_list<float32>[D]. The flat layout of
 `adapter` (tensor name, shape, offset, in sorted order of names) is JSON in the schema's metadata.
@@ -32,21 +32,21 @@ def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
 
 
 class Trajectory:
-    """Keeps `count` evenly spaced checkpoints of the second half of `steps`."""
+    """Keeps `count` evenly spaced checkpoints of the second half of `steps`, or of all of them."""
 
-    def __init__(self, scratch: Path, steps: int, count: int) -> None:
-        half = steps // 2
-        count = min(count, steps - half)
-        wanted = np.linspace(half + 1 if count > 1 else steps, steps, num=count)
+    def __init__(self, scratch: Path, steps: int, count: int, *, whole: bool = False) -> None:
+        first = 0 if whole else steps // 2 + 1
+        count = min(count, steps + 1 - first)
+        wanted = np.linspace(first if count > 1 else steps, steps, num=count)
         self.steps = frozenset(np.round(wanted).astype(int).tolist())
         self.folder = scratch / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def offer(self, step: int, loss: float, parameters: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint if this step is one of those to keep.
+        """Write a checkpoint if this step is one of those to keep; 0 is before the first.
 
-        One small file a checkpoint: a killed run has lost nothing, and writing it again after a
-        resume gives the same bytes.
+        `loss` is that of the step's batch, NaN at 0. One small file a checkpoint: a killed run has
+        lost nothing, and writing it again after a resume gives the same bytes.
         """
         if step not in self.steps:
             return

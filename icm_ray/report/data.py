@@ -116,6 +116,25 @@ class Gap:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingCurve:
+    """How one expert went over its training; Figure 1 of arXiv 2603.26317.
+
+    Attributes:
+        kind: What its task asks for.
+        steps: Those that were kept; 0 is before the first.
+        ratios: Mean null-space ratio over its modules, on its own inputs.
+        losses: Of the step's batch; NaN at 0.
+        scores: Validation score with the finished head.
+    """
+
+    kind: str
+    steps: Sequence[int]
+    ratios: Sequence[float]
+    losses: Sequence[float]
+    scores: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """A mean over tasks of the difference of normalised scores, with its paired 95 % interval."""
 
@@ -182,7 +201,7 @@ class ReportData:
             inputs under its features; unlike `ratios`, every example counts the same.
         quartiles: By row and classification: accuracy on the test inputs of the lowest quarter of
             null-space ratios to that of the highest.
-        training_ratios: By task: ratio of the expert at each kept step of its training.
+        curves: By task, how the expert went over its training.
         gaps: Learned rows beside the best that learns nothing.
         choice: What the run recommends, if it was told to choose.
         notes: What a reader must know to read the numbers rightly.
@@ -201,7 +220,7 @@ class ReportData:
     learned: Sequence[LearnedRow] = ()
     state_ratios: Mapping[str, Table] = field(default_factory=dict)
     quartiles: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
-    training_ratios: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    curves: Mapping[str, TrainingCurve] = field(default_factory=dict)
     gaps: Sequence[Gap] = ()
     choice: Choice | None = None
     notes: Sequence[str] = ()

@@ -174,12 +174,13 @@ def learned_figures(data: ReportData, summary: Summary) -> Iterator[Picture]:
             "under the model's own features to the highest; Figure 2 of arXiv 2603.26317.",
             learned_pictures.quartile_picture(lines),
         )
-    if data.training_ratios:
+    if data.curves:
         yield Picture(
-            "Null-space ratio during fine-tuning",
-            "Mean over modules, of each expert on its own inputs at the steps that were kept, of "
-            "the second half; Figure 1 of arXiv 2603.26317 begins at step 0.",
-            learned_pictures.training_picture(data.training_ratios),
+            "Fine-tuning: null-space ratio, loss and score",
+            "Of each expert at the steps that were kept: the ratio on its own inputs, mean over "
+            "modules; the loss of the step's batch; the validation score with the finished head. "
+            "Figure 1 of arXiv 2603.26317; training.trajectory: whole keeps step 0 as well.",
+            learned_pictures.training_picture(data.curves),
         )
     for place, row in enumerate(learned):
         yield learned_figure(row, folded=place > 0)

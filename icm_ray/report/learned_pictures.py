@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from icm_ray.report.data import LearnedRow, Table
+from icm_ray.report.data import LearnedRow, Table, TrainingCurve
 from icm_ray.report.pictures import LINES, draw_heat, label_height, logarithmic, svg
 from icm_ray.report.text import clip, short_modules
 
@@ -70,21 +70,30 @@ def quartile_picture(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> str
     return svg("quartiles", _height(len(tasks)), draw)
 
 
-def training_picture(ratios: Mapping[str, Mapping[int, float]]) -> str:
-    """Return a line a task: the ratio over the steps of its fine-tuning."""
+def training_picture(curves: Mapping[str, TrainingCurve]) -> str:
+    """Return a row of panels for classes and one for the rest: ratio, loss and score by step."""
+    grouped: dict[str, list[str]] = {}
+    for task in sorted(curves):
+        name = "classes" if "class" in curves[task].kind else curves[task].kind.replace("_", " ")
+        grouped.setdefault(name, []).append(task)
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for colour, (task, by_step) in zip(_colours(ratios), sorted(ratios.items()), strict=True):
-            steps = sorted(by_step)
-            values = [by_step[step] for step in steps]
-            axes.plot(steps, values, color=colour, marker="o", ms=3, label=clip(task))
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(axis="y", alpha=0.3)
-        _legend(figure, axes)
+        grid = figure.subplots(len(grouped), 3, squeeze=False)
+        for panels, (kind, tasks) in zip(grid, sorted(grouped.items()), strict=True):
+            for colour, task in zip(COLOURS * len(tasks), tasks, strict=False):
+                curve = curves[task]
+                shown = {"ratio": curve.ratios, "loss": curve.losses, "score": curve.scores}
+                for axes, (name, values) in zip(panels, shown.items(), strict=True):
+                    axes.plot(curve.steps, values, color=colour, marker="o", ms=3, label=clip(task))
+                    axes.set_title(f"{name}, {kind}", loc="left")
+            for axes in panels:
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.grid(axis="y", alpha=0.3)
+            panels[-1].legend(fontsize="small")
+        for axes in grid[-1]:
+            axes.set_xlabel("step")
 
-    return svg("training", 3.6, draw)
+    return svg("training", 0.6 + 2.4 * len(grouped), draw)
 
 
 def learned_picture(row: LearnedRow) -> str:

@@ -32,6 +32,13 @@ def test_checkpoints_are_spread_over_the_second_half(steps: int, count: int) -> 
         assert gaps.max() - gaps.min() <= 1, "evenly"
 
 
+@pytest.mark.parametrize(("steps", "count", "kept"), [(8, 3, {0, 4, 8}), (2, 9, {0, 1, 2})])
+def test_the_whole_training_begins_before_its_first_step(
+    tmp_path: Path, steps: int, count: int, kept: set[int]
+) -> None:
+    assert Trajectory(tmp_path, steps, count, whole=True).steps == kept
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_a_single_checkpoint_is_the_last_step(tmp_path: Path, steps: int) -> None:
     assert Trajectory(tmp_path, steps, 1).steps == {steps}

@@ -1,8 +1,10 @@
+import math
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from icm_ray.report import Gap, LearnedRow, learned_page
+from icm_ray.report.data import TrainingCurve
 from icm_ray.report.html import page
 from icm_ray.report.pictures import logarithmic, svg
 
@@ -33,7 +35,16 @@ def test_the_report_shows_all_that_was_learned(learned, make_data):
         learned=[learned],
         state_ratios={"base": ratios, "expert": ratios, "soup": ratios},
         quartiles={"expert": {"topic": [0.9, 0.8, 0.8, 0.7]}, "soup": {"topic": [0.5] * 4}},
-        training_ratios={"topic": {3: 0.9, 6: 0.91}},
+        curves={
+            name: TrainingCurve(
+                kind=kind,
+                steps=[0, 3, 6],
+                ratios=[0.9, 0.91, 0.8],
+                losses=[math.nan, 2.0, 1.0],
+                scores=[0.1, 0.5, 0.6],
+            )
+            for name, kind in (("topic", "classification"), ("year", "regression"))
+        },
         gaps=[
             Gap(
                 init="shared",
@@ -51,7 +62,7 @@ def test_the_report_shows_all_that_was_learned(learned, make_data):
     for word in (
         "before and after merging",
         "Accuracy by null-space ratio",
-        "during fine-tuning",
+        "Fine-tuning: null-space ratio, loss and score",
         "What soup learned",
         "✓ better",
         "within the interval",

@@ -30,7 +30,7 @@ def learned_report(table: Table) -> dict[str, Any]:
         ],
         "state_ratios": {row: found.by_module() for row, found in ratios.items()},
         "quartiles": _quartiles(table, first),
-        "training_ratios": table.training_ratios,
+        "curves": table.curves,
         "gaps": list(_gaps(table)),
     }
 

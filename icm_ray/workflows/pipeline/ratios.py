@@ -1,7 +1,6 @@
-"""Null-space ratios of merges, and of experts as they were trained: what the pictures need.
+"""Null-space ratios of merges: what the pictures need.
 
-ratios/<set>/<row>/     every test input's ratio, by task and module
-ratios/<set>-training/  ratios at kept steps of the experts' training
+ratios/<set>/<row>/  every test input's ratio, by task and module
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,18 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from icm_ray.adapters import open_adapter
-from icm_ray.distributed.actors import AdapterSource, CheckpointSource
+from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.evidence import EVIDENCE_BATCH
 from icm_ray.distributed.session import Pool
-from icm_ray.evaluation.experts import TRAJECTORIES
 from icm_ray.files import is_done, read_json, read_manifest, sha256_of, whole_folder, write_json
-from icm_ray.finetuning.trajectory import evenly_spaced, read_trajectory
 from icm_ray.report.data import BASE, EXPERT
 from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table
 
 VERSION = 1
-RATIOS, MODULES, MEANS = "ratios.safetensors", "modules.json", "means.json"
-CHECKPOINTS, TRAINING_INPUTS = 8, 64
+RATIOS, MODULES = "ratios.safetensors", "modules.json"
 
 
 @dataclass(frozen=True)
@@ -107,43 +103,3 @@ def read_ratios(folder: Path) -> RowRatios:
     """Read one row's ratios back; an InputError if the folder is not intact."""
     read_manifest(folder)
     return RowRatios(read_json(folder / MODULES), load_file(folder / RATIOS))
-
-
-def training_ratios(table: Table, one: SetResults, pool: Pool) -> dict[str, dict[int, float]]:
-    """Return the mean expert ratio over modules at kept steps, by task that has a trajectory."""
-    place = table.root / TRAJECTORIES / one.label
-    files = [f for f in one.proven() if one.learned and (place / f.name).is_dir()]
-    if not files:
-        return {}
-    limit = table.recipe.sizes.calibration
-    inputs = {
-        f.name: table.suite.load(f.name, "calibration", limit).first(TRAINING_INPUTS) for f in files
-    }
-    folder = table.root / "ratios" / f"{one.label}-training"
-    content = {f.name: [f.fingerprint, inputs[f.name].fingerprint] for f in files}
-    key = sha256_of([VERSION, content])
-    if not is_done(folder, key):
-        arguments = {
-            (file.name, step): (
-                CheckpointSource(AdapterSource(file), (place / file.name).absolute(), step),
-                inputs[file.name].inputs,
-                table.suite.tasks[file.name].max_tokens,
-                EVIDENCE_BATCH,
-            )
-            for file in files
-            for step in _steps(place / file.name)
-        }
-        means: dict[str, dict[str, float]] = {file.name: {} for file in files}
-        for (task, step), evidence in pool.map("evidence", arguments).items():
-            ratios = evidence.expert_ratios.values()
-            means[task][str(step)] = sum(ratios) / len(ratios)
-        with whole_folder(folder, info={"key": key}) as target:
-            write_json(target / MEANS, means)
-    means = read_json(folder / MEANS)
-    return {task: {int(s): v for s, v in of_task.items()} for task, of_task in means.items()}
-
-
-def _steps(trajectory: Path) -> list[int]:
-    """Return up to `CHECKPOINTS` of the kept steps, evenly spaced."""
-    steps = read_trajectory(trajectory)[0]["step"].to_pylist()
-    return evenly_spaced(steps, CHECKPOINTS)

@@ -1,7 +1,7 @@
 """From a base and its tasks to one proven adapter: every stage kept by content, all resumable.
 
 experts/<set>/<task>/       adapter, head, losses
-trajectories/<set>/<task>/  checkpoints of the second half of training
+trajectories/<set>/<task>/  checkpoints of training
 merged/<set>/<row>/<how>/   merged PEFT adapters; <how> is "default" or for example "scale=0.3"
 evidence/<set>/             task vectors and null-space ratios
 learned/<set>/<row>/        what learned rows learned
@@ -40,10 +40,11 @@ from icm_ray.report.summary import init_of
 from icm_ray.suites import find_suite
 from icm_ray.workflows.experts import find_or_train, probes_of
 from icm_ray.workflows.pipeline.adapters import adapter_problems, ready_set
+from icm_ray.workflows.pipeline.curves import training_curves
 from icm_ray.workflows.pipeline.fused import check_fusion_row, fuse_rows
 from icm_ray.workflows.pipeline.learned import learn_rows
 from icm_ray.workflows.pipeline.offer import offer_rows
-from icm_ray.workflows.pipeline.ratios import ratios_of_rows, training_ratios
+from icm_ray.workflows.pipeline.ratios import ratios_of_rows
 from icm_ray.workflows.pipeline.rows import choose, merge_rows, score_test
 from icm_ray.workflows.pipeline.searched import check_search, search_rows
 from icm_ray.workflows.pipeline.table import SetResults, Table, variants
@@ -76,7 +77,7 @@ def run_stages(table: Table) -> None:
             score_test(table, one, pool)
         first = table.sets[0]
         table.ratios.update(ratios_of_rows(table, first, pool))
-        table.training_ratios.update(training_ratios(table, first, pool))
+        table.curves.update(training_curves(table, first, pool))
 
 
 def _choose_all(table: Table, pool: Pool) -> None:

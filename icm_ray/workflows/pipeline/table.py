@@ -16,6 +16,7 @@ from icm_ray.kinds import SavedModulesPolicy
 from icm_ray.merging.folder import MergedFolder
 from icm_ray.merging.order import MergeRequest
 from icm_ray.merging.requirements import needs_of
+from icm_ray.report.data import TrainingCurve
 from icm_ray.suites import Suite
 
 DEFAULT = "default"
@@ -139,7 +140,7 @@ class Table:
         sets: One entry for each set of experts.
         probes: Folder of each headed task's linear probe.
         ratios: Folders of ratios by learned row, of the first set.
-        training_ratios: Mean expert ratio at kept steps of training, by task, of the first set.
+        curves: How the experts of the first set went over their training, by task.
         offer: The methods of a recipe that names none.
         evicted: Tasks that were left out, each with the reason.
     """
@@ -151,7 +152,7 @@ class Table:
     sets: list[SetResults] = field(default_factory=list)
     probes: dict[str, Path] = field(default_factory=dict)
     ratios: dict[str, Path] = field(default_factory=dict)
-    training_ratios: dict[str, dict[int, float]] = field(default_factory=dict)
+    curves: dict[str, TrainingCurve] = field(default_factory=dict)
     offer: Offer = field(default_factory=Offer)
     evicted: Mapping[str, str] = field(default_factory=dict)
 
