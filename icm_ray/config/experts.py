@@ -24,6 +24,11 @@ class LoRARecipe(Part):
     targets: list[str] | str | None = Field(
         default=None, description="As PEFT reads them; None: PEFT's own for the model's type."
     )
+    start: str | None = Field(
+        default=None,
+        description="Folder of an adapter, such as a merge, that training goes on from; None: the "
+        "change is zero at first.",
+    )
 
 
 class Training(Part):

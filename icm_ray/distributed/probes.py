@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from icm_ray.base_model.low_rank import applied
+from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.cluster import run_tasks
 from icm_ray.distributed.faults import MAX_RETRIES, blaming
 from icm_ray.distributed.progress import bar
@@ -34,14 +36,18 @@ class ProbeOrder:
         task: What it predicts.
         splits: Examples to train on, to choose its strength with, and to predict: "train",
             "validation" and "test".
+        adapter: What the base carries while it reads them, if anything.
     """
 
     task: Task
     splits: Mapping[str, Examples]
+    adapter: AdapterSource | None = None
 
     def key(self, base: str) -> str:
         """Return what identifies the probe on a base."""
-        return sha256_of([VERSION, base, {n: one.fingerprint for n, one in self.splits.items()}])
+        carried = [self.adapter.fingerprint] if self.adapter else []
+        splits = {name: one.fingerprint for name, one in self.splits.items()}
+        return sha256_of([VERSION, base, splits, *carried])
 
 
 def fit_probes(session: Session, orders: Mapping[Path, ProbeOrder]) -> None:
@@ -70,9 +76,11 @@ def _fit(session: Session, order: ProbeOrder, folder: Path, key: str) -> None:
         kernel_threads(session.resources.threads),
     ):
         base = session.load_base()
-        for name, examples in order.splits.items():
-            read[name] = (head_features(base, examples, task, BATCH), examples.targets.flatten())
-            drawn.add()
+        with applied(base.model, order.adapter.load() if order.adapter else None):
+            for name, examples in order.splits.items():
+                features = head_features(base, examples, task, BATCH)
+                read[name] = (features, examples.targets.flatten())
+                drawn.add()
         head = fit_probe(task, read["train"], read["validation"])
     shape = order.splits["test"].targets.shape
     with whole_folder(folder, info={"key": key, "task": task.name}) as target:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from icm_ray.adapters import AdapterFile
 from icm_ray.config import ExpertSet, LoRARecipe, Training
 from icm_ray.evaluation.heads import Head
 from icm_ray.seeding import generator
@@ -38,7 +39,7 @@ class ExpertJob:
         return {
             "task": self.task.name,
             "set": self.which.model_dump(),
-            "lora": self.lora.model_dump(),
+            "lora": self.lora.model_dump(exclude_none=True),
             "training": self.training.model_dump(exclude={"tasks_per_forward", "trajectory"}),
             **({} if alone else {"together": list(self.together)}),
         }
@@ -52,11 +53,13 @@ class Lesson:
         job: Task and hyper-parameters.
         train: At least `job.training.batch` examples.
         start: The probe's head, whose target scale is kept; None for tasks without a head.
+        adapter: What the LoRA goes on from; None: its change is zero at first.
     """
 
     job: ExpertJob
     train: Examples
     start: Head | None
+    adapter: AdapterFile | None = None
 
 
 @dataclass(frozen=True)

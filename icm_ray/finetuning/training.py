@@ -2,24 +2,26 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from icm_ray.adapters import AdapterFile
+from icm_ray.adapters.contents import PREFIX
 from icm_ray.base_model.loading import Base
 from icm_ray.base_model.readers import Batch
 from icm_ray.base_model.states import States, states_of
 from icm_ray.checkpoint import Checkpoint, all_finite
-from icm_ray.config import Training
+from icm_ray.config import LoRARecipe, Training
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import answer_of
 from icm_ray.evaluation.heads import Head
 from icm_ray.finetuning.expert import ExpertJob, Lesson, TrainedExpert, batch_rows
 from icm_ray.finetuning.routing import passes, routed
-from icm_ray.finetuning.trajectory import Trajectory
+from icm_ray.finetuning.trajectory import A, B, Trajectory
 from icm_ray.seeding import seed_for
 
 STATE = "state.safetensors"
@@ -139,6 +141,8 @@ class _Learner:
             for path, leaf in model.named_parameters()
             if name in path.split(".")
         }
+        if lesson.adapter is not None:
+            _go_on_from(lesson.adapter, self.adapter, self.job.lora)
         training = self.job.training
         self.trajectory = Trajectory(
             scratch / task.name,
@@ -193,6 +197,15 @@ def _with_adapters(base: Base, jobs: Sequence[ExpertJob]) -> Any:
     model.base_model.set_adapter(list(model.peft_config))  # all of them learn
     # Evaluation mode turns dropout off, so training has no draws beyond the batches.
     return model.eval()
+
+
+def _go_on_from(file: AdapterFile, leaves: Mapping[str, nn.Parameter], lora: LoRARecipe) -> None:
+    """Give a new LoRA an adapter's change; ranks and modules beyond it stay at zero."""
+    for module, factors in file.load().modules.items():
+        a, b = (leaves[f"{PREFIX}{module}{end}"].data for end in (A, B))
+        rank = factors.a.shape[0]
+        a[:rank].copy_(factors.a)
+        b[:, :rank].copy_(factors.b * (lora.rank / lora.alpha))
 
 
 def _head(start: Head, device: torch.device) -> nn.Linear:

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from icm_ray.adapters import AdapterFile, open_adapter
 from icm_ray.config import FinetuneRecipe
+from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.finetune import ExpertOrder, train_groups
 from icm_ray.distributed.probes import ProbeOrder, fit_probes, read_probe
 from icm_ray.distributed.session import Session
@@ -28,7 +30,7 @@ def expert_key(job: ExpertJob, base: str, data: str, recipe: FinetuneRecipe) -> 
             "data": data,
             "task": job.task.name,
             # Without defaults, so that a new setting does not disown the experts there are.
-            "lora": job.lora.model_dump(exclude_defaults=True),
+            "lora": job.lora.model_dump(exclude_defaults=True, exclude={"start"}),
             "training": job.training.model_dump(
                 exclude_defaults=True, exclude={"save_every", "tasks_per_forward"}
             ),
@@ -36,8 +38,41 @@ def expert_key(job: ExpertJob, base: str, data: str, recipe: FinetuneRecipe) -> 
             "validation": recipe.sizes.validation,  # chose the probe the expert starts from
             "dtype": recipe.dtype,
             **company,
+            **({"start": start.fingerprint} if (start := start_of(recipe)) else {}),
         }
     )
+
+
+def start_of(recipe: FinetuneRecipe) -> AdapterFile | None:
+    """Return the adapter that training goes on from, if there is one.
+
+    Raises:
+        InputError: it cannot be read.
+        RecipeError: a new LoRA of the recipe cannot hold it.
+    """
+    if recipe.lora.start is None:
+        return None
+    file, lora = open_adapter(recipe.lora.start), recipe.lora
+    rank = max(rank for _, _, rank in file.shapes.values())
+    problems = []
+    if rank > lora.rank:
+        problems.append(
+            f"lora.start: {file.path} has rank {rank} but lora.rank is {lora.rank}. Merge it with "
+            f"output.rank={lora.rank}, or raise lora.rank."
+        )
+    if isinstance(lora.targets, list):
+        ends = tuple(lora.targets)
+        strange = [m for m in file.shapes if not any(f".{m}".endswith(f".{end}") for end in ends)]
+        if strange:
+            problems.append(
+                f"lora.start: {file.path} adapts {strange[0]} and {len(strange) - 1} more but "
+                f"lora.targets are {', '.join(ends)}. Name them, too."
+            )
+    if file.layouts:
+        problems.append(f"lora.start: {file.path} adapts more than linear layers. Start anew.")
+    if problems:
+        raise RecipeError(problems)
+    return file
 
 
 def groups_of(recipe: FinetuneRecipe, suite: Suite) -> list[tuple[str, ...]]:
@@ -101,12 +136,13 @@ def find_or_train(
         # All of them, so that one more expert does not find other heads.
         probes = probes_of(session, recipe, root)
         heads = {task: read_probe(folder)[0] for task, folder in probes.items()}
+        start = start_of(recipe)
 
         def order(place: tuple[str, str]) -> ExpertOrder:
             task = place[1]
             train = suite.load(task, "train").first(recipe.training.train_examples)
             return ExpertOrder(
-                Lesson(jobs[place], train, heads.get(task)),
+                Lesson(jobs[place], train, heads.get(task), start),
                 folders[place],
                 suite.fingerprint(task),
                 base_name(str(recipe.base or suite.base)),
@@ -130,9 +166,10 @@ def find_or_train(
 def probes_of(session: Session, recipe: FinetuneRecipe, root: Path) -> Mapping[str, Path]:
     """Return the folder of each headed task's refitted linear probe, fitted if it is not there.
 
-    A probe sees the same training examples as its task's experts, and they start from its head.
+    A probe sees the same training examples as its task's experts, which start from its head, and
+    reads them through the adapter that they start from, if there is one.
     """
-    suite = find_suite(recipe.suite)
+    suite, start = find_suite(recipe.suite), start_of(recipe)
     limits = {"validation": recipe.sizes.validation, "test": recipe.sizes.test}
     orders, folders = {}, {}
     for task in recipe.tasks or suite.tasks:
@@ -141,6 +178,7 @@ def probes_of(session: Session, recipe: FinetuneRecipe, root: Path) -> Mapping[s
             train = suite.load(task, "train").first(recipe.training.train_examples)
             splits = {"train": train}
             splits |= {name: suite.load(task, name, limit) for name, limit in limits.items()}
-            orders[folders[task]] = ProbeOrder(suite.tasks[task], splits)
+            source = AdapterSource(start) if start else None
+            orders[folders[task]] = ProbeOrder(suite.tasks[task], splits, source)
     fit_probes(session, orders)
     return folders

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from icm_ray.adapters import load_adapter
+from icm_ray.adapters import load_adapter, open_adapter
 from icm_ray.base_model.loading import load_base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.placing import Place
@@ -18,7 +18,7 @@ from icm_ray.evaluation.heads import Head
 from icm_ray.files import sha256_of_file
 from icm_ray.finetuning.expert import ExpertJob, Lesson, TrainedExpert, losses_summary
 from icm_ray.finetuning.training import STATE, train_experts
-from icm_ray.finetuning.trajectory import FOLDER, read_trajectory
+from icm_ray.finetuning.trajectory import FOLDER, checkpoints_of, read_trajectory
 from icm_ray.suites.tasks import Examples, Task
 
 WORD = Task("word", "classification", "accuracy", ("odd", "even"), 16, "nowhere", "none")
@@ -218,3 +218,25 @@ def test_the_last_checkpoint_is_the_expert(train, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert set(last) == set(stored)
     assert all(torch.equal(last[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_training_goes_on_from_an_adapter(train, tiny_bert, examples, tmp_path, rank: int) -> None:
+    first = train(make_job(steps=60), "first")
+    first.save_adapter(tmp_path / "start", torch.float32, "tiny")
+    start = open_adapter(tmp_path / "start")
+    lora = LoRARecipe(rank=rank, alpha=3 * rank, targets=["query", "value"])
+    training = Training(steps=2, batch=8, checkpoints=2, trajectory="whole", train_examples=40)
+    job = replace(make_job(), lora=lora, training=training)
+    (tmp_path / "next").mkdir()
+    (found,) = train_experts(
+        load_base(tiny_bert), [Lesson(job, examples, first.head, start)], tmp_path / "next"
+    )
+    assert found.losses[0] < 0.7 * losses_summary(first.losses)["first_loss"]
+    found.save_adapter(tmp_path / "found", torch.float32, "tiny")
+    after = open_adapter(tmp_path / "found").load()
+    before = next(checkpoints_of(after, tmp_path / "next" / WORD.name / FOLDER))[1]
+    for module, factors in start.load().modules.items():
+        change = factors.b @ factors.a
+        assert before[module].a.shape[0] == rank
+        torch.testing.assert_close(before[module].b @ before[module].a, change)

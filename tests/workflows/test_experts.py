@@ -6,10 +6,12 @@ import pytest
 import yaml
 from ray_samples import ROOT, finetune_recipe
 
+from icm_ray.adapters import open_adapter
 from icm_ray.config import ExpertSet, FinetuneRecipe, PipelineRecipe
+from icm_ray.errors import RecipeError
 from icm_ray.files import read_manifest
 from icm_ray.suites import SUITES, find_suite
-from icm_ray.workflows.experts import expert_jobs, expert_key, groups_of
+from icm_ray.workflows.experts import expert_jobs, expert_key, groups_of, start_of
 
 SIZES = {"stress": 16, "syllables": 16, "keyword": 24, "depth": 32, "supersense": 32, "year": 40}
 
@@ -44,6 +46,31 @@ def test_an_expert_is_another_in_other_company(tiny_bert: Path, tmp_path: Path) 
     assert two["year"] == alone["year"], "nobody is left for it"
     assert len({found["depth"] for found in (alone, two, three)}) == 3
     assert two == keys(["supersense", "year", "depth"], 2)
+
+
+def test_a_start_must_fit_the_new_lora(tiny_bert: Path, tmp_path: Path) -> None:
+    start = ROOT / "docs/results/text/experts/own-seed0/year/adapter"
+
+    def recipe(**lora) -> FinetuneRecipe:
+        shape = {"rank": 8, "targets": ["query", "key", "value", "attention.output.dense"]}
+        return finetune_recipe(tiny_bert, tmp_path, lora={**shape, "start": str(start), **lora})
+
+    assert start_of(recipe()).fingerprint == open_adapter(start).fingerprint
+    assert start_of(recipe(start=None)) is None
+    keys = {
+        expert_key(expert_jobs(one, SUITES["text"])["shared-seed0", "depth"], "b", "d", one)
+        for one in (
+            recipe(),
+            recipe(start=None),
+            recipe(start=str(start.parents[1] / "depth/adapter")),
+        )
+    }
+    assert len(keys) == 3
+    with pytest.raises(RecipeError) as found:
+        start_of(recipe(rank=4, targets=["query", "value"]))
+    assert [word in str(found.value) for word in ("rank 8", "output.rank=4", "Name them")] == [
+        True
+    ] * 3
 
 
 @pytest.mark.parametrize("name", ["text", "lm", "vision", "generation"])

@@ -12,6 +12,7 @@ from icm_ray.merging.estimate import warn
 from icm_ray.report import BASE, EXPERT, ReportData, summarise
 from icm_ray.suites import Suite, find_suite
 from icm_ray.workflows.evicting import Evicted, evicting
+from icm_ray.workflows.experts import start_of
 from icm_ray.workflows.pipeline.adapters import check_ready, ready_set, settled, without_tasks
 from icm_ray.workflows.pipeline.report import console, publish, report_data
 from icm_ray.workflows.pipeline.stages import check_rows, check_tasks, run_stages
@@ -64,6 +65,7 @@ def settled_table(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, Suite, Path]:
         shared = recipe.training.tasks_per_forward > 1
         lora = with_targets(recipe.lora, base, shared=shared)
         recipe = recipe.model_copy(update={"lora": lora})
+        start_of(recipe)
     return recipe, suite, base
 
 

@@ -13,7 +13,7 @@ from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.scoring import BATCH, TaskData
 from icm_ray.finetuning.expert import Lesson
 from icm_ray.suites import Examples, Suite
-from icm_ray.workflows.experts import expert_jobs
+from icm_ray.workflows.experts import expert_jobs, start_of
 from icm_ray.workflows.pipeline.offer import references_seconds
 from icm_ray.workflows.pipeline.run import settled_table
 from icm_ray.workflows.pipeline.table import SetResults, Table
@@ -43,9 +43,9 @@ def plan_experts(recipe: FinetuneRecipe) -> tuple[Bench, JobPlan]:
     scored = bench.scored(few, BATCH)
     scores = references_seconds(table, one, Speed(scored, scored, scored))
     groups = dict.fromkeys(job.together for job in jobs.values())
-    steps, numbers = 0.0, 0
+    steps, numbers, start = 0.0, 0, start_of(recipe)
     for group in groups:
-        lessons = [Lesson(jobs[task], train[task], heads.get(task)) for task in group]
+        lessons = [Lesson(jobs[task], train[task], heads.get(task), start) for task in group]
         trained = bench.training(lessons)
         steps += trained.start + recipe.training.steps * trained.step
         numbers += trained.numbers
