@@ -80,6 +80,12 @@ LEARNERS: Mapping[str, LearnSpec] = {
         start=StartSpec(value=0.0),
         optimisation=OptimisationSpec(steps=100, lr=1e-1, weight_decay=0.1),
     ),
+    # Paper: arXiv 2410.13025, CAT: a coefficient a layer and LoRA. Steps and rate are aTLAS's here.
+    "lora_soups": LearnSpec(
+        objective=ObjectiveSpec(kind="supervised"),
+        start=StartSpec(value="1/K"),
+        optimisation=OptimisationSpec(steps=100, lr=1e-1, weight_decay=0.0),
+    ),
     # A control: what one LoRA reaches that is trained on all tasks, as the experts are on theirs.
     "joint": LearnSpec(
         parameters=ParametersSpec(kind="factors"),

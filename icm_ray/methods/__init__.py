@@ -349,6 +349,13 @@ METHODS: Mapping[str, Method] = frozen(
             use="With a few labels of every task.",
             **_LEARNED,
         ),
+        "lora_soups": Method(
+            "lora_soups",
+            formula="sum_k c_k delta_k, c fitted to a few labelled inputs, from the average",
+            paper="arXiv 2410.13025, CAT",
+            use="As atlas, where the average is the better start.",
+            **_LEARNED,
+        ),
         "joint": Method(
             "joint",
             formula="B A, a new LoRA that is trained on the labels of all tasks",

@@ -57,6 +57,7 @@ NEVER: Mapping[str, str] = {
     "emr": "an adapter for each task besides the common one",
     "negate_add": "takes a capability away instead of joining several",
     "compress_then_merge": "for a rank that is named",
+    "lora_soups": "atlas from the average, to compare with the paper",
     "joint": "a control: trained anew on labels, it merges nothing",
     "esm": "a baseline; sees what regmean sees, and its scale has no usual value",
     "wudi": "a baseline; below task_arithmetic on encoders, and undone by shared initialisations",
