@@ -54,6 +54,30 @@ def test_the_decision_table_is_our_own_evidence(kept):
     assert checked >= 30
 
 
+def test_who_loses_beside_who_shares_is_our_own_evidence():
+    """The outcome columns are what RegMean at its default kept, by gain and by share."""
+    named = {"texts": "lm", "answers": "generation"}
+    part = (DOCS / "choosing.md").read_text().split("## Who shares inputs")[1]
+    rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+    for experts, _, _, gain, share, _ in rows[2:]:
+        suite, _, which = experts.partition(", ")
+        file = DOCS / "results" / named.get(suite, suite) / "report" / "results.parquet"
+        own = "-seed".join((which or "shared 0").split())
+        told = [
+            row
+            for row in pq.read_table(file).to_pylist()
+            if (row["split"], row["method"], row["expert_set"]) == ("test", "regmean", own)
+            and not row["tuned"]
+        ]
+        for cell, column in ((gain, "gain_kept"), (share, "normalised")):
+            least = min(told, key=lambda row: row[column])
+            task, value = cell.split()
+            assert task == least["task"], experts
+            places = len(value.partition(".")[2])
+            assert float(value) == round(least[column], places)
+    assert len(rows) == 7
+
+
 @pytest.fixture
 def guide(tmp_path, monkeypatch):
     """The guide's folder: two adapters and their chats."""

@@ -112,7 +112,8 @@ def readings(found: Geometry) -> list[str]:
     if found.rows >= TOGETHER:
         lines.append(
             f"row spaces: overlap {found.rows:.2f}: they read alike, as adapters of one "
-            "initialisation do, and differ in what they write. linear is nearly K times soup here."
+            "initialisation do, and differ in what they write. linear is nearly K times soup "
+            "here, and wudi, which inverts what they read, is undone."
         )
     elif found.rows <= APART:
         lines.append(
@@ -137,4 +138,8 @@ def readings(found: Geometry) -> list[str]:
             lines.append(f"{a} and {b}: cosine {cosine:.2f}: nearly the same adapter twice.")
         if cosine <= AGAINST:
             lines.append(f"{a} and {b}: cosine {cosine:.2f}: sums undo part of both.")
+    lines.append(
+        "Which tasks share their inputs, and so pay in regmean, files do not tell: jobs.evidence "
+        "kind=gram_statistics does."
+    )
     return lines

@@ -17,7 +17,7 @@ from icm_ray.fusion.serial import Checkpoints
 from icm_ray.learning.tasks import Inputs, inputs_key
 from icm_ray.merging.estimate import warn
 
-VERSION = 2
+VERSION = 3
 """Of Gram statistics: raised when the same recipe would give other bytes."""
 EVIDENCE_BATCH = 32
 """Examples a forward, unless a recipe says otherwise."""

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from icm_ray.errors import ResourceError
+from icm_ray.evidence.overlap import input_overlap
 from icm_ray.evidence.tensors import (
     GRAM_FORMAT,
     GRAMS,
@@ -136,11 +137,13 @@ def _join(shares: Sequence[tuple[Evidence, str]], folder: Path, origin: Mapping[
         if task in one.described.get("rows", {}):
             about["rows"].setdefault(task, {}).update(one.described["rows"][task])
             about["inputs"][task] = one.described["inputs"][task]
-    described = {"format": GRAM_FORMAT, **about}
+    described: dict[str, Any] = {"format": GRAM_FORMAT, **about}
     with new_evidence(
         folder, GRAMS, adapters=adapters, shared=shared, described=described, origin=origin
     ) as place:
         _save_in_turn(place, files)
+        joined = Evidence(GRAMS, frozenset(files), "", adapters, shared, place)
+        described["overlap"] = input_overlap(joined, list(adapters))
 
 
 def _save_in_turn(place: Path, files: Mapping[str, Path]) -> None:

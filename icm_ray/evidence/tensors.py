@@ -179,18 +179,18 @@ def new_evidence(
         kind: What it is, such as "gram_statistics".
         adapters: Fingerprint by task.
         shared: By task, modules whose tensors stand under another module's name.
-        described: More entries for `evidence.json`.
+        described: More entries for `evidence.json`, read when the body is done.
         origin: What it was made from; stored in the manifest.
     """
-    content = {
-        "format": FORMAT,
-        "kind": kind,
-        "adapters": dict(adapters),
-        "shared": {task: dict(names) for task, names in (shared or {}).items()},
-        **(described or {}),
-    }
     with whole_folder(folder, info=origin) as target:
         yield target / TENSORS
+        content = {
+            "format": FORMAT,
+            "kind": kind,
+            "adapters": dict(adapters),
+            "shared": {task: dict(names) for task, names in (shared or {}).items()},
+            **(described or {}),
+        }
         write_json(target / DESCRIPTION, content)
 
 

@@ -32,6 +32,9 @@ DIAGONAL_FLOOR = 1e-10
 """Smallest entry of a diagonal, over the largest of the whole, that Woodbury's identity divides by;
 below it Cholesky's factor says whether a solution is there."""
 
+RUN = 1 << 20
+"""Numbers of a triangle that are held in float64 at a time."""
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -74,7 +77,7 @@ class Gram:
     def energies(self) -> Float[Tensor, " d_in"]:
         """Return the diagonal of the whole: the mean square of every feature."""
         energies = self.root.double().square().sum(0) + self.diagonal
-        return energies if self.whole is None else energies + self._opened().diagonal()
+        return energies if self.whole is None else energies + self._whole_diagonal().double()
 
     def square(self) -> Float[Tensor, "d_in d_in"]:
         """Return the matrix itself."""
@@ -87,6 +90,15 @@ class Gram:
         upper = root.T @ root
         upper.diagonal().add_(self.diagonal)
         return upper if self.whole is None else upper.add_(self._opened())
+
+    def _whole_diagonal(self) -> Float[Tensor, " d_in"]:
+        """Return the diagonal of `whole`."""
+        assert self.whole is not None
+        if self.whole.ndim == 2:
+            return self.whole.diagonal()
+        d_in = len(self.diagonal)
+        lengths = torch.arange(d_in, 0, -1)
+        return self.whole[lengths.cumsum(0) - lengths]  # where each row of the triangle starts
 
     def _opened(self) -> Float[Tensor, "d_in d_in"]:
         """Return a matrix whose upper triangle is that of `whole`; below it is anything."""
@@ -111,6 +123,32 @@ class Gram:
         diagonal = rho * self.diagonal.double() + (1 - rho) * energies + ridge * energies.mean()
         whole = None if opened.whole is None else rho * opened.whole
         return Gram(rho**0.5 * self.root.double(), diagonal, whole)
+
+    def inner(self, other: "Gram") -> float:
+        """Return the sum of the products of this one's entries with another's.
+
+        Cost: O(d_in^2) for two wholes, O(D^2 d_in) for D directions each; no matrix is formed.
+        """
+        root = other.root.double()
+        total = float(self.energies() @ other.diagonal.double())
+        if len(root):
+            total += float((self.left(root) * root).sum())
+        if other.whole is None:
+            return total
+        whole = Gram(other.root[:0], torch.zeros_like(other.diagonal), other.whole)
+        if self.whole is None:
+            return total + whole.inner(self)
+        runs = zip(self._triangle().split(RUN), whole._triangle().split(RUN), strict=True)
+        above = sum(float(mine.double() @ yours.double()) for mine, yours in runs)
+        once = float(self._whole_diagonal().double() @ whole._whole_diagonal().double())
+        return total + whole.inner(replace(self, whole=None)) + 2 * above - once
+
+    def _triangle(self) -> Float[Tensor, " entries"]:
+        """Return the upper triangle of `whole` row by row."""
+        assert self.whole is not None
+        if self.whole.ndim == 1:
+            return self.whole
+        return torch.cat([row[i:] for i, row in enumerate(self.whole)])
 
     def __add__(self, other: "Gram") -> "Gram":
         """Return the sum of two Grams of one module."""

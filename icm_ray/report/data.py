@@ -193,6 +193,8 @@ class ReportData:
             base's features and under the expert's.
         task_vector_cosines: Cosine of each pair of task vectors.
         delta_cosines: Cosine of each pair of whole weight changes.
+        input_cosines: Cosine of each pair of tasks' Gram statistics, if a row needed these.
+        input_lines: What they say, in words.
         retained_energy: For each method and module, the share the final cut kept, in [0, 1].
         expert_gains: Paired 95 % interval of the expert's test score minus the probe's, or minus
             the base's for tasks without a head.
@@ -215,6 +217,8 @@ class ReportData:
     ratios: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     task_vector_cosines: Table = field(default_factory=dict)
     delta_cosines: Table = field(default_factory=dict)
+    input_cosines: Table = field(default_factory=dict)
+    input_lines: Sequence[str] = ()
     retained_energy: Table = field(default_factory=dict)
     expert_gains: Gains = field(default_factory=dict)
     learned: Sequence[LearnedRow] = ()

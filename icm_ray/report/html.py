@@ -125,12 +125,18 @@ def _pictures(data: ReportData, summary: Summary) -> Iterator[Picture]:
             "means the adapter reads little of what reaches it; hatched: no adapter there.",
             pictures.ratio_picture(data.ratios),
         )
-    matrices = {"task vectors": data.task_vector_cosines, "deltas": data.delta_cosines}
+    matrices = {
+        "task vectors": data.task_vector_cosines,
+        "deltas": data.delta_cosines,
+        "inputs": data.input_cosines,
+    }
     if matrices := {title: table for title, table in matrices.items() if any(table.values())}:
         yield Picture(
             "Cosines between tasks",
-            "Task vectors are mean changes of the hidden state, deltas are changes of the weights. "
-            "Near 0: the tasks do not touch. Negative: they pull against each other.",
+            "Task vectors are mean changes of the hidden state, deltas are changes of the weights, "
+            "inputs the second moments of what the modules read, where those were gathered. "
+            "Near 0: the tasks do not touch. Negative: they pull against each other."
+            + "".join(f" {line}" for line in data.input_lines),
             pictures.cosine_picture(matrices),
         )
     cut = {m: e for m, e in data.retained_energy.items() if min(e.values(), default=1) < WHOLE}

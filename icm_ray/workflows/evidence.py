@@ -7,8 +7,10 @@ from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import EvidenceRecipe
 from icm_ray.distributed.evidence import evidence_key, gather_on_ray, grams_on_ray
 from icm_ray.distributed.session import opened
+from icm_ray.evidence.overlap import overlap_lines
 from icm_ray.evidence.store import save_evidence
-from icm_ray.files import refuse_foreign
+from icm_ray.evidence.tensors import DESCRIPTION
+from icm_ray.files import read_json, refuse_foreign
 from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.estimate import warn, warnings_of
 from icm_ray.workflows.evicting import evicting, without_adapters
@@ -39,7 +41,9 @@ def _gather(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
     ):
         if recipe.kind == "gram_statistics":
             grams_on_ray(pool, files, inputs, target, recipe.batch)
-            return outputs
+            overlap = read_json(target / DESCRIPTION)["overlap"]
+            print("\n".join(overlap_lines(overlap)))
+            return {**outputs, "input_overlap": overlap}
         evidence = gather_on_ray(pool, files, inputs, recipe.batch)
     key = evidence_key(session.key, files, inputs, recipe.batch)
     save_evidence(target, evidence, {"key": key, "base": session.shared.fingerprint})

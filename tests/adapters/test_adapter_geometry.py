@@ -56,6 +56,7 @@ def test_one_row_space_is_told(tmp_path):
     assert found.columns == pytest.approx(1)
     lines = " ".join(readings(found))
     assert "overlap 1.00: they read alike" in lines
+    assert "wudi, which inverts what they read, is undone" in lines
     assert "nearly the same adapter twice" in lines
     assert "column spaces: overlap 1.00" in lines
 
@@ -68,10 +69,11 @@ def test_words_for_each_trouble():
         columns=0.1,
         used_rank={"a": 1.0, "b": 0.4},
     )
-    apart, drowned, against = readings(found)
+    apart, drowned, against, blind = readings(found)
     assert "they read apart" in apart
     assert "a: norm 1 beside 5: it drowns" in drowned
     assert "a and b: cosine -0.40: sums undo part of both" in against
+    assert "files do not tell: jobs.evidence" in blind
 
 
 def test_one_adapter_and_modules_that_are_missing(three, tmp_path):

@@ -16,6 +16,7 @@ from icm_ray.command import run_job
 from icm_ray.config import EvidenceRecipe, MergeRecipe
 from icm_ray.errors import InputError
 from icm_ray.evidence.grams import gather_grams
+from icm_ray.evidence.overlap import input_overlap
 from icm_ray.evidence.tensors import read_evidence
 from icm_ray.merging.merge import merge
 from jobs.evidence import work as evidence_work
@@ -59,6 +60,9 @@ def grams(content, ray_session, tmp_path_factory):
 
 def test_actors_gather_what_one_process_does(grams, adapters, tiny_bert, one_thread):
     told = read_evidence(grams)
+    names = sorted(name for name, _ in adapters[:3])
+    assert told.described["overlap"] == input_overlap(told, names)
+    assert list(told.described["overlap"]) == names
     base = load_base(tiny_bert)
     modules = sorted({m for _, path in adapters[:3] for m in load_adapter(path).modules})
     for number, (name, path) in enumerate(adapters[:3]):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from icm_ray.linalg import gram as gram_module
 from icm_ray.linalg import gram_sums
 from icm_ray.linalg.gram import Gram, inner_products
 from icm_ray.linalg.gram_sums import DirectionSum, WholeSum, kept_entries, sum_for
@@ -61,6 +62,17 @@ def test_any_form_acts_as_its_square(gram: Gram) -> None:
     )
     torch.testing.assert_close(gram.damped(0.7, 0.1).square(), damped)
     assert torch.equal(gram.square(), square), "nothing was changed"
+
+
+@pytest.mark.parametrize("gram", stored())
+def test_inner_products_of_any_two_forms(gram: Gram, monkeypatch) -> None:
+    monkeypatch.setattr(gram_module, "RUN", 7)
+    mixed = stored()[1] + stored()[2]
+    for other in (*stored(), mixed):
+        expected = float((gram.square() * other.square()).sum())
+        assert gram.inner(other) == pytest.approx(expected, rel=1e-12)
+        assert other.inner(gram) == pytest.approx(expected, rel=1e-12)
+    assert mixed.inner(mixed) == pytest.approx(float(mixed.square().square().sum()), rel=1e-12)
 
 
 def test_a_singular_one_has_no_solution() -> None:

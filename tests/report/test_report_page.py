@@ -185,3 +185,11 @@ def test_import_is_light():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert run.stdout.strip() == "set()"
+
+
+def test_inputs_that_tasks_share_are_shown_and_said(data):
+    assert "inputs: topic shares" not in page(data)
+    cosines = {"topic": {"topic": 1.0, "year": 0.77}, "year": {"topic": 0.77, "year": 1.0}}
+    shown = page(replace(data, input_cosines=cosines, input_lines=["inputs: topic shares. <b>"]))
+    assert "inputs: topic shares. &lt;b&gt;" in shown
+    assert "0.77" in shown or ".77" in shown

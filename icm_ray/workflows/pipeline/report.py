@@ -12,8 +12,10 @@ from icm_ray.distributed.probes import read_probe
 from icm_ray.errors import counted
 from icm_ray.evaluation.metrics import Score, difference_interval, score
 from icm_ray.evaluation.scoring import TaskScore, standing
+from icm_ray.evidence.overlap import overlap_lines
 from icm_ray.evidence.store import load_evidence
-from icm_ray.files import cost_of, is_done, sha256_of, whole_folder
+from icm_ray.evidence.tensors import DESCRIPTION
+from icm_ray.files import cost_of, is_done, read_json, sha256_of, whole_folder
 from icm_ray.merging.folder import MergedFolder, Origin, write_merged
 from icm_ray.merging.merge import merge_as_asked
 from icm_ray.report import (
@@ -52,6 +54,7 @@ def report_data(table: Table) -> ReportData:
     first = table.sets[0]
     assert first.evidence is not None, "gathered before"
     vectors, ratios = load_evidence(first.evidence)
+    overlap = read_json(first.grams / DESCRIPTION)["overlap"] if first.grams else {}
     default = {row: m for (row, variant), m in first.merged.items() if variant == "default"}
     return ReportData(
         title=f"{table.name}: {counted(len(first.experts), 'task')}, "
@@ -66,6 +69,8 @@ def report_data(table: Table) -> ReportData:
         },
         task_vector_cosines=_cosines(vectors.vectors),
         delta_cosines=delta_cosines(first.files()),
+        input_cosines=overlap,
+        input_lines=overlap_lines(overlap),
         retained_energy={
             row: {m: r["retained_energy"] for m, r in merged.report["modules"].items()}
             for row, merged in default.items()
