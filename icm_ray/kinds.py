@@ -9,6 +9,9 @@ between the adapters' factors, or a trained Fusion-VAE."""
 CutMetric = Literal["inputs", "weights"]
 """What a cut to a smaller rank keeps most of: what the tasks' inputs see, or entries of weights."""
 
+RANDOM = "-random"
+"""Ends the label of a control: a row that merges random adapters in the experts' place."""
+
 SavedModulesPolicy = Literal["refuse", "drop", "keep", "mean"]
 """What to do with `modules_to_save`: refuse the adapter, leave them out, keep them per task, or
 average them."""

@@ -9,6 +9,7 @@ from icm_ray.adapters.geometry import delta_cosines, geometry_of, readings
 from icm_ray.adapters.opening import fit_base, open_all, with_common_names
 from icm_ray.adapters.peft_format import AdapterFile, load_adapter, open_adapter
 from icm_ray.adapters.peft_reading import verify_with_peft
+from icm_ray.adapters.random_directions import random_like
 from icm_ray.adapters.saving import save_adapter
 from icm_ray.adapters.verify import verify_written
 
@@ -25,6 +26,7 @@ __all__ = [
     "name_problems",
     "open_adapter",
     "open_all",
+    "random_like",
     "readings",
     "save_adapter",
     "tied_warnings",

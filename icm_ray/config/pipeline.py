@@ -11,7 +11,7 @@ from icm_ray.config.fusion import EngineSpec, FusionChanges, InContext
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import Name, Part, Positive, ReadyAdapters, Resources
 from icm_ray.config.search import Searched
-from icm_ray.kinds import CutMetric
+from icm_ray.kinds import RANDOM, CutMetric
 
 
 def _setting(value: float | str) -> float | str:
@@ -35,6 +35,11 @@ class MethodRow(Part):
         default=None,
         min_length=1,
         description="Experts to merge, for scores on unseen tasks too; None: all.",
+    )
+    random: bool = Field(
+        default=False,
+        description="A control: merge random adapters of the experts' shapes and singular values "
+        f"in their place, under the label with {RANDOM} at its end; for methods without data.",
     )
     learn: Overrides = {}
     fusion: FusionChanges = {}
@@ -60,8 +65,8 @@ class MethodRow(Part):
 
     @property
     def name(self) -> str:
-        """Label of the row; the method's name unless given."""
-        return self.label or self.method
+        """Label of the row, the method's name unless given, marked where it is a control."""
+        return f"{self.label or self.method}{RANDOM if self.random else ''}"
 
 
 class Budget(Part):

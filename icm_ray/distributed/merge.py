@@ -11,7 +11,7 @@ import numpy as np
 import ray
 import torch
 
-from icm_ray.adapters import AdapterFile
+from icm_ray.adapters import AdapterFile, random_like, save_adapter
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import run_bounded, worker_count, worker_options
 from icm_ray.distributed.faults import MAX_RETRIES, LostWork
@@ -184,6 +184,12 @@ def _factors(pair: Pair) -> LoRAFactors:
     # A copy frees the shard from the object store and makes the tensors writable.
     a, b = (torch.from_numpy(array.copy()) for array in pair)
     return LoRAFactors(a, b)
+
+
+@ray.remote(max_retries=MAX_RETRIES)
+def random_to_folder(file: AdapterFile, seed: int, folder: Path, key: str) -> None:
+    """Write a random adapter like another one."""
+    save_adapter(random_like(file.load(), seed), folder, info={"key": key})
 
 
 @ray.remote(max_retries=MAX_RETRIES)

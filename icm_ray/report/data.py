@@ -4,11 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from icm_ray.kinds import RANDOM
+
 EXPERT = "expert"
 PROBE = "probe"
 BASE = "base"
 REFERENCES = (EXPERT, PROBE, BASE)
 """Row labels that are no merges: what a merge is compared with."""
+
+
+def is_reference(method: str) -> bool:
+    """Say whether a row's label is one of `REFERENCES`, or of a merge of random adapters."""
+    return method in REFERENCES or method.endswith(RANDOM)
+
 
 OF_TASKS = "-per-task"
 """Ends the label of a row where each task is scored with its own adapter, not the common one."""

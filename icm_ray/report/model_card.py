@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from icm_ray.report.data import REFERENCES, ScoreRow
+from icm_ray.report.data import ScoreRow, is_reference
 from icm_ray.report.text import markdown, number, percent
 from icm_ray.report.usage import FOLDER, Usage, how_to_load
 from icm_ray.types import MergeReport
@@ -99,7 +99,7 @@ def _value(value: object) -> str:
 
 
 def _scores(scores: Sequence[ScoreRow]) -> str:
-    merged = [row for row in scores if row.method not in REFERENCES]
+    merged = [row for row in scores if not is_reference(row.method)]
     rows = [row for row in merged if row.split == "test"] or merged
     if not rows:
         return ""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from icm_ray.errors import InputError
-from icm_ray.report.data import REFERENCES, ScoreRow, Split
+from icm_ray.report.data import REFERENCES, ScoreRow, Split, is_reference
 from icm_ray.report.text import is_number, method_label, natural_key
 
 
@@ -57,8 +57,8 @@ class SetSummary:
 
     @property
     def is_reference(self) -> bool:
-        """Whether this is an expert, probe or base row and not a merge."""
-        return self.method in REFERENCES
+        """Whether this is an expert, probe, base or control row and not a merge."""
+        return is_reference(self.method)
 
     @property
     def params(self) -> str:
@@ -106,8 +106,8 @@ class InitSummary:
 
     @property
     def is_reference(self) -> bool:
-        """Whether this is an expert, probe or base row and not a merge."""
-        return self.method in REFERENCES
+        """Whether this is an expert, probe, base or control row and not a merge."""
+        return is_reference(self.method)
 
     @property
     def params(self) -> str:
@@ -188,7 +188,9 @@ def summarise(scores: Iterable[ScoreRow], split: Split) -> Summary:
 
 
 def _ranking(row: SetSummary | InitSummary, mean: float | None) -> tuple[object, ...]:
-    position = REFERENCES.index(row.method) if row.method in REFERENCES else -1
+    position = -2 if not row.is_reference else -1  # merges first, then controls
+    if row.method in REFERENCES:
+        position = REFERENCES.index(row.method)
     return position, bool(row.missing), mean is None, -(mean or 0.0), row.method, row.tuned
 
 

@@ -36,6 +36,14 @@ def test_best_comes_first_and_references_last_whatever_the_order(make_scores):
     assert summarise(rows, "validation").across == ()
 
 
+def test_a_control_is_no_merge_however_well_it_scores(make_scores, make_row):
+    rows = [*make_scores(), *(make_row("soup-random", task, 0.99) for task in ("topic", "year"))]
+    summary = summarise(rows, "test")
+    assert [row.label for row in summary.across][:3] == ["soup", "ties", "soup-random"]
+    assert "soup-random" in [row.label for row in summary.of_init("shared", references=True)]
+    assert headline(summary, "shared").by_mean.method == "soup"
+
+
 @pytest.mark.parametrize("nothing", [None, math.nan])
 def test_undefined_gain_is_left_out(nothing, make_row):
     rows = [make_row("soup", "a", 0.6), make_row("soup", "b", 0.6, gain_kept=nothing)]

@@ -13,7 +13,7 @@ from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table, Variant
 
 def best_row(table: Table, scores: Sequence[ScoreRow]) -> tuple[SetResults, Variant, bool] | None:
     """Return set, setting and whether tuned of the best row by validation, else the first row."""
-    rows = {row.name: row for row in table.rows}
+    rows = {row.name: row for row in table.rows if not row.random}
     if ranked := _ranked(table, scores):
         best = ranked[0]
         one = next(one for one in table.sets if one.label == best.expert_set)
@@ -21,7 +21,8 @@ def best_row(table: Table, scores: Sequence[ScoreRow]) -> tuple[SetResults, Vari
     if rows:
         # Without a grid nothing is scored on validation data; the first method is published
         # rather than one picked by looking at test scores.
-        return table.sets[0], _variant(table.sets[0], table.rows[0], DEFAULT), False
+        first = next(iter(rows.values()))
+        return table.sets[0], _variant(table.sets[0], first, DEFAULT), False
     return None
 
 
@@ -58,7 +59,7 @@ def choice_of(table: Table, scores: Sequence[ScoreRow]) -> Choice | None:
 
 def _ranked(table: Table, scores: Sequence[ScoreRow]) -> list[SetSummary]:
     """Return every row that was scored on validation data, the best first."""
-    names = {row.name for row in table.rows}
+    names = {row.name for row in table.rows if not row.random}
     merges = [row for row in summarise(scores, "validation").sets if row.method in names]
     return sorted(merges, key=lambda row: -math.inf if row.mean is None else row.mean, reverse=True)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from icm_ray.evaluation.metrics import Answers, mean_difference
 from icm_ray.evaluation.scoring import standing
+from icm_ray.kinds import RANDOM
 from icm_ray.report import BASE, EXPERT, Gap
 from icm_ray.report.data import OF_TASKS
 from icm_ray.report.summary import init_of
@@ -83,7 +84,7 @@ def _means(sets: list[SetResults]) -> dict[tuple[str, bool], float]:
     for one in sets:
         expert, base = (one.scores[who, DEFAULT, "test"] for who in (EXPERT, BASE))
         for row, variant in one.merged:
-            if not row.endswith(OF_TASKS):
+            if not row.endswith((OF_TASKS, RANDOM)):
                 mean = standing(one.scores[row, variant, "test"], expert, base).mean
                 # The default can be the best setting, and then it is both.
                 for tuned in {variant != DEFAULT, one.chosen.get(row) == variant}:

@@ -32,7 +32,7 @@ def merge_rows(table: Table, which: Literal["default", "chosen"]) -> None:
     missing: dict[tuple[int, str, str], tuple[Any, ...]] = {}
     for index, one in enumerate(table.sets):
         for row in table.rows:
-            files = one.files(row.tasks)
+            files = one.files_of(row)
             wanted = DEFAULT if which == "default" else one.chosen.get(row.name)
             for variant in (v for v in one.variants(row) if v.name == wanted):
                 place = (index, row.name, variant.name)
@@ -52,7 +52,7 @@ def choose(table: Table, one: SetResults, pool: Pool) -> None:
     tuned = [row for row in table.rows if row.grid or row.search]
     items, labels = [], {}
     for row in table.rows if table.validates_all else tuned:
-        files = one.files(row.tasks)
+        files = one.files_of(row)
         for variant in one.variants(row):
             source = MergeSource.of(files, table.request(one, variant))
             labels[row.name, variant.name] = f"{row.name}/{variant.name}"

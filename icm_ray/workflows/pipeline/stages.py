@@ -7,6 +7,7 @@ evidence/<set>/             task vectors and null-space ratios
 learned/<set>/<row>/        what learned rows learned
 fusion/<set>/<hash>/        Fusion-VAEs
 ratios/<set>/<row>/         ratios of the first set's learned rows, on test inputs
+random/<set>/<task>/        random adapters that controls merge
 probes/<task>/              the refitted linear probe and its test predictions
 search/<set>/<row>/         what Ray Tune tried for a row with `search`
 scores/<set>-<split>/       scores by content
@@ -40,6 +41,7 @@ from icm_ray.report.summary import init_of
 from icm_ray.suites import find_suite
 from icm_ray.workflows.experts import find_or_train, probes_of
 from icm_ray.workflows.pipeline.adapters import adapter_problems, ready_set
+from icm_ray.workflows.pipeline.controls import control_problems, make_random
 from icm_ray.workflows.pipeline.curves import training_curves
 from icm_ray.workflows.pipeline.fused import check_fusion_row, fuse_rows
 from icm_ray.workflows.pipeline.learned import learn_rows
@@ -67,6 +69,7 @@ def run_stages(table: Table) -> None:
             _gather(table, one, pool)
     learn_rows(table)
     fuse_rows(table)
+    make_random(table)
     merge_rows(table, "default")
     search_rows(table)
     with session.pool(len(table.suite.tasks)) as pool:
@@ -145,6 +148,7 @@ def check_rows(recipe: PipelineRecipe) -> None:
             else:
                 objectives = []
             problems += _label_problems(recipe, row, objectives)
+            problems += control_problems(row)
             check_search(row)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
             refuse_blind(row.method, row.metric)

@@ -75,6 +75,7 @@ class SetResults:
         merged: Merged folders by (row, variant): default settings and chosen ones.
         searched: By row that searches: the setting that Ray Tune found.
         chosen: By row that has a grid: the variant that was best on validation data.
+        random: Folders of random adapters like the experts, if a row is a control.
         scores: By (row or reference, variant, split): scores by task.
     """
 
@@ -90,6 +91,7 @@ class SetResults:
     merged: dict[tuple[str, str], MergedFolder] = field(default_factory=dict)
     searched: dict[str, Variant] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
+    random: dict[str, Path] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], dict[str, TaskScore]] = field(default_factory=dict)
 
     @property
@@ -100,7 +102,13 @@ class SetResults:
     def files(self, tasks: Sequence[str] | None = None) -> list[AdapterFile]:
         """Return all adapters, or those of some tasks, opened and checked."""
         known = {task: expert.adapter for task, expert in self.experts.items()}
-        known |= self.unproven
+        return self._opened({**known, **self.unproven}, tasks)
+
+    def files_of(self, row: MethodRow) -> list[AdapterFile]:
+        """Return what a row merges."""
+        return self._opened(self.random, row.tasks) if row.random else self.files(row.tasks)
+
+    def _opened(self, known: Mapping[str, Path], tasks: Sequence[str] | None) -> list[AdapterFile]:
         refs = [(t, path) for t, path in known.items() if tasks is None or t in tasks]
         return open_all(refs, self.modules_to_save, run_by="jobs.pipeline")
 
