@@ -3,6 +3,7 @@
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from icm_ray.adapters.base_names import bare_name
 from icm_ray.adapters.fingerprint import squared_norm
@@ -12,6 +13,8 @@ from icm_ray.types import Adapter
 
 MAX_NAME_BYTES = 120
 _NAME_PUNCTUATION = " _.,+=@()[]-"
+NEAR = 1 + 1e-6
+"""How far norms in float32 may be apart of what is equal."""
 
 
 def check_together(adapters: Sequence[Adapter | AdapterFile], *, values: bool = True) -> list[str]:
@@ -205,19 +208,15 @@ def _compare_tasks(adapters: Sequence[Adapter | AdapterFile], warnings: list[str
 
 
 def _compare_values(adapters: Sequence[Adapter | AdapterFile], warnings: list[str]) -> None:
+    norms = {adapter.name: _norm(adapter) for adapter in adapters}
+    near = _near(norms)
     seen: dict[str, str] = {}
-    norms: dict[str, float] = {}
     for adapter in adapters:
-        if isinstance(adapter, AdapterFile):
-            fingerprint, norm = adapter.fingerprint, adapter.norm
-        else:
-            fingerprint = adapter.fingerprint
-            norm = sum(map(squared_norm, adapter.modules.values())) ** 0.5
-        if fingerprint in seen:
-            warnings.append(f"{adapter.name}: the same change as {seen[fingerprint]}, twice.")
-        seen.setdefault(fingerprint, adapter.name)
-        if norm:
-            norms[adapter.name] = norm
+        if adapter.name in near:
+            first = seen.setdefault(adapter.fingerprint, adapter.name)
+            if first != adapter.name:
+                warnings.append(f"{adapter.name}: the same change as {first}, twice.")
+    norms = {name: norm for name, norm in norms.items() if norm}
     if norms and max(norms.values()) > 1000 * min(norms.values()):
         small, large = (
             min(norms, key=norms.__getitem__),
@@ -227,3 +226,16 @@ def _compare_values(adapters: Sequence[Adapter | AdapterFile], warnings: list[st
             f"{large}: its change is {norms[large] / norms[small]:.0f} times that of {small}, "
             "which will hardly show in the merge."
         )
+
+
+def _norm(adapter: Adapter | AdapterFile) -> float:
+    if isinstance(adapter, AdapterFile):
+        return adapter.norm
+    return sum(map(squared_norm, adapter.modules.values())) ** 0.5
+
+
+def _near(norms: Mapping[str, float]) -> set[str]:
+    """Return the adapters of equal norms, up to rounding: no others can be equal."""
+    pairs = pairwise(sorted(norms, key=norms.__getitem__))
+    equal = [pair for pair in pairs if norms[pair[1]] <= NEAR * norms[pair[0]]]
+    return {name for pair in equal for name in pair}

@@ -22,9 +22,18 @@ def fingerprint_of(modules: Mapping[str, LoRAFactors]) -> str:
     return digest.hexdigest()
 
 
+def inner_products(factors: LoRAFactors) -> tuple[Tensor, Tensor]:
+    """Return those of the columns of b and of the rows of a, `(rank, rank)` each."""
+    return factors.b.T @ factors.b, factors.a @ factors.a.T
+
+
 def squared_norm(factors: LoRAFactors) -> float:
     """Return the squared Frobenius norm of `b @ a`. Cost: (d_out + d_in) * rank^2."""
-    left, right = factors.b.T @ factors.b, factors.a @ factors.a.T
+    return squared_norm_of(*inner_products(factors))
+
+
+def squared_norm_of(left: Tensor, right: Tensor) -> float:
+    """Return the squared norm of the product whose factors have these inner products."""
     return max(float((left.double() * right.double()).sum()), 0.0)
 
 

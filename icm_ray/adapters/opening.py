@@ -24,6 +24,7 @@ def open_all(
     base: str | None = None,
     same_base: bool = False,
     run_by: str = "",
+    hashed: bool = True,
 ) -> list[AdapterFile]:
     """Open adapters and look at all their values, reporting the problems of all of them at once.
 
@@ -36,6 +37,7 @@ def open_all(
         same_base: The user knows that the bases are one under several names.
         run_by: What will run the base with them, module by module, if anything will. It merges
             no heads, so full layers may be heads.
+        hashed: Whether fingerprints will be asked for: they are then made in the same look.
 
     Raises:
         InputError: with every problem of every adapter.
@@ -55,7 +57,8 @@ def open_all(
         return files  # no value is read of them; `check_together` tells it with all that differs
     for file in files if not clashes else ():
         try:
-            _ = file.fingerprint  # finds NaN and infinity; the result is kept for later
+            # Finds NaN and infinity; the result is kept for later.
+            _ = file.fingerprint if hashed else file.norm
         except InputError as error:
             problems += [_apart(line, file.path) for line in error.problems]
     if problems:

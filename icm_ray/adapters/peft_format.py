@@ -32,6 +32,9 @@ from icm_ray.types import Adapter, LoRAFactors
 
 __all__ = ["WEIGHTS_FILE", "AdapterFile", "load_adapter", "open_adapter"]
 
+Buffers = dict[tuple[str, tuple[int, ...]], Tensor]
+"""Memory for one factor of each side and shape."""
+
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -93,12 +96,16 @@ class AdapterFile:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Everything legal that should not pass in silence. Cost: reads the file once."""
-        return *self.notes, *self._scan.warnings
+        return *self.notes, *self._look.warnings
 
     @property
     def norm(self) -> float:
-        """Frobenius norm of all deltas together. Cost: reads the file once."""
-        return self._scan.norm
+        """Frobenius norm of all deltas together. Cost: reads the file once.
+
+        Raises:
+            InputError: naming every tensor that holds NaN or infinity.
+        """
+        return self._look.norm
 
     @property
     def fingerprint(self) -> str:
@@ -107,7 +114,7 @@ class AdapterFile:
         Raises:
             InputError: naming every tensor that holds NaN or infinity.
         """
-        return self._scan.fingerprint
+        return self._hashed.fingerprint
 
     def factors(self, module: str) -> LoRAFactors:
         """Read one module: `a` is `(rank, d_in)`, `b` is `(d_out, rank)`, float32, scaled.
@@ -126,8 +133,9 @@ class AdapterFile:
         """
         with self.open() as handle:
             for module in self.shapes if modules is None else modules:
-                _, factors, peaks = self._read(handle, module)
-                if bad := broken(peaks):
+                _, factors, keys = self._read(handle, module)
+                pairs = zip(keys, (factors.a, factors.b), strict=True)
+                if bad := broken({key: largest(x) for key, x in pairs}):
                     raise not_finite(self.file, bad)
                 yield module, factors
 
@@ -176,28 +184,54 @@ class AdapterFile:
     def changed(self, **fields: Any) -> "AdapterFile":
         """Return the same file with other fields; what a look at its values showed is kept."""
         file = replace(self, **fields)
-        file.__dict__.update({k: v for k, v in self.__dict__.items() if k == "_scan"})
+        kept = ("_look", "_hashed")
+        file.__dict__.update({k: v for k, v in self.__dict__.items() if k in kept})
         return file
 
-    def _read(self, handle: Any, module: str) -> tuple[str, LoRAFactors, dict[str, float]]:
-        """Return a module's path in the file, its factors, and their largest magnitudes by key."""
+    def _read(
+        self, handle: Any, module: str, buffers: Buffers | None = None
+    ) -> tuple[str, LoRAFactors, tuple[str, str]]:
+        """Return a module's path in the file, its factors, and the names of a and b.
+
+        In `buffers` factors last until the next of their shape; without, for good.
+        """
         scaling, path = self.scaling[module], self.names.get(module, module)
         key_a, key_b = tensor_keys(path, self.layouts.get(module))
         # Upcast before scaling: in float16 the product could overflow, in bfloat16 it would round.
-        # A copy, because a view would keep a window of the mapped file in memory for each adapter.
-        a = handle.get_tensor(key_a).to(torch.float32, copy=True).flatten(1)
-        b = handle.get_tensor(key_b).float().flatten(1) * scaling
-        return path, LoRAFactors(a, b, scaling), {key_a: largest(a), key_b: largest(b)}
+        a = _float32(handle.get_tensor(key_a), "a", buffers).flatten(1)
+        b = _float32(handle.get_tensor(key_b), "b", buffers).flatten(1).mul_(scaling)
+        return path, LoRAFactors(a, b, scaling), (key_a, key_b)
 
     @cached_property
-    def _scan(self) -> Scan:
+    def _look(self) -> Scan:
+        return vars(self).get("_hashed") or self._scan(hashed=False)
+
+    @cached_property
+    def _hashed(self) -> Scan:
+        return self._scan(hashed=True)
+
+    def _scan(self, *, hashed: bool) -> Scan:
+        buffers: Buffers = {}
         with self.open() as handle:
-            modules = (self._read(handle, module) for module in self._in_file_order())
+            modules = (self._read(handle, one, buffers) for one in self._in_file_order())
             saved = ((key, handle.get_tensor(key)) for key in self.saved)
-            return scan(self.file, modules, saved)
+            return scan(self.file, modules, saved, hashed=hashed)
 
     def _in_file_order(self) -> list[str]:
         return sorted(self.shapes, key=lambda module: self.names.get(module, module))
+
+
+def _float32(tensor: Tensor, side: str, buffers: Buffers | None) -> Tensor:
+    """Return a copy: a view would keep a window of the mapped file in memory for each adapter.
+
+    Memory that was touched before costs less than the conversion, new memory more.
+    """
+    if buffers is None:
+        return tensor.to(torch.float32, copy=True)
+    place = side, tuple(tensor.shape)
+    if place not in buffers:
+        buffers[place] = torch.empty(tensor.shape)
+    return buffers[place].copy_(tensor)
 
 
 def open_adapter(

@@ -1,4 +1,4 @@
-"""One look at all values of an adapter: its fingerprint, its norm, and what is odd about them."""
+"""One look at all values of an adapter: its norm, what is odd about them, and its fingerprint."""
 
 import hashlib
 import math
@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from icm_ray.adapters.fingerprint import add_to_digest, squared_norm
+from icm_ray.adapters.fingerprint import (
+    add_to_digest,
+    inner_products,
+    largest,
+    squared_norm_of,
+)
 from icm_ray.errors import InputError, by_cause
 from icm_ray.types import LoRAFactors
 
@@ -22,27 +27,30 @@ class Scan:
     """What one pass over all values shows.
 
     Attributes:
-        fingerprint: As `fingerprint_of` gives it.
         norm: Frobenius norm of all deltas together.
         warnings: What is finite but odd about the values.
+        fingerprint: As `fingerprint_of` gives it; empty if nobody asked for it.
     """
 
-    fingerprint: str
     norm: float
     warnings: tuple[str, ...]
+    fingerprint: str
 
 
 def scan(
     file: Path,
-    modules: Iterable[tuple[str, LoRAFactors, Mapping[str, float]]],
+    modules: Iterable[tuple[str, LoRAFactors, tuple[str, str]]],
     saved: Iterable[tuple[str, Tensor]],
+    *,
+    hashed: bool,
 ) -> Scan:
     """Look at every module and every full tensor once, holding one at a time.
 
     Args:
         file: The weights file, for messages.
-        modules: Path, factors, and each tensor's largest magnitude, in the file's order.
+        modules: Path, factors, and the names of a and b, in the file's order.
         saved: Full tensors that are carried along.
+        hashed: Whether the fingerprint is wanted, which takes twice as long as all else.
 
     Raises:
         InputError: naming the tensors that hold NaN or infinity.
@@ -52,11 +60,17 @@ def scan(
     zero: list[str] = []
     huge: list[str] = []
     squares, count = 0.0, 0
-    for module, factors, peaks in modules:
+    for module, factors, keys in modules:
         count += 1
+        if hashed:
+            add_to_digest(digest, module, factors)
+        products = inner_products(factors)
+        squares += squared_norm_of(*products)
+        # A sum of squares leaves few in doubt: single values are looked at in these alone.
+        if all(0 < float(one.trace()) <= HUGE**2 for one in products):
+            continue
+        peaks = {key: largest(x) for key, x in zip(keys, (factors.a, factors.b), strict=True)}
         bad += broken(peaks)
-        add_to_digest(digest, module, factors)
-        squares += squared_norm(factors)
         # alpha 0 is told on its own
         zero += [module] if 0 in peaks.values() and factors.scaling else []
         huge += [module] if max(peaks.values()) > HUGE else []
@@ -68,7 +82,7 @@ def scan(
         for paths, what in ((zero, "all-zero change"), (huge, f"values beyond {HUGE:.0e}"))
         if paths
     ]
-    return Scan(digest.hexdigest(), squares**0.5, tuple(notes))
+    return Scan(squares**0.5, tuple(notes), digest.hexdigest() if hashed else "")
 
 
 def broken(peaks: Mapping[str, float]) -> list[str]:

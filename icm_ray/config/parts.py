@@ -30,7 +30,7 @@ ALLOW_CODE_VARIABLE = "ICM_RAY_ALLOW_CODE"
 class Part(BaseModel):
     """Base of all recipe parts: no unknown keys, no silent conversions, no changes later."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 Spec = TypeVar("Spec", bound=Part)

@@ -124,7 +124,7 @@ def plan(recipe: MergeRecipe) -> dict[str, Any]:
     """
     if "://" not in recipe.output.path:
         refuse_inputs(Path(recipe.storage or "", recipe.output.path), sources_of(recipe))
-    files = open_inputs(recipe)
+    files = open_inputs(recipe, hashed=False)
     order = plan_merge(files, MergeRequest.of(recipe), is_gathered_later=True)
     warnings = [*warnings_of(files), *idle_lines(order)]
     ranks, stacked, flops, largest = _sizes(order, files)

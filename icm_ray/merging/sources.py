@@ -11,8 +11,8 @@ from icm_ray.suites import default_cache
 Refs = list[tuple[str, Path]]
 
 
-def open_inputs(recipe: MergeRecipe) -> list[AdapterFile]:
-    """Open a recipe's adapters as its policies say.
+def open_inputs(recipe: MergeRecipe, *, hashed: bool = True) -> list[AdapterFile]:
+    """Open a recipe's adapters as its policies say; see `open_all`.
 
     Raises:
         InputError: with every problem of every adapter, and of averaging their full layers.
@@ -26,6 +26,7 @@ def open_inputs(recipe: MergeRecipe) -> list[AdapterFile]:
         base=recipe.base,
         same_base=recipe.same_base,
         run_by="gathering evidence" if recipe.data else "",
+        hashed=hashed,
     )
     if recipe.modules_to_save == "mean":
         check_mean(files)

@@ -5,7 +5,8 @@ import torch
 from command_samples import SHAPES, recipe_of, save_lora
 from safetensors.torch import load_file
 
-from icm_ray.adapters import open_all
+from icm_ray.adapters import open_all, values
+from icm_ray.adapters.fingerprint import add_to_digest
 from icm_ray.config import MergeRecipe
 from icm_ray.config.loading import load_recipe
 from icm_ray.errors import InputError, RecipeError
@@ -195,3 +196,19 @@ def test_inspect_of_one_adapter_compares_nothing(tmp_path):
     found = inspect_adapters([save_lora(tmp_path / "one", saved={"head.weight": torch.ones(2)})])
     assert found["cosines"] == {}
     assert any("modules_to_save" in line for line in found["warnings"])
+
+
+def test_a_plan_hashes_what_may_be_equal_alone(plan, tmp_path, monkeypatch):
+    hashed = []
+
+    def counting(digest, module, factors):
+        hashed.append(module)
+        add_to_digest(digest, module, factors)
+
+    monkeypatch.setattr(values, "add_to_digest", counting)
+    folders = {f"t{i}": save_lora(tmp_path / f"t{i}", i) for i in range(3)}
+    assert plan(folders)["warnings"] == []
+    assert hashed == []
+    folders["again"] = save_lora(tmp_path / "again", 1)
+    assert plan(folders)["warnings"] == ["again: the same change as t1, twice."]
+    assert len(hashed) == 2 * len(SHAPES)
