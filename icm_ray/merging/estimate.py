@@ -217,6 +217,7 @@ def _sizes(
             largest = max(largest, 8 * (total * (d_out + d_in) + d_out * d_in) + counts)
         else:
             flops += looks * (6.0 * total * total * (d_out + d_in) + 20.0 * total**3)
+            flops += row.fit_flops(total)
             largest = max(largest, 20 * total * (d_out + d_in))
     return ranks, stacked, flops, largest
 

@@ -47,13 +47,18 @@ def _no_warning(_count: int, **_params: Any) -> str | None:
     return None
 
 
+def _no_fit(_total: int) -> float:
+    """Say that a method fits nothing in rounds."""
+    return 0.0
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the METHODS table: what is said of a method, and where its code is.
 
     The code is a module of this folder, imported when it is first asked for. In it is a function of
     the module's own name, and beside that, where a method needs them, functions called `passes`,
-    `prepare` and `warns`.
+    `prepare`, `warns` and `fit_flops`.
 
     Attributes:
         name: What recipes call it.
@@ -110,6 +115,11 @@ class Method:
     def warns(self) -> Callable[..., str | None]:
         """`(count, **params)` returns what should be said before such a merge, or nothing."""
         return self._code("warns", _no_warning)
+
+    @property
+    def fit_flops(self) -> Callable[..., float]:
+        """`(total)` says what one module's fit costs beside Gram products, by the sum of ranks."""
+        return self._code("fit_flops", _no_fit)
 
     @property
     def doc(self) -> str:

@@ -1,5 +1,8 @@
 """The numbers a plan promises are those of the file the merge then writes."""
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from command_samples import SHAPES, recipe_of, save_lora
@@ -13,8 +16,10 @@ from icm_ray.errors import InputError, RecipeError
 from icm_ray.merging import estimate
 from icm_ray.merging.estimate import inspect_adapters
 from icm_ray.merging.folder import Origin, write_merged
-from icm_ray.merging.merge import merge
+from icm_ray.merging.merge import merge, merge_as_asked
+from icm_ray.merging.order import MergeRequest
 
+ROOT = Path(__file__).parents[2]
 LARGE = {
     f"layers.{i}.{leaf}": size
     for i in range(3)
@@ -212,3 +217,14 @@ def test_a_plan_hashes_what_may_be_equal_alone(plan, tmp_path, monkeypatch):
     folders["again"] = save_lora(tmp_path / "again", 1)
     assert plan(folders)["warnings"] == ["again: the same change as t1, twice."]
     assert len(hashed) == 2 * len(SHAPES)
+
+
+def test_a_fit_in_rounds_is_planned_as_long_as_it_takes():
+    folders = sorted((ROOT / "docs/results/vision/experts/shared-seed0").glob("*/adapter"))
+    files = open_all([(folder.parent.name, folder) for folder in folders])
+    request = MergeRequest("compress_then_merge")
+    planned = estimate.merge_seconds(files, request)
+    started = time.process_time()
+    merge_as_asked(files, request)
+    spent = time.process_time() - started
+    assert planned / 5 <= spent <= 5 * planned
