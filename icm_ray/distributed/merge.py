@@ -1,8 +1,8 @@
 """Merge module shards on Ray: the serial merge, split over workers, equal byte for byte."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,16 @@ def random_to_folder(file: AdapterFile, seed: int, folder: Path, key: str) -> No
 
 @ray.remote(max_retries=MAX_RETRIES)
 def merge_to_folder(
-    files: list[AdapterFile], request: MergeRequest, folder: Path, key: str
+    files: list[AdapterFile],
+    request: MergeRequest,
+    folder: Path,
+    key: str,
+    evicted: Mapping[str, str],
 ) -> None:
-    """Merge in one task and write the verified folder."""
+    """Merge in one task and write the verified folder; see `Origin` for what was `evicted`."""
     started = time.monotonic()
     result = merge_as_asked(files, request)
     seconds = time.monotonic() - started
     evidence: Any = request.evidence  # a folder, as a row of a table has it
-    write_merged(result, folder, Origin.keeping(files, key, seconds, evidence))
+    origin = Origin.keeping(files, key, seconds, evidence)
+    write_merged(result, folder, replace(origin, evicted=evicted))

@@ -237,16 +237,20 @@ def _weights_by_task(value: Any, tasks: Sequence[str]) -> Any:
     return value
 
 
-def _role_problems(
-    name: str, parameter: inspect.Parameter, value: Any, tasks: Sequence[str]
-) -> list[str]:
+def is_role(parameter: inspect.Parameter) -> bool:
+    """Say whether a parameter names an adapter."""
     metadata = getattr(parameter.annotation, "__metadata__", ())
-    is_role = any(
+    return any(
         isinstance(extra := getattr(item, "json_schema_extra", None), dict)
         and extra.get("role") == "adapter"
         for item in metadata
     )
-    if not is_role or value in tasks:
+
+
+def _role_problems(
+    name: str, parameter: inspect.Parameter, value: Any, tasks: Sequence[str]
+) -> list[str]:
+    if not is_role(parameter) or value in tasks:
         return []
     return [
         f"params.{name}: {value!r} names no adapter but must be one of {', '.join(tasks)}."

@@ -1,7 +1,8 @@
 """What a job does about a task whose workers die each time: it ends, or goes on without the task.
 
 It goes on as the job of a recipe without the task: what is kept has that recipe's keys, and nothing
-of it knows the task. Every run tries all tasks anew, since what was broken may be mended.
+of it knows the task but what says so, cards and reports. Every run tries all tasks anew, since what
+was broken may be mended.
 """
 
 from collections.abc import Callable, Collection, Mapping

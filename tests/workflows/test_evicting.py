@@ -21,7 +21,8 @@ from icm_ray.files import read_json
 from icm_ray.jobs import JOBS
 from icm_ray.types import LoRAFactors
 from icm_ray.workflows.evicting import evicting, without_adapters
-from icm_ray.workflows.pipeline.adapters import without_tasks
+from icm_ray.workflows.pipeline.evicted import gone, without_tasks
+from icm_ray.workflows.pipeline.stages import check_rows
 
 OWN_RAY = True
 
@@ -102,6 +103,38 @@ def test_rows_of_a_pipeline_go_on_with_the_tasks_that_are_left(tmp_path):
     assert without_tasks(recipe, {"depth", "supersense"}) is None
 
 
+def test_rows_that_name_an_evicted_task_go_on_without_it_and_say_so(tmp_path):
+    plain = finetune_recipe(tmp_path, tmp_path / "out").model_dump(exclude_defaults=True)
+    plain |= {"name": "rows", "tasks": ["depth", "keyword", "year"]}
+    roles = {"target": "keyword", "a": "depth", "b": "year"}
+    rows = [
+        {"method": "soup", "params": {"weights": {"depth": 1.0, "keyword": 2.0, "year": 3.0}}},
+        {"method": "svd", "tasks": ["year", "depth"], "params": {"weights": [1.0, 3.0]}},
+        {"method": "ties", "search": {"weights.depth": [0.5], "params.density": [0.1]}},
+        {"method": "negate_add", "params": roles},
+        {"method": "cat", "tasks": ["keyword", "year"], "params": {"weights": [1.0, 2.0]}},
+        {"method": "linear", "tasks": ["depth"]},
+    ]
+    recipe = PipelineRecipe.model_validate({**plain, "methods": rows})
+    left = without_tasks(recipe, {"depth"})
+    assert [(row.method, row.params.get("weights"), row.search) for row in left.methods] == [
+        ("soup", {"keyword": 2.0, "year": 3.0}, {}),
+        ("svd", [3.0], {}),
+        ("ties", None, {"params.density": [0.1]}),
+        ("cat", [1.0, 2.0], {}),
+    ]
+    check_rows(left)
+    lost = gone(recipe, {"depth": "died"})
+    assert lost.notes == [
+        "depth: evicted, died. The others went on.",
+        *(f"methods.{m}: goes on without the weight of depth." for m in ("soup", "svd", "ties")),
+        "methods.negate_add: left out, since its a was depth.",
+        "methods.linear: left out, since none of its tasks is left.",
+    ]
+    assert lost.from_row("soup") == {"depth": "died"}
+    assert lost.from_row("cat") == {}
+
+
 def deadly(open_adapter, name):
     """Return what opens adapters, one of which no process but this one survives."""
     driver = os.getpid()
@@ -177,4 +210,6 @@ def test_a_broken_adapter_is_as_one_left_out(stage, shared, ray_session, tmp_pat
         adapter = tmp_path / "evicted" / "adapter"
         assert "- fish: its workers died 4 times (" in (adapter / "README.md").read_text()
         assert list(read_json(adapter / "merge_report.json")["evicted"]) == ["fish"]
+        (row,) = (tmp_path / "evicted" / "merged").glob("*/soup/default")
+        assert "- fish: its workers died 4 times (" in (row / "README.md").read_text()
         assert "fish: evicted" in (tmp_path / "evicted" / "report" / "index.html").read_text()

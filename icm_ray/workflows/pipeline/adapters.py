@@ -1,12 +1,10 @@
 """Ready adapters in the place of experts that would be trained: which of them meet which tasks."""
 
-from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from icm_ray.adapters import check_base
-from icm_ray.config import FinetuneRecipe, MethodRow, PipelineRecipe
+from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import heads_of, ready_experts
 from icm_ray.learning.tasks import headless
@@ -15,7 +13,6 @@ from icm_ray.merging.requirements import needs_of
 from icm_ray.methods import METHODS
 from icm_ray.suites import SPLITS, Suite, find_suite
 from icm_ray.suites.tasks import FIDELITY
-from icm_ray.workflows.evicting import others
 from icm_ray.workflows.pipeline.table import SetResults
 from icm_ray.workflows.prepared import prepared_base, with_base, with_sizes
 
@@ -55,35 +52,6 @@ def check_ready(recipe: PipelineRecipe) -> None:
         warn([f"{', '.join(silent)}: no adapter, so no head or nothing to compare. Left out."])
     if one.unseen:
         warn([f"{', '.join(one.unseen)}: no adapter; scored beside the base as unseen."])
-
-
-def without_tasks(recipe: FinetuneRecipe, names: Collection[str]) -> FinetuneRecipe | None:
-    """Return a recipe without some tasks and their adapters; None if none or all of it is theirs.
-
-    Rows that name tasks name the others, and a row with none is left out.
-    """
-    suite = find_suite(recipe.suite)
-    tasks = list(recipe.tasks or suite.tasks)
-    changes: dict[str, Any] = {"tasks": [task for task in tasks if task not in names]}
-    if not changes["tasks"] or len(changes["tasks"]) == len(tasks):
-        return None
-    if isinstance(recipe, PipelineRecipe):
-        meets = suite.experts_of([ref.name for ref in recipe.adapters])
-        gone = {meets[task] for task in names if task in meets}
-        changes["adapters"] = others(recipe.adapters, gone)
-        changes["methods"] = recipe.methods and _rows_without(recipe.methods, {*names, *gone})
-        if recipe.adapters and not changes["adapters"]:
-            return None
-    return recipe.model_copy(update=changes)
-
-
-def _rows_without(rows: Sequence[MethodRow], names: Collection[str]) -> list[MethodRow]:
-    named = {row.name: [t for t in row.tasks if t not in names] for row in rows if row.tasks}
-    return [
-        row.model_copy(update={"tasks": named[row.name]}) if row.tasks else row
-        for row in rows
-        if row.name not in named or named[row.name]
-    ]
 
 
 def settled(

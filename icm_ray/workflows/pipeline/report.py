@@ -30,7 +30,6 @@ from icm_ray.report import (
 )
 from icm_ray.report.data import OF_TASKS
 from icm_ray.suites import BASES
-from icm_ray.workflows.evicting import evicted_lines
 from icm_ray.workflows.pipeline.choice import best_row, choice_of
 from icm_ray.workflows.pipeline.learned_report import learned_report
 from icm_ray.workflows.pipeline.table import SetResults, Table, Variant
@@ -78,7 +77,7 @@ def report_data(table: Table) -> ReportData:
         expert_gains={one.label: _expert_gains(table, one) for one in table.sets},
         **learned_report(table),
         choice=choice_of(table, rows) if table.validates_all else None,
-        notes=(*evicted_lines(table.evicted), *NOTES),
+        notes=(*table.gone.notes, *NOTES),
     )
 
 
@@ -236,8 +235,7 @@ def _publish_adapter(
     shown = (one.label, row.name, tuned, "test")
     scores = [r for r in data.scores if (r.expert_set, r.method, r.tuned, r.split) == shown]
     merged = one.merged[row.name, variant.name]
-    evicted = [dict(table.evicted)] if table.evicted else []
-    key = sha256_of([VERSION, merged.report, [r.score for r in scores], *evicted])
+    key = sha256_of([VERSION, merged.report, [r.score for r in scores]])
     if is_done(target, key):
         return target
     files, request = one.files(row.tasks), table.request(one, variant)
@@ -246,7 +244,7 @@ def _publish_adapter(
     write_merged(
         merge_as_asked(files, request),
         target,
-        replace(origin, evicted=table.evicted),
+        replace(origin, evicted=table.gone.from_row(row.name)),
         base=table.session.base,
         scores=scores,
     )

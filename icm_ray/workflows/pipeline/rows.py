@@ -17,7 +17,7 @@ from icm_ray.distributed.merge import merge_to_folder
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import Pool
 from icm_ray.evaluation.scoring import TaskScore, standing, task_data
-from icm_ray.files import is_done
+from icm_ray.files import is_done, sha256_of
 from icm_ray.merging.folder import PER_TASK, read_merged
 from icm_ray.report.data import BASE, EXPERT, OF_TASKS
 from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table
@@ -37,11 +37,12 @@ def merge_rows(table: Table, which: Literal["default", "chosen"]) -> None:
             for variant in (v for v in one.variants(row) if v.name == wanted):
                 place = (index, row.name, variant.name)
                 folder = table.root / "merged" / one.label / row.name / variant.name
-                request = table.request(one, variant)
+                request, evicted = table.request(one, variant), table.gone.from_row(row.name)
                 key = request.key(files)
+                key = sha256_of([key, evicted]) if evicted else key
                 folders[place] = folder
                 if not is_done(folder, key):
-                    missing[place] = (files, request, folder, key)
+                    missing[place] = (files, request, folder, key, evicted)
     run_tasks(merge_to_folder, missing, table.session.resources, label="merge")
     for (index, row_name, variant_name), folder in folders.items():
         table.sets[index].merged[row_name, variant_name] = read_merged(folder)

@@ -11,9 +11,10 @@ from icm_ray.finetuning.targets import with_targets
 from icm_ray.merging.estimate import warn
 from icm_ray.report import BASE, EXPERT, ReportData, summarise
 from icm_ray.suites import Suite, find_suite
-from icm_ray.workflows.evicting import Evicted, evicting
+from icm_ray.workflows.evicting import evicting
 from icm_ray.workflows.experts import start_of
-from icm_ray.workflows.pipeline.adapters import check_ready, ready_set, settled, without_tasks
+from icm_ray.workflows.pipeline.adapters import check_ready, ready_set, settled
+from icm_ray.workflows.pipeline.evicted import Gone, gone, without_tasks
 from icm_ray.workflows.pipeline.report import console, publish, report_data
 from icm_ray.workflows.pipeline.stages import check_rows, check_tasks, run_stages
 from icm_ray.workflows.pipeline.table import DEFAULT, Table
@@ -30,14 +31,16 @@ def run(recipe: PipelineRecipe, target: Path) -> dict[str, Any]:
 
 def run_table(recipe: FinetuneRecipe, target: Path) -> dict[str, Any]:
     """Make a table of experts, and of merges if the recipe names some."""
-    return evicting(recipe, without_tasks, lambda rest, evicted: _run(rest, target, evicted))
+    return evicting(
+        recipe, without_tasks, lambda rest, evicted: _run(rest, target, gone(recipe, evicted))
+    )
 
 
-def _run(recipe: FinetuneRecipe, target: Path, evicted: Evicted) -> dict[str, Any]:
+def _run(recipe: FinetuneRecipe, target: Path, without: Gone) -> dict[str, Any]:
     recipe, suite, base = settled_table(recipe)
     target.mkdir(parents=True, exist_ok=True)
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
-        table = Table(recipe, suite, target, session, evicted=evicted)
+        table = Table(recipe, suite, target, session, gone=without)
         run_stages(table)
     for one in table.sets:
         expert, base_alone = (one.scores[who, DEFAULT, "test"] for who in (EXPERT, BASE))
@@ -47,6 +50,7 @@ def _run(recipe: FinetuneRecipe, target: Path, evicted: Evicted) -> dict[str, An
     console(data)
     for name, where in outputs.items():
         print(f"{name}: {where}")
+    warn(without.of_rows)
     chosen = {"choice": asdict(data.choice)} if data.choice else {}
     return {"outputs": outputs, "scores": _scores(data), **chosen}
 

@@ -1,7 +1,7 @@
 """One results table while it is made: its recipe, its experts, and what was measured so far."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -18,6 +18,7 @@ from icm_ray.merging.order import MergeRequest
 from icm_ray.merging.requirements import needs_of
 from icm_ray.report.data import TrainingCurve
 from icm_ray.suites import Suite
+from icm_ray.workflows.evicting import Evicted, evicted_lines
 
 DEFAULT = "default"
 
@@ -137,6 +138,32 @@ class SetResults:
 
 
 @dataclass(frozen=True)
+class Gone:
+    """What a table goes on without.
+
+    Attributes:
+        why: By task or adapter: why its workers could do nothing with it.
+        merges: By row that was to merge some of them: which.
+        of_rows: What is said of rows that name some, one line each.
+    """
+
+    why: Evicted = field(default_factory=dict)
+    merges: Mapping[str, Collection[str]] = field(default_factory=dict)
+    of_rows: Sequence[str] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a report says of all that."""
+        return [*evicted_lines(self.why), *self.of_rows]
+
+    def from_row(self, row: str) -> dict[str, str]:
+        """Return what a row was to merge as well, each with the reason."""
+        # A row that was offered merges everything.
+        names = self.merges.get(row, self.why)
+        return {name: why for name, why in self.why.items() if name in names}
+
+
+@dataclass(frozen=True)
 class Table:
     """A table that is being made; a second run of the same recipe only reads it.
 
@@ -150,7 +177,7 @@ class Table:
         ratios: Folders of ratios by learned row, of the first set.
         curves: How the experts of the first set went over their training, by task.
         offer: The methods of a recipe that names none.
-        evicted: Tasks that were left out, each with the reason.
+        gone: What was left out of the recipe, as it was written.
     """
 
     recipe: FinetuneRecipe
@@ -162,7 +189,7 @@ class Table:
     ratios: dict[str, Path] = field(default_factory=dict)
     curves: dict[str, TrainingCurve] = field(default_factory=dict)
     offer: Offer = field(default_factory=Offer)
-    evicted: Mapping[str, str] = field(default_factory=dict)
+    gone: Gone = field(default_factory=Gone)
 
     @property
     def rows(self) -> list[MethodRow]:
