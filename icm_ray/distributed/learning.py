@@ -15,7 +15,7 @@ import ray.exceptions
 import torch
 
 from icm_ray.distributed.cluster import fetch, worker_count, worker_options
-from icm_ray.distributed.faults import MAX_RETRIES, LostWork, lost_work
+from icm_ray.distributed.faults import MAX_RETRIES, lost_work
 from icm_ray.distributed.progress import Bar, bar
 from icm_ray.distributed.session import Session
 from icm_ray.errors import ClusterError
@@ -113,25 +113,13 @@ def learn_on_ray(session: Session, order: LearnOrder, label: str) -> tuple[Learn
     held, wants = ray.put(order), worker_options(session.resources)
     kind: Any = TaskActor  # what `ray.remote` returns is not what type checkers see
 
-    def crew_of(shares: Mapping[str, Sequence[Group]]) -> _Crew:
-        start = kind.options(**wants).remote
-        actors = {names: start(session, held, mine) for names, mine in shares.items()}
-        return _Crew(actors, session.resources.timeout_seconds)
-
+    start = kind.options(**wants).remote
     shares = {_names(groups[i::count]): groups[i::count] for i in range(count)}
-    crew = crew_of(shares)
+    actors = {names: start(session, held, mine) for names, mine in shares.items()}
+    crew = _Crew(actors, session.resources.timeout_seconds)
     try:
         with bar(how.steps, f"learn {label}") as drawn:
             return _learned(crew, order, covered, drawn)
-    except LostWork as error:
-        crew.close()
-        lost = dict(error.lost)
-        for names in [names for names in lost if len(shares[names]) > 1]:
-            del lost[names]
-            for group in shares[names]:
-                lost |= crew_of({_names([group]): [group]}).broken(crew.asked)
-        error.lost = {task: why for names, why in lost.items() for task in names.split(", ")}
-        raise
     finally:
         crew.close()
 
@@ -147,12 +135,10 @@ class _Crew:
     Attributes:
         actors: Handles.
         timeout: Longest wait for an answer of all of them, seconds.
-        asked: What they were asked last.
     """
 
     actors: Mapping[str, Any]
     timeout: float
-    asked: Callable[[Any], Any] | None = None
 
     def close(self) -> None:
         """End the actors."""
@@ -166,7 +152,6 @@ class _Crew:
             LostWork: some died each time; it names their tasks.
             ClusterError: some gave no answer in time; it names their tasks.
         """
-        self.asked = call
         calls = {call(actor): tasks for tasks, actor in self.actors.items()}
         _, waiting = ray.wait(list(calls), num_returns=len(calls), timeout=self.timeout)
         if waiting:
@@ -186,17 +171,6 @@ class _Crew:
         if lost:
             raise lost_work(lost, 0, what)
         return answers
-
-    def broken(self, call: Callable[[Any], Any] | None) -> Mapping[str, str]:
-        """Ask once more, end the actors, and return why those died that did."""
-        assert call is not None, "something was asked, or nothing could be lost"
-        try:
-            self.ask("alone", call)
-        except LostWork as error:
-            return error.lost
-        finally:
-            self.close()
-        return {}
 
 
 def _learned(
