@@ -8,8 +8,9 @@ from torch import Tensor
 
 from icm_ray.checkpoint import Checkpoint
 from icm_ray.config import OptimisationSpec
-from icm_ray.errors import RecipeError
+from icm_ray.errors import InputError, RecipeError
 from icm_ray.learning.gradients import Share
+from icm_ray.learning.targets import BLIND
 
 STATE = "learning.safetensors"
 
@@ -52,10 +53,13 @@ class Descent:
 
         Raises:
             RecipeError: a loss is no number; the parameters stay where they are.
+            InputError: no loss depends on any parameter.
         """
         in_order = sorted(shares, key=lambda share: min(share.losses))
         losses = {task: loss for share in in_order for task, loss in share.losses.items()}
         self._refuse_lost(losses)
+        if not any(share.gradients for share in in_order):
+            raise InputError(BLIND)
         factors = self._factors(losses)
         for name, leaf in self.leaves.items():
             parts = [

@@ -147,8 +147,10 @@ class TaskGradients:
         with merged(self.model, self.parameters.frames, self.parameters.cores()):
             losses = self._losses(numbers)
             total = stacked([self.weights[t] * loss for t, loss in losses.items()]).sum()
-            # Inside the block: recomputed layers need the merge on the model too.
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            if not total.requires_grad:  # these tasks' targets read what no module changes
+                found = [None] * len(leaves)
+            else:  # inside the block: recomputed layers need the merge on the model too
+                found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         gradients = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
         return Share({task: float(loss.detach()) for task, loss in losses.items()}, gradients)
 

@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from icm_ray.adapters.blocks import block_index
-from icm_ray.errors import RecipeError
+from icm_ray.errors import InputError, RecipeError
 
 OUTPUTS = ("o_proj", "out_proj", "attention.output.dense", "attn.c_proj", "self_attn.dense", "wo")
 VALUES = ("v_proj", "value", "query_key_value", "qkv_proj", "qkv", "c_attn", "wv")
 """Usual names of attention's output and value projections, as a path ends."""
+INPUTS = (*VALUES, "q_proj", "k_proj", "query", "key", "wq", "wk")
+"""Those that read their block's input as it is: none of them lies behind another one."""
+BLIND = (
+    "targets: no adapted module changes what they read, so the loss depends on no coefficient. "
+    "Merge adapters of more layers, name targets behind adapted modules (learn.objective.names, "
+    "blocks), or learn by outputs: distillation, task_vector_match."
+)
+"""How it is said that nothing can be learned."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,23 @@ class Targets:
                 f"{', '.join(map(str, sorted(by_block))) or 'none'}."
             )
         return tuple(sorted(chosen))
+
+    def refuse_blind(self, modules: Iterable[str]) -> None:
+        """Raise InputError if no target among `modules` of a merge lies behind another of them.
+
+        Names tell that of attention's inputs in the first adapted block; of other modules a pass
+        does, and `Descent` refuses.
+        """
+        blocks = {path: block_index(path) for path in modules}
+        known = [index for index in blocks.values() if index is not None]
+        if len(known) < len(blocks):  # such as embeddings, before all blocks
+            return
+        targets = self.choose(blocks)
+        is_one = len({path.rpartition(".")[0] for path in targets}) == 1
+        if is_one and all(
+            blocks[path] == min(known) and _ends_with(path, INPUTS) for path in targets
+        ):
+            raise InputError(BLIND)
 
     def _wanted(self, adapted: Sequence[int]) -> Sequence[int]:
         if self.blocks is not None:

@@ -7,7 +7,7 @@ import torch
 from learning_samples import merged_factors, rebuilt
 
 from icm_ray.config import OptimisationSpec
-from icm_ray.errors import RecipeError
+from icm_ray.errors import InputError, RecipeError
 from icm_ray.learning.descent import STATE, Descent
 from icm_ray.learning.gradients import Learning, Share, TaskGradients
 from icm_ray.learning.learner import Run, learn
@@ -16,6 +16,7 @@ from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
 from icm_ray.learning.objectives.supervised import Supervised
 from icm_ray.learning.objectives.task_vector_match import TaskVectorMatch
 from icm_ray.learning.parameters import Coefficients, CoreMatrices
+from icm_ray.learning.targets import Targets
 
 STEPS = OptimisationSpec(steps=6, lr=0.05, save_every=2)
 
@@ -154,6 +155,13 @@ def test_modules_without_a_path_stay_and_are_named(tiny, make_tasks, terms) -> N
     assert learned.report["unmoved"] == ["encoder.layer.1.attention.output.dense"]
     still = learned.tensors["encoder.layer.1.attention.output.dense.coefficients"]
     assert torch.equal(still, torch.full((3, 1), 0.3))
+
+
+def test_a_loss_that_depends_on_nothing_is_refused(tiny, make_tasks, terms) -> None:
+    first = RowSpaceMatch(Targets(("query", "key", "value"), blocks=(0,)))
+    learning = Learning(Coefficients(terms, 0.3), first, STEPS)
+    with pytest.raises(InputError, match="the loss depends on no coefficient"):
+        learn(tiny.model, learning, make_tasks())
 
 
 def test_a_run_is_carried_out_as_it_says(tiny, make_tasks, terms, monkeypatch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from icm_ray.adapters.blocks import block_index, block_path
-from icm_ray.errors import RecipeError
+from icm_ray.errors import InputError, RecipeError
 from icm_ray.learning.targets import Targets
 
 LLAMA = [f"layers.{i}.self_attn.{m}_proj" for i in range(10) for m in "qkvo"]
@@ -56,3 +56,15 @@ def test_nothing_found_is_an_error_with_the_blocks_there_are() -> None:
         Targets(blocks=(99,)).choose(LLAMA)
     with pytest.raises(RecipeError, match="adapted blocks are none"):
         Targets().choose(["embeddings.word"])
+
+
+@pytest.mark.parametrize("last", ["v_proj", "o_proj"])
+def test_targets_that_no_merge_changes_are_refused(last: str) -> None:
+    paths = [f"layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", last)]
+    if last == "v_proj":
+        with pytest.raises(InputError, match="the loss depends on no coefficient"):
+            Targets().refuse_blind(paths)
+    else:
+        Targets().refuse_blind(paths)
+    Targets().refuse_blind([*paths, "layers.1.self_attn.v_proj"])
+    Targets().refuse_blind([*paths, "embed_tokens"])

@@ -6,7 +6,7 @@ heads and labels a learner is given, what a search may measure, what an inner lo
 Fusion-VAE or a latent may descend on: all read the row.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,13 @@ INNER: Mapping[str, str] = {row.inner: name for name, row in OBJECTIVES.items() 
 def objective_of(spec: ObjectiveSpec, base: Base | None) -> Objective:
     """Return the objective a recipe names; a language model's head comes from the base."""
     return OBJECTIVES[spec.kind].make(spec, base)
+
+
+def refuse_blind(spec: ObjectiveSpec, modules: Iterable[str]) -> None:
+    """Raise InputError if an objective looks at inputs that no merge of `modules` changes."""
+    objective = objective_of(spec, None)
+    if isinstance(objective, NullSpaceRatio | RowSpaceMatch):
+        objective.targets.refuse_blind(modules)
 
 
 def reads_heads(spec: ObjectiveSpec) -> bool:
