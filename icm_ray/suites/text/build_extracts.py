@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,20 +72,34 @@ def fold(text: str) -> str:
 
 
 def divide(
-    task: str, candidates: Iterable[Candidate], sizes: Mapping[str, int] = SIZES
+    task: str,
+    candidates: Iterable[Candidate],
+    sizes: Mapping[str, int] = SIZES,
+    most: int | None = None,
+    split_of: Callable[[str], str] | None = None,
 ) -> dict[str, list[Candidate]]:
     """Return the examples of each split, in a fixed shuffled order.
 
     Texts that occur more than once are left out. Each stratum's documents are dealt to the splits
     by size, then each split draws evenly over strata; a stratum that runs out gives all it has.
 
+    Args:
+        task: Its name keys every draw.
+        candidates: Every example there could be.
+        sizes: Examples of each split.
+        most: Examples of one document; None: those of `PER_DOCUMENT`.
+        split_of: Says which split a document is of, where several tasks must agree.
+
     Raises:
         ValueError: A split cannot be filled.
     """
     # A keyed hash is a shuffle that no version of a random generator can change.
-    ordered = sorted(candidates, key=lambda row: _key(task, row.document, row.text))
-    pool = _capped(_unique(ordered), PER_DOCUMENT.get(task))
-    place = _deal(task, pool, sizes)
+    ordered = sorted(candidates, key=lambda row: _key(task, row.document, row.asked))
+    pool = _capped(_unique(ordered), most or PER_DOCUMENT.get(task))
+    if split_of is None:
+        place = _deal(task, pool, sizes)
+    else:
+        place = {row.document: split_of(row.document) for row in pool}
     splits = {}
     for split, size in sizes.items():
         strata: dict[str, list[Candidate]] = defaultdict(list)
@@ -96,7 +110,7 @@ def divide(
         chosen = [row for name, rows in strata.items() for row in rows[: quota[name]]]
         if len(chosen) != size:
             raise ValueError(f"{task}/{split}: {len(chosen)} examples but {size} are wanted.")
-        splits[split] = sorted(chosen, key=lambda row: _key(task, "order", row.text))
+        splits[split] = sorted(chosen, key=lambda row: _key(task, "order", row.asked))
     return splits
 
 
@@ -105,8 +119,8 @@ def _key(*parts: str) -> bytes:
 
 
 def _unique(rows: Sequence[Candidate]) -> list[Candidate]:
-    count = Counter(fold(row.text) for row in rows)
-    return [row for row in rows if count[fold(row.text)] == 1]
+    count = Counter(fold(row.asked) for row in rows)
+    return [row for row in rows if count[fold(row.asked)] == 1]
 
 
 def _capped(rows: Sequence[Candidate], limit: int | None) -> list[Candidate]:
@@ -160,6 +174,8 @@ def to_table(task: Task, splits: dict[str, list[Candidate]]) -> "pa.Table":
         "split": pa.array([split for split, _ in rows], pa.string()),
         "text": pa.array([row.text for _, row in rows], pa.string()),
     }
+    if any(row.pair for _, row in rows):
+        columns["text_pair"] = pa.array([row.pair for _, row in rows], pa.string())
     if task.headed:
         columns["target"] = pa.array([row.target for _, row in rows], pa.float64())
     if task.kind == "generation":

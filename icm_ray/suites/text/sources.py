@@ -22,6 +22,7 @@ class Candidate:
         document: What it was cut from; a document stays in one split.
         stratum: Documents are dealt to the splits, and examples drawn, evenly over strata.
         answer: What a generation should say.
+        pair: A second text that is read with the first; empty: none.
     """
 
     text: str
@@ -29,21 +30,46 @@ class Candidate:
     document: str
     stratum: str = ""
     answer: str = ""
+    pair: str = ""
+
+    @property
+    def asked(self) -> str:
+        """All that is read: what makes two examples the same."""
+        return f"{self.text}\n{self.pair}" if self.pair else self.text
 
 
 @dataclass(frozen=True)
 class Synset:
-    """A noun synset of WordNet: its lexicographer class, first lemma, definition and parents."""
+    """A synset of WordNet: its lexicographer class, lemmas, definition and pointers.
+
+    Attributes:
+        offset: Its place in the file, which is its name.
+        supersense: Lexicographer class, counted from the first one of its part of speech.
+        lemmas: Its words, the commonest first.
+        definition: Its gloss without examples.
+        pointers: The mark and target of each pointer to a synset.
+    """
 
     offset: str
     supersense: int
-    lemma: str
+    lemmas: tuple[str, ...]
     definition: str
-    parents: tuple[str, ...]
+    pointers: tuple[tuple[str, str], ...]
+
+    @property
+    def lemma(self) -> str:
+        """The first lemma."""
+        return self.lemmas[0]
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Its hypernyms."""
+        return tuple(target for mark, target in self.pointers if mark in ("@", "@i"))
 
 
-FIRST_NOUN_FILE = 3
-"""Lexicographer file number of noun.Tops; the noun files are consecutive."""
+PARTS = {"adj": ("a", 0), "adv": ("r", 2), "noun": ("n", 3), "verb": ("v", 29)}
+"""Mark of a part of speech, and number of its first lexicographer file, such as noun.Tops; the
+others follow."""
 
 LINES_PER_FILE = 60
 LINE_LETTERS = range(15, 81)
@@ -63,23 +89,32 @@ SPEECHES_PER_STRATUM = 10
 STEM_LETTERS = 6
 
 
-def read_synsets(wordnet: Path) -> dict[str, Synset]:
-    """Return the noun synsets of a folder with WordNet's `data.noun`, by offset."""
+def read_synsets(wordnet: Path, part: str = "noun") -> dict[str, Synset]:
+    """Return the synsets of a folder with WordNet's `data.noun`, `data.verb`, ..., by offset."""
+    mark, first = PARTS[part]
     synsets = {}
-    for line in (wordnet / "data.noun").read_text(encoding="latin-1").splitlines():
+    for line in (wordnet / f"data.{part}").read_text(encoding="latin-1").splitlines():
         if line.startswith(" "):  # the licence at the head of the file
             continue
         data, _, gloss = line.partition(" | ")
         fields = data.split(" ")
-        pointers = fields[4 + 2 * int(fields[3], 16) + 1 :]
-        parents = [pointers[i + 1] for i, mark in enumerate(pointers) if mark in ("@", "@i")]
+        words = 2 * int(fields[3], 16)
+        pointers = fields[4 + words + 1 :]
         synsets[fields[0]] = Synset(
             offset=fields[0],
-            supersense=int(fields[1]) - FIRST_NOUN_FILE,
-            lemma=fields[4].replace("_", " "),
+            supersense=int(fields[1]) - first,
+            # An adjective may say in brackets where it stands.
+            lemmas=tuple(
+                re.sub(r"\(\w+\)$", "", word).replace("_", " ")
+                for word in fields[4 : 4 + words : 2]
+            ),
             # Examples of use stand in quotes after the definition and hold the lemma.
             definition=re.split(r'[;:,]?\s*"', gloss, maxsplit=1)[0].strip(" ;"),
-            parents=tuple(parents),
+            pointers=tuple(
+                (pointers[i], pointers[i + 1])
+                for i in range(0, 4 * int(fields[4 + words]), 4)
+                if pointers[i + 2] == mark
+            ),
         )
     return synsets
 
