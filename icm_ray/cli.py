@@ -197,8 +197,6 @@ def plan(
     def work() -> None:
         job, changes = _job_of(words or [])
         recipe: Any = load_recipe(JOBS[job].kind, config, changes)
-        if isinstance(recipe, MergeRecipe):
-            check_sources(recipe, can_gather=True)
         found = JOBS[job].plan(recipe)
         from icm_ray.merging.estimate import warn  # once the recipe is right
 

@@ -47,18 +47,34 @@ class Job:
     Modules are imported when they are asked, so that `--help` and a wrong recipe are told at once.
     """
 
-    def __init__(self, kind: type[Recipe], workflow: str, planner: str | None = None) -> None:
-        """Take the recipe's class and the full name of its module, and of what plans it, if any."""
-        self.kind, self.workflow, self.planner = kind, workflow, planner
+    def __init__(
+        self,
+        kind: type[Recipe],
+        workflow: str,
+        planner: str | None = None,
+        checker: str | None = None,
+    ) -> None:
+        """Take the recipe's class and the full name of its module, and of what plans it, if any.
+
+        The last one's `check(recipe)` refuses what can be refused without the others.
+        """
+        self.kind, self.workflow = kind, workflow
+        self.planner, self.checker = planner, checker
 
     def __call__(self, recipe: Any, target: Path) -> dict[str, Any]:
         """Run on the cluster that RAY_ADDRESS or the submitted job gives, else on a local one."""
+        self._check(recipe)
         return importlib.import_module(self.workflow).run(recipe, target)
 
     def plan(self, recipe: Any) -> dict[str, Any]:
         """Return what the job would do and need; `summary` is for people."""
         assert self.planner is not None
+        self._check(recipe)
         return importlib.import_module(self.planner).plan(recipe)
+
+    def _check(self, recipe: Any) -> None:
+        if self.checker is not None:
+            importlib.import_module(self.checker).check(recipe)
 
     def main(self, usage: str | None) -> NoReturn:
         """Run from this process's command line, and end it with the exit code."""

@@ -30,7 +30,12 @@ JOBS: Mapping[str, Job] = MappingProxyType(
         "evidence": Job(EvidenceRecipe, "icm_ray.workflows.evidence", _BASE),
         "learn": Job(LearnRecipe, "icm_ray.workflows.learn", _BASE),
         "train_fusion": Job(TrainFusionRecipe, "icm_ray.workflows.train_fusion", _BASE),
-        "merge": Job(MergeRecipe, "icm_ray.workflows.merge", "icm_ray.merging.estimate"),
+        "merge": Job(
+            MergeRecipe,
+            "icm_ray.workflows.merge",
+            "icm_ray.merging.estimate",
+            "icm_ray.merging.requirements",
+        ),
         "search": Job(SearchRecipe, "icm_ray.workflows.search.run", _BASE),
         "evaluate": Job(EvaluateRecipe, "icm_ray.workflows.evaluate", _BASE),
         "pipeline": Job(PipelineRecipe, "icm_ray.workflows.pipeline.run", _BASE),

@@ -77,6 +77,13 @@ def output_folder(recipe: Recipe, output: str) -> Path:
     return target.absolute()
 
 
+def earlier_output(recipe: Recipe, path: str) -> Path:
+    """Return where an earlier output is: under the storage root, if it is there, or as said."""
+    root = storage_root(recipe)
+    below = Path(root, path) if root and "://" not in root else Path(path)
+    return below if below.exists() else Path(path)
+
+
 def fetch(address: str, folder: Path) -> None:
     """Bring what `address` holds into `folder`; nothing there is fine.
 

@@ -57,7 +57,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"finetuning", "fusion", "fusion_vae", "learning", "linalg", "merging", "search", "suites"},
     "workflows": BASICS
     | {"adapters", "base_model", "config", "distributed", "evaluation", "evidence", "finetuning"}
-    | {"fusion", "learning", "linalg", "merging", "methods", "report", "search", "suites"},
+    | {
+        "fusion",
+        "learning",
+        "linalg",
+        "merging",
+        "methods",
+        "report",
+        "search",
+        "storage",
+        "suites",
+    },
     "benchmarks": BASICS
     | {"adapters", "base_model", "config", "distributed", "fusion", "fusion_vae", "learning"}
     | {"linalg", "merging", "methods"},

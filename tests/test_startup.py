@@ -71,6 +71,8 @@ def test_what_is_wrong_with_a_line_or_a_recipe_is_told_without_a_library(recipe:
         ["icm_ray", "plan", "-c", recipe, "method=svdd"],
         ["icm_ray", "plan", "-c", recipe, "params.weights=[1]"],
         ["jobs.merge", "-c", recipe, "metod=svd"],
+        ["jobs.merge", "-c", recipe, "params.wieghts=[1, 2]"],
+        ["jobs.merge", "-c", recipe, "method=regmean"],
     ]
     assert run(*lines) == [(2, [])] * len(lines)
 

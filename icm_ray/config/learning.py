@@ -142,6 +142,8 @@ Overrides = Annotated[
 class LearnRecipe(Recipe):
     """Recipe of `jobs.learn`: what a learned method makes of K adapters and unlabelled inputs."""
 
+    can_gather = True
+
     base: str
     revision: str | None = None
     adapters: Adapters

@@ -18,6 +18,8 @@ class MergeRecipe(Recipe):
     What `earlier` and `remove` stand for is in the other keys once a recipe is read.
     """
 
+    can_gather = True
+
     earlier: str | None = Field(
         default=None,
         description="Folder of a merge that kept its factors: merged again as then, with the "
@@ -74,7 +76,7 @@ class MergeRecipe(Recipe):
 class EvidenceRecipe(Recipe):
     """Recipe of `jobs.evidence`: what methods and reports must know of K adapters and inputs."""
 
-    can_evict = True
+    can_evict = can_gather = True
 
     kind: Literal["task_vectors", "gram_statistics"] = Field(
         default="task_vectors",

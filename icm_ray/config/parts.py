@@ -234,6 +234,8 @@ class Recipe(Part):
 
     can_evict: ClassVar[bool] = False
     """Whether the job can go on without a task."""
+    can_gather: ClassVar[bool] = False
+    """Whether the job may gather Gram statistics."""
 
     storage: str | None = Field(default=None, description="Folder that relative outputs are in.")
     resources: Resources = Resources()
@@ -247,9 +249,11 @@ class Recipe(Part):
     )
 
     @model_validator(mode="after")
-    def _evicting(self) -> "Recipe":
+    def _used(self) -> "Recipe":
         if self.resources.on_broken_task == "evict" and not self.can_evict:
             raise ValueError("resources.on_broken_task: this job cannot go on without a task")
+        if self.resources.grams != "full" and not self.can_gather:
+            raise ValueError("resources.grams: this job gathers no Gram statistics")
         return self
 
     @property

@@ -89,6 +89,8 @@ class Budget(Part):
 class PipelineRecipe(FinetuneRecipe):
     """Recipe of `jobs.pipeline`: prepare, finetune, evidence, merge, evaluate, report."""
 
+    can_gather = True
+
     name: Name
     adapters: ReadyAdapters = []
     modules_to_save: Literal["refuse", "drop", "keep"] = Field(

@@ -70,6 +70,8 @@ class Halving(Part):
 class SearchRecipe(Recipe, SearchedMethod):
     """Recipe of `jobs.search`: parameters of merges, searched on Ray Tune with Optuna."""
 
+    can_gather = True
+
     base: str
     revision: str | None = None
     suite: str | None = Field(default=None, description="Whose tasks merges are scored on.")

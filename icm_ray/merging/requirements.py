@@ -21,6 +21,11 @@ def refuse_blind(method: str, metric: CutMetric | None) -> None:
         )
 
 
+def check(recipe: MergeRecipe) -> None:
+    """Refuse what `jobs.merge`, which can gather evidence, could do nothing with."""
+    check_sources(recipe, can_gather=True)
+
+
 def check_sources(recipe: MergeRecipe, *, can_gather: bool) -> None:
     """Refuse an unknown method, wrong parameters, and evidence that is missing or out of place.
 

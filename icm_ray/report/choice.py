@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from icm_ray.report.data import Choice, Difference
 from icm_ray.report.text import method_label, number, percent
 
+SHOWN = 3
+"""Methods that are named of those that were not tried."""
+
 
 def choice_lines(choice: Choice) -> list[str]:
     """Return why this merge, what it lost, whether to serve the adapters apart, what was left."""
@@ -59,8 +62,9 @@ def _rest(choice: Choice) -> Iterator[str]:
     if choice.unseen:
         yield f"Scored without an adapter of its own: {', '.join(choice.unseen)}."
     if choice.left_out:
-        told = "; ".join(f"{name} ({why})" for name, why in sorted(choice.left_out.items()))
-        yield f"Not tried: {told}."
+        told = [f"{name} ({why})" for name, why in sorted(choice.left_out.items())]
+        more = f"; and {len(told) - SHOWN} more, in results.json" if len(told) > SHOWN else ""
+        yield f"Not tried, {len(told)}: {'; '.join(told[:SHOWN])}{more}."
 
 
 def _points(difference: Difference) -> str:

@@ -1,6 +1,6 @@
 """A search's recipe, checked against methods, adapters and what there is to judge trials by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -203,6 +203,11 @@ def _problems(plan: Plan, tasks: Sequence[str]) -> list[str]:
             problems += [f"layer_groups: {line}" for line in error.problems]
     if missing := [task for task, folder in plan.trajectories.items() if not folder.is_dir()]:
         problems.append(f"trajectories: {recipe.trajectories} has no {', '.join(missing)}.")
+    if recipe.resources.grams != "full" and not plan.needs_grams:
+        problems.append(
+            f"resources.grams: {recipe.resources.grams} but no method or start that is searched "
+            "reads any. Leave it out."
+        )
     if recipe.halving and len(recipe.objectives) > 1:
         problems.append("halving: stops trials by one objective, but several are named.")
     by_steps = recipe.halving is not None and recipe.halving.by == "steps"
@@ -268,14 +273,16 @@ def key_of(plan: Plan, search: Search) -> str:
     )
 
 
-def study_of(plan: Plan, search: Search, ledger: Ledger) -> Study:
-    """Return a search's study, as far as its ledger goes."""
+def study_of(
+    plan: Plan, search: Search, ledger: Ledger, place: Callable[[str], Path] = Path
+) -> Study:
+    """Return a search's study, as far as its ledger goes; see `starts_of` for `place`."""
     recipe = plan.recipe
     modules = sorted({module for file in plan.files for module in file.shapes})
     starts = (
         [("grid", point) for point in grid_of(search)]
         if search.seed is None
-        else starts_of(recipe.start, search.space, modules)
+        else starts_of(recipe.start, search.space, modules, place)
     )
     return Study(
         ledger,

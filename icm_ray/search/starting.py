@@ -1,6 +1,6 @@
 """Where a search begins: defaults, uniform weights, earlier searches, learned merges."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ def starts_of(
     entries: Sequence[str | Mapping[str, Any]],
     space: Space,
     modules: Sequence[str],
+    place: Callable[[str], Path] = Path,
 ) -> list[Start]:
     """Return the start points; names a point leaves open are the sampler's to choose.
 
@@ -31,6 +32,7 @@ def starts_of(
         entries: As in the recipe's `start`.
         space: What is searched; ready-made points keep only what it holds.
         modules: Every module of any adapter.
+        place: Says where a folder is that an entry names.
 
     Raises:
         RecipeError: a point names what is not searched, or a value out of range.
@@ -45,7 +47,7 @@ def starts_of(
         elif entry == "uniform":
             point = _equal(space, 1 / len(space.tasks))
         else:
-            point = _from_folder(Path(entry), space, modules)
+            point = _from_folder(place(entry), space, modules)
         kept = {n: v for n, v in point.items() if space.dimensions[n].holds(v)}
         if kept:
             starts.append((entry, kept))

@@ -19,7 +19,6 @@ from icm_ray.learning.recipes import spec_of
 from icm_ray.learning.tasks import experts_for, learner_data
 from icm_ray.merging.order import MergeRequest
 from icm_ray.merging.recipe import merge_recipe
-from icm_ray.merging.requirements import check_sources
 from icm_ray.methods import find_method
 from icm_ray.types import MergeResult
 from icm_ray.workflows.learn import LearnRequest, learn_with_grams, refuse_form
@@ -27,8 +26,7 @@ from icm_ray.workflows.prepared import preparing
 
 
 def run(recipe: MergeRecipe, target: Path) -> dict[str, Any]:
-    """Merge on Ray and write the verified result; see `MergeRecipe`."""
-    check_sources(recipe, can_gather=True)
+    """Merge on Ray and write the verified result; see `MergeRecipe`, which was checked before."""
     with ExitStack() as stack:  # checks come first; then one cluster for all stages
 
         def on_ray(files: list[AdapterFile], request: MergeRequest) -> tuple[MergeResult, float]:

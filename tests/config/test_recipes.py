@@ -9,6 +9,7 @@ from icm_ray.config import (
     FinetuneRecipe,
     MergeRecipe,
     PipelineRecipe,
+    PrepareRecipe,
     Recipe,
     folder_names,
     loading,
@@ -51,6 +52,13 @@ def refused(load):
         return str(caught.value)
 
     return call
+
+
+def test_jobs_that_gather_no_grams_refuse_a_form_of_them(refused) -> None:
+    said = "resources.grams: this job gathers no Gram statistics"
+    text = "output: out\nresources: {grams: diagonal}\n"
+    for kind in (FinetuneRecipe, PrepareRecipe):
+        assert said in refused(text, kind=kind)
 
 
 def test_there_are_recipes_to_check() -> None:

@@ -52,9 +52,14 @@ def test_what_was_left_out_is_listed():
     lines = choice_lines(
         replace(CHOICE, left_out={"nsc": "the budget"}, unproven=("x",), unseen=("y",))
     )
-    assert "Not tried: nsc (the budget)." in lines
+    assert "Not tried, 1: nsc (the budget)." in lines
     assert "Merged and unproven, for want of a task: x." in lines
     assert "Scored without an adapter of its own: y." in lines
+
+
+def test_of_much_that_was_left_out_the_first_are_named():
+    lines = choice_lines(replace(CHOICE, left_out={f"m{n}": "why" for n in range(9)}))
+    assert "Not tried, 9: m0 (why); m1 (why); m2 (why); and 6 more, in results.json." in lines
 
 
 def test_a_single_row_was_not_compared():

@@ -152,6 +152,8 @@ def test_start_points(measurer, adapters, tmp_path):
     assert set(learned[1]) == set(space.dimensions)
     assert all(value == pytest.approx(0.4, abs=0.31) for value in learned[1].values())
     assert len(set(learned[1].values())) > 1
+    (placed,) = starts_of(["learned"], space, sorted(MODULES), tmp_path.joinpath)
+    assert placed == ("learned", learned[1])
 
     ties = space_of(
         SearchRow(method="ties", search={"params.density": "uniform(0.1, 1)"}), TASKS, 1

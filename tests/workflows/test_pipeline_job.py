@@ -292,6 +292,15 @@ def test_shipped_tables_are_sound(path):
     check_rows(load_recipe(PipelineRecipe, path))
 
 
+def test_a_form_of_grams_that_no_row_reads_is_refused():
+    rows = [{"method": "soup"}, {"method": "nsc"}]
+    plain = {**RECIPE, "output": "unused", "resources": {"grams": "diagonal"}}
+    with pytest.raises(RecipeError, match=r"resources.grams: diagonal but no row reads any"):
+        check_rows(PipelineRecipe.model_validate({**plain, "methods": rows}))
+    rows.append({"method": "regmean"})
+    check_rows(PipelineRecipe.model_validate({**plain, "methods": rows}))
+
+
 def test_a_row_names_experts_that_exist():
     rows = [{"method": "soup", "tasks": ["keyword", "keywrd"]}]
     recipe = PipelineRecipe.model_validate({**RECIPE, "output": "unused", "methods": rows})

@@ -34,7 +34,7 @@ from icm_ray.learning.objectives import OBJECTIVES
 from icm_ray.learning.recipes import needs_grams, spec_of
 from icm_ray.learning.tasks import load_inputs
 from icm_ray.merging.cut import RankRule
-from icm_ray.merging.requirements import refuse_blind
+from icm_ray.merging.requirements import needs_of, refuse_blind
 from icm_ray.methods import find_method
 from icm_ray.report.data import REFERENCES
 from icm_ray.report.summary import init_of
@@ -156,6 +156,9 @@ def check_rows(recipe: PipelineRecipe) -> None:
                 method.bind(variant.params, row.tasks or tasks)
         except RecipeError as error:
             problems += [f"methods.{row.name}: {line}" for line in error.problems]
+    grams = recipe.resources.grams
+    if not problems and given and grams != "full" and not rows_need_grams(given):
+        problems.append(f"resources.grams: {grams} but no row reads any. Leave it out.")
     if problems:
         raise RecipeError(dict.fromkeys(problems))
 
@@ -175,20 +178,23 @@ def _label_problems(
     ]
 
 
-def rows_need_grams(table: Table) -> bool:
+def rows_need_grams(rows: Sequence[MethodRow]) -> bool:
     """Say whether a row merges with Gram statistics, or learns from a start that has them."""
-    learned = table.rows_that_need("learned_merge")
-    adapted = [row for row in table.rows_that_need("fusion_model") if row.in_context]
-    starts = [spec_of(row.method, row.learn) for row in learned]
-    starts += [context_specs(row.in_context, row.learn)[0] for row in adapted]
-    return bool(table.rows_that_need("gram_statistics")) or any(map(needs_grams, starts))
+    needs = [(row, needs_of(row.method, row.metric)) for row in rows]
+    starts = [spec_of(row.method, row.learn) for row, kind in needs if kind == "learned_merge"]
+    starts += [
+        context_specs(row.in_context, row.learn)[0]
+        for row, kind in needs
+        if kind == "fusion_model" and row.in_context
+    ]
+    return any(kind == "gram_statistics" for _, kind in needs) or any(map(needs_grams, starts))
 
 
 def _gather(table: Table, one: SetResults, pool: Pool) -> None:
     """Gather a set's task vectors, and its Gram statistics if a row needs them."""
     files, root = one.proven(), table.root / "evidence"
     inputs = load_inputs(table.inputs(), list(one.experts))
-    if rows_need_grams(table):
+    if rows_need_grams(table.rows):
         one.grams = grams_on_ray(pool, files, inputs, root / f"{one.label}-grams")
     one.evidence = root / one.label
     key = evidence_key(table.session.key, files, inputs, EVIDENCE_BATCH)

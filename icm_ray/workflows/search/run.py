@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from icm_ray.search.ledger import Ledger
 from icm_ray.search.objectives import SCORED, rungs
 from icm_ray.search.plan import Plan, Search, key_of, plan_of, searches_of, study_of, trials_of
 from icm_ray.search.study import Study, optuna
+from icm_ray.storage import earlier_output
 from icm_ray.suites import SPLITS
 from icm_ray.workflows.prepared import prepared_base, preparing
 from icm_ray.workflows.search.best import finish, note_best
@@ -43,8 +45,8 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
         warn(unproven_lines({file.name for file in plan.files} - plan.experts.keys()))
     searches = searches_of(plan, target)
     ledgers = [Ledger(one.folder, key_of(plan, one)) for one in searches]
-    studies = [study_of(plan, s, ledger) for s, ledger in zip(searches, ledgers, strict=True)]
-    pairs = list(zip(searches, studies, strict=True))
+    place = partial(earlier_output, recipe)
+    pairs = [(s, study_of(plan, s, one, place)) for s, one in zip(searches, ledgers, strict=True)]
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         run_missing(plan, pairs, session, target)
         return finish(plan, pairs, session, target)
