@@ -12,6 +12,9 @@ CutMetric = Literal["inputs", "weights"]
 RANDOM = "-random"
 """Ends the label of a control: a row that merges random adapters in the experts' place."""
 
+REALIGNED = "-heads-realigned"
+"""Ends the label of a row, or of the base, that is read through heads fitted to the experts'."""
+
 SavedModulesPolicy = Literal["refuse", "drop", "keep", "mean"]
 """What to do with `modules_to_save`: refuse the adapter, leave them out, keep them per task, or
 average them."""

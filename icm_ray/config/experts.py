@@ -118,4 +118,9 @@ class EvaluateRecipe(Recipe):
     split: Literal["validation", "test"] = "test"
     examples: Positive | None = Field(default=None, description=_usual(256))
     batch: Positive = 64
+    realign_heads: bool = Field(
+        default=False,
+        description="Also score with heads whose outputs are fitted to the experts' answers to "
+        "the calibration inputs, the base beside them; the heads are written.",
+    )
     output: str = Field(min_length=1)

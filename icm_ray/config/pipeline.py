@@ -111,6 +111,11 @@ class PipelineRecipe(FinetuneRecipe):
         default=None,
         description="How DeepSpeed trains the rows' Fusion-VAEs; None: each whole in one task.",
     )
+    realign_heads: bool = Field(
+        default=False,
+        description="Also score with heads whose outputs are fitted to the experts' answers to "
+        "the calibration inputs, the base beside them; the heads are written.",
+    )
     tune: Literal["each set", "once an init"] = Field(
         default="each set",
         description="Choose settings for each set of experts, or with the first of each init.",

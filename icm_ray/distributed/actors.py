@@ -18,7 +18,9 @@ from icm_ray.distributed.cluster import place_of
 from icm_ray.distributed.faults import MAX_RETRIES
 from icm_ray.distributed.trials import measure, measurer_of
 from icm_ray.errors import InputError
-from icm_ray.evaluation.scoring import Memory, TaskData, TaskScore, evaluate
+from icm_ray.evaluation.heads import Head
+from icm_ray.evaluation.realigned import Answers, realigned
+from icm_ray.evaluation.scoring import Memory, TaskData, TaskScore, evaluate, with_heads
 from icm_ray.evidence.gather import AdapterEvidence, example_ratios, gather
 from icm_ray.evidence.gram_files import GramOrder
 from icm_ray.evidence.grams import gather_parts
@@ -134,6 +136,7 @@ class AdapterActor:
         self.held: tuple[Source, Adapter] | None = None
         self.measurer: tuple[Any, Measurer] | None = None
         self.said: Memory = {}
+        self.answers: Answers = {}
 
     def hold(self, source: Source) -> Adapter:
         """Load the adapter unless it is the one already held."""
@@ -176,12 +179,22 @@ class AdapterActor:
         data: Mapping[str, TaskData],
         only: Sequence[str],
         batch: int,
+        heads: Mapping[str, Head],
     ) -> dict[str, TaskScore]:
         """Score base plus adapter (None: the base alone) on some of the tasks in `data`."""
         adapter = self.hold(source) if source else None
-        wanted = {name: data[name] for name in only}
+        wanted = with_heads({name: data[name] for name in only}, heads)
         return evaluate(
             self.base, adapter, wanted, batch=batch, threads=self.threads, memory=self.said
+        )
+
+    def heads(
+        self, source: Source | None, data: Mapping[str, TaskData], batch: int
+    ) -> dict[str, Head]:
+        """Return the heads of the tasks in `data`, fitted to their experts' answers."""
+        adapter = self.hold(source) if source else None
+        return realigned(
+            self.base, adapter, data, batch=batch, threads=self.threads, memory=self.answers
         )
 
     def measure(self, material: Sequence[Any], order: Mapping[str, Any]) -> dict[str, Any]:

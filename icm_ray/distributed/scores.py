@@ -1,7 +1,7 @@
 """Score many adapters in parallel; every score is kept by content and never computed twice."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,18 @@ from icm_ray.adapters import AdapterFile
 from icm_ray.distributed.actors import AdapterSource, Source
 from icm_ray.distributed.faults import LostWork
 from icm_ray.distributed.session import Pool
+from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import Score
-from icm_ray.evaluation.scoring import BATCH, Standing, TaskData, TaskScore, standing
+from icm_ray.evaluation.scoring import (
+    BATCH,
+    Standing,
+    TaskData,
+    TaskScore,
+    standing,
+    with_heads,
+)
 from icm_ray.files import is_done, read_json, sha256_of, whole_folder, write_json
+from icm_ray.kinds import REALIGNED
 
 VERSION = 2
 BASE, EXPERT = "base", "expert"
@@ -31,21 +40,28 @@ class ScoreItem:
         label: For messages and progress.
         source: The adapter; None scores the base with the heads alone.
         tasks: Which tasks.
+        heads: In place of the experts' own, by task.
     """
 
     label: str
     source: Source | None
     tasks: tuple[str, ...]
+    heads: Mapping[str, Head] = field(default_factory=dict)
+
+    def realigned(self, heads: Mapping[str, Head]) -> "ScoreItem":
+        """Return the same read through heads of its own, under a label that says so."""
+        return replace(self, label=f"{self.label}{REALIGNED}", heads=heads)
 
     def key(self, base: str, data: Mapping[str, TaskData], batch: int) -> str:
         """Return what identifies the scores: model, examples, heads and batch size."""
+        read = with_heads(data, self.heads)
         return sha256_of(
             {
                 "version": VERSION,
                 "base": base,
                 "adapter": self.source.fingerprint if self.source else None,
                 "batch": batch,
-                "tasks": {task: _data_key(data[task]) for task in self.tasks},
+                "tasks": {t: _data_key(read[t]) for t in self.tasks if t in read},
             }
         )
 
@@ -82,7 +98,7 @@ def score_on_ray(
         if not is_done(folder / keys[item.label], keys[item.label])
     }
     shared = ray.put(dict(data)) if missing else None
-    arguments = {key: (i.source, shared, i.tasks, batch) for key, i in missing.items()}
+    arguments = {key: (i.source, shared, i.tasks, batch, i.heads) for key, i in missing.items()}
 
     def keep(key: str, scores: dict[str, TaskScore]) -> None:
         save_scores(folder / key, key, scores)  # at once: a killed run has lost nothing
@@ -102,7 +118,7 @@ def _blamed(pool: Pool, lost: Sequence[ScoreItem], shared: Any, batch: int) -> d
     own expert dies of it, any other adapter if the base does not.
     """
     alone = {
-        (item.label, task): (item.source, shared, (task,), batch)
+        (item.label, task): (item.source, shared, (task,), batch, item.heads)
         for item in lost
         for task in item.tasks
     }

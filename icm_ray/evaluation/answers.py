@@ -233,8 +233,10 @@ def answer_of(task: Task) -> Answer:
     return CHOOSES if task.chooses else ANSWERS[task.kind]
 
 
-def head_features(base: Base, examples: Examples, task: Task, size: int) -> Tensor:
+def head_features(
+    base: Base, examples: Examples, task: Task, size: int, how: Pooling = "mean"
+) -> Tensor:
     """Return what a headed task's head reads, one row an example or patch, `(rows, d_model)`."""
     answer = answer_of(task)
     assert isinstance(answer, _Headed)
-    return answer.features(base, examples, task, size).flatten(0, -2)
+    return answer.features(base, examples, task, size, how).flatten(0, -2)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,6 +42,11 @@ class TaskData:
     def asked(self, batch: int) -> Asked:
         """Return what a model is asked, `batch` examples at a time."""
         return Asked(self.task, self.examples, self.head, batch)
+
+
+def with_heads(data: Mapping[str, TaskData], heads: Mapping[str, Head]) -> dict[str, TaskData]:
+    """Return tasks' examples, some of them with other heads."""
+    return {t: replace(one, head=heads[t]) if t in heads else one for t, one in data.items()}
 
 
 @dataclass(frozen=True)

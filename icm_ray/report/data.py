@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from icm_ray.kinds import RANDOM
+from icm_ray.kinds import RANDOM, REALIGNED
 
 EXPERT = "expert"
 PROBE = "probe"
@@ -15,7 +15,8 @@ REFERENCES = (EXPERT, PROBE, BASE)
 
 def is_reference(method: str) -> bool:
     """Say whether a row's label is one of `REFERENCES`, or of a merge of random adapters."""
-    return method in REFERENCES or method.endswith(RANDOM)
+    plain = method.removesuffix(REALIGNED)
+    return plain in REFERENCES or plain.endswith(RANDOM)
 
 
 OF_TASKS = "-per-task"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from icm_ray.kinds import REALIGNED
 from icm_ray.report.data import BASE, EXPERT, OF_TASKS, PROBE, REFERENCES, Gains, ScoreRow, Split
 from icm_ray.report.summary import InitSummary, Spread, Summary
 from icm_ray.report.text import natural_key
@@ -55,9 +56,11 @@ class ExpertCheck:
 
 def headline(summary: Summary, init: str) -> Headline | None:
     """Return the winners of one init, or None if nothing was merged or nothing is comparable."""
-    # An adapter for each task answers an easier question than one for all of them.
+    # An adapter for each task, or a head, answers an easier question than one for all of them.
     merges = [
-        row for row in summary.of_init(init) if row.mean and not row.method.endswith(OF_TASKS)
+        row
+        for row in summary.of_init(init)
+        if row.mean and not row.method.endswith((OF_TASKS, REALIGNED))
     ]
     # A method that lacks a task is compared only if all of them do.
     complete = [row for row in merges if not row.missing] or merges

@@ -8,10 +8,12 @@ from typing import Any
 from icm_ray.adapters import AdapterFile, check_base, open_all
 from icm_ray.config import USUAL_SIZES, AdapterRef, EvaluateRecipe
 from icm_ray.distributed.actors import AdapterSource
+from icm_ray.distributed.heads import heads_on_ray
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import opened
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts, heads_of, ready_experts
+from icm_ray.evaluation.realigned import realign_data
 from icm_ray.evaluation.scoring import TaskData, idle_lines, task_data, values
 from icm_ray.learning.tasks import headless
 from icm_ray.merging.estimate import warn
@@ -30,6 +32,7 @@ class Wanted:
         data: Examples by task, with heads.
         own: The experts' adapters.
         items: The adapters to score.
+        realign: Unlabelled inputs by task that heads are fitted on, if they are.
     """
 
     recipe: EvaluateRecipe
@@ -37,6 +40,7 @@ class Wanted:
     data: Mapping[str, TaskData]
     own: Sequence[AdapterFile]
     items: Sequence[ScoreItem]
+    realign: Mapping[str, TaskData]
 
     @property
     def everything(self) -> list[ScoreItem]:
@@ -74,12 +78,18 @@ def wanted(recipe: EvaluateRecipe) -> Wanted:
     ]
     items = [ScoreItem(file.name, AdapterSource(file), tuple(experts)) for file in files]
     limit = suite.limit(recipe.examples, USUAL_SIZES[recipe.split])
-    check_counts(suite, experts, {recipe.split: limit})
+    limits = {recipe.split: limit}
+    if recipe.realign_heads:
+        limits["calibration"] = suite.limit(None, USUAL_SIZES["calibration"])
+    check_counts(suite, experts, limits)
     recipe = with_base(recipe, suite, own)
-    base = prepared_base(recipe, suite, heads_of(suite, experts)[1], [recipe.split])
+    base = prepared_base(recipe, suite, heads_of(suite, experts)[1], list(limits))
     check_base([*own, *files], base)
     data = task_data(suite, experts, recipe.split, limit)
-    return Wanted(recipe, base, data, own, items)
+    realign = {}
+    if recipe.realign_heads:
+        realign = realign_data(suite, experts, limits["calibration"])
+    return Wanted(recipe, base, data, own, items, realign)
 
 
 def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
@@ -109,14 +119,18 @@ def _score(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
         opened(recipe.resources, asked.base, recipe.seed, preparing(recipe)) as session,
         session.pool(len(asked.items) + len(asked.own) + 1) as pool,
     ):
-        found = score_on_ray(pool, asked.everything, asked.data, target / "scores", recipe.batch)
+        again = [references(asked.own)[0], *asked.items] if asked.realign else []
+        heads = heads_on_ray(pool, again, asked.realign, target / "heads", recipe.batch)
+        again = [item.realigned(heads[item.label]) for item in again]
+        items = [*asked.everything, *again]
+        found = score_on_ray(pool, items, asked.data, target / "scores", recipe.batch)
     standings = Standings.among(found)
     warn(idle_lines(standings.expert, standings.base))
     scores: dict[str, Any] = {
         "expert": values(standings.expert),
         "base": values(standings.base),
     }
-    for name in names:
+    for name in [*names, *(item.label for item in again)]:
         where, own_scores = standings.of(name), standings.items[name]
         scores[name] = {
             "score": values(own_scores),
@@ -127,4 +141,6 @@ def _score(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
             "worst": where.worst,
         }
         print(f"{name}: mean {where.mean:.3f}, worst {where.worst:.3f} of the experts")
-    return {"outputs": {"scores": str(target / "scores")}, "scores": scores}
+    outputs = {"scores": str(target / "scores")}
+    outputs |= {"heads": str(target / "heads")} if again else {}
+    return {"outputs": outputs, "scores": scores}

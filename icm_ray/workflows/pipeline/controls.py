@@ -6,7 +6,7 @@ from icm_ray.config import MethodRow
 from icm_ray.distributed.cluster import run_tasks
 from icm_ray.distributed.merge import random_to_folder
 from icm_ray.files import is_done, sha256_of
-from icm_ray.kinds import RANDOM
+from icm_ray.kinds import RANDOM, REALIGNED
 from icm_ray.merging.requirements import needs_of
 from icm_ray.workflows.pipeline.table import Table
 
@@ -38,6 +38,6 @@ def control_problems(row: MethodRow) -> list[str]:
         )
     if row.random and row.search:
         lines.append(f"methods.{row.name}.search: for merges; a control takes a grid.")
-    if not row.random and row.name.endswith(RANDOM):
-        lines.append(f"methods.{row.name}: {RANDOM!r} marks a control. Choose another label.")
+    if row.name.endswith(REALIGNED) or (not row.random and row.name.endswith(RANDOM)):
+        lines.append(f"methods.{row.name}: its end marks a control. Choose another label.")
     return lines

@@ -16,6 +16,7 @@ from icm_ray.evidence.overlap import overlap_lines
 from icm_ray.evidence.store import load_evidence
 from icm_ray.evidence.tensors import DESCRIPTION
 from icm_ray.files import cost_of, is_done, read_json, sha256_of, whole_folder
+from icm_ray.kinds import REALIGNED
 from icm_ray.merging.folder import MergedFolder, Origin, write_merged
 from icm_ray.merging.merge import merge_as_asked
 from icm_ray.report import (
@@ -32,6 +33,7 @@ from icm_ray.report.data import OF_TASKS
 from icm_ray.suites import BASES
 from icm_ray.workflows.pipeline.choice import best_row, choice_of
 from icm_ray.workflows.pipeline.learned_report import learned_report
+from icm_ray.workflows.pipeline.rows import HEADS
 from icm_ray.workflows.pipeline.table import SetResults, Table, Variant
 
 VERSION = 1
@@ -43,6 +45,9 @@ NOTES = (
     "was chosen, and the default setting of each method.",
     f"Rows that end in {OF_TASKS} score each task with an adapter of its own that the method makes "
     "besides the common one; they answer an easier question and are no winners of this page.",
+    f"Rows that end in {REALIGNED} read through heads whose outputs were fitted to the experts' "
+    "answers to unlabelled inputs, and so does the base's row beside them: they say nothing of the "
+    "adapter alone, and are no winners of this page. Their heads are in heads/.",
     "Intervals cover the sampling of test examples. The spread over expert sets is shown apart.",
 )
 
@@ -89,6 +94,9 @@ def publish(table: Table, data: ReportData) -> dict[str, str]:
     best = best_row(table, data.scores)
     if best is not None:
         outputs["adapter"] = str(_publish_adapter(table, data, *best))
+        one, variant, _ = best
+        heads = table.root / HEADS / one.label / variant.row.name / variant.name
+        outputs |= {"heads": str(heads)} if heads.is_dir() else {}
     return outputs
 
 
@@ -132,12 +140,15 @@ def _score_rows(
 ) -> list[ScoreRow]:
     references = (one.scores[who, "default", split] for who in (EXPERT, BASE))
     where = standing(scores, *references)
-    merged = one.merged.get((name.removesuffix(OF_TASKS), variant))
+    label = name.removesuffix(OF_TASKS).removesuffix(REALIGNED)
+    merged = one.merged.get((label, variant))
     ranks = [m["rank"] for m in merged.report["modules"].values()] if merged else [0]
     # The default setting can be the best one, and then stands in both rows.
-    shown = [False] * (variant == "default") + [True] * (one.chosen.get(name) == variant)
+    shown = [False] * (variant == "default") + [True] * (
+        one.chosen.get(name.removesuffix(REALIGNED)) == variant
+    )
     lora = table.recipe.lora.rank if name == EXPERT else 0
-    row_of = {row.name: row for row in table.rows}.get(name.removesuffix(OF_TASKS))
+    row_of = {row.name: row for row in table.rows}.get(label)
     merged_tasks = row_of.tasks if row_of else None
 
     def row(task: str, score: Score, tuned: bool) -> ScoreRow:
@@ -157,7 +168,7 @@ def _score_rows(
             **score.details,
             normalised=_number(where.normalised.get(task, math.nan)),
             gain_kept=_number(where.gain_kept.get(task, math.nan)),
-            seconds=_seconds(one, name, merged),
+            seconds=_seconds(one, label, merged),
             seen=task in (one.experts if merged_tasks is None else merged_tasks),
         )
 

@@ -5,22 +5,27 @@ chosen become folders.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from icm_ray.adapters import open_adapter
-from icm_ray.config import MethodRow
+from icm_ray.config import MethodRow, PipelineRecipe
 from icm_ray.distributed.actors import AdapterSource, MergeSource
 from icm_ray.distributed.cluster import run_tasks
+from icm_ray.distributed.heads import heads_on_ray
 from icm_ray.distributed.merge import merge_to_folder
 from icm_ray.distributed.scores import ScoreItem, Standings, references, score_on_ray
 from icm_ray.distributed.session import Pool
+from icm_ray.evaluation.realigned import realign_data
 from icm_ray.evaluation.scoring import TaskScore, standing, task_data
 from icm_ray.files import is_done, sha256_of
+from icm_ray.kinds import REALIGNED
 from icm_ray.merging.folder import PER_TASK, read_merged
 from icm_ray.report.data import BASE, EXPERT, OF_TASKS
 from icm_ray.workflows.pipeline.table import DEFAULT, SetResults, Table
+
+HEADS = "heads"
 
 
 def merge_rows(table: Table, which: Literal["default", "chosen"]) -> None:
@@ -67,19 +72,35 @@ def choose(table: Table, one: SetResults, pool: Pool) -> None:
 
 def score_test(table: Table, one: SetResults, pool: Pool) -> None:
     """Score defaults and what was chosen on test data, per-task adapters under their own name."""
-    items = []
+    wholes, parts = {}, []
     for (row, variant), merged in one.merged.items():
         source = AdapterSource(open_adapter(merged.folder))
-        items.append(ScoreItem(f"{row}/{variant}", source, one.scored))
+        wholes[row, variant] = ScoreItem(f"{row}/{variant}", source, one.scored)
         for task in merged.report.get("per_task", {}):
             own = AdapterSource(open_adapter(merged.folder / PER_TASK / task))
-            items.append(ScoreItem(f"{row}/{variant}/{task}", own, (task,)))
-    scores = _scored(table, one, pool, "test", items)
+            parts.append(ScoreItem(f"{row}/{variant}/{task}", own, (task,)))
+    again = _realigned(table, one, pool, wholes)
+    scores = _scored(table, one, pool, "test", [*wholes.values(), *parts, *again.values()])
+    for (row, variant), item in again.items():
+        one.scores[f"{row}{REALIGNED}", variant, "test"] = scores[item.label]
     for (row, variant), merged in one.merged.items():
         one.scores[row, variant, "test"] = scores[f"{row}/{variant}"]
         if merged.report.get("per_task"):
             of_tasks = {t: scores[f"{row}/{variant}/{t}"][t] for t in merged.report["per_task"]}
             one.scores[f"{row}{OF_TASKS}", variant, "test"] = of_tasks
+
+
+def _realigned(
+    table: Table, one: SetResults, pool: Pool, wholes: Mapping[tuple[str, str], ScoreItem]
+) -> dict[tuple[str, str], ScoreItem]:
+    """Return the base and each merge read through re-aligned heads, if the recipe wants that."""
+    recipe = table.recipe
+    if not (isinstance(recipe, PipelineRecipe) and recipe.realign_heads):
+        return {}
+    items = {(BASE, DEFAULT): references(one.proven(), one.unseen)[0], **wholes}
+    data = realign_data(table.suite, one.experts, recipe.sizes.calibration)
+    heads = heads_on_ray(pool, list(items.values()), data, table.root / HEADS / one.label)
+    return {place: item.realigned(heads[item.label]) for place, item in items.items()}
 
 
 def _scored(

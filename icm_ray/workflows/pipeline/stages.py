@@ -10,6 +10,7 @@ ratios/<set>/<row>/         ratios of the first set's learned rows, on test inpu
 random/<set>/<task>/        random adapters that controls merge
 probes/<task>/              the refitted linear probe and its test predictions
 search/<set>/<row>/         what Ray Tune tried for a row with `search`
+heads/<set>/<row>/<how>/    heads re-aligned for a merge, if the recipe wants that
 scores/<set>-<split>/       scores by content
 plan.json                   what is tried if the recipe names no methods
 report/                     the page, the table, Parquet and JSON
