@@ -78,6 +78,30 @@ def test_who_loses_beside_who_shares_is_our_own_evidence():
     assert len(rows) == 7
 
 
+def test_the_null_space_pages_numbers_are_our_own_evidence():
+    """Every cell of the table of objectives is a row of the suite's own tables."""
+    part = (DOCS / "nsc.md").read_text().split("## The objective")[1].split("##")[0]
+    lines = [line.strip("| ") for line in part.splitlines() if line.startswith("| ")]
+    rows = [re.split(r"\s*\|\s*", line) for line in lines]
+    checked = 0
+    for name, *cells in rows[2:]:
+        suite = re.search("text|lm|generation|vision", name)[0]
+        init = "own" if "own init" in name else "shared"
+        kept = []
+        for file in sorted((DOCS / "results" / suite).glob("*/results.parquet")):
+            told = pq.read_table(file).to_pylist()
+            scores = [ScoreRow(**{**row, "seen": bool(row.get("seen", True))}) for row in told]
+            if name.endswith("`rotation`"):
+                scores = [row for row in scores if row.task != "rotation"]
+            for row in summarise(scores, "test").of_init(init):
+                kept.append((100 * row.mean.mean, 100 * row.worst.mean))
+        for cell in filter(None, cells):
+            mean, worst = map(float, cell.split(" / "))
+            assert any(abs(mean - m) < 0.06 and abs(worst - w) < 0.06 for m, w in kept), cell
+            checked += 1
+    assert checked == 31
+
+
 @pytest.fixture
 def guide(tmp_path, monkeypatch):
     """The guide's folder: two adapters and their chats."""
