@@ -179,11 +179,14 @@ class AdapterActor:
         data: Mapping[str, TaskData],
         only: Sequence[str],
         batch: int,
-        heads: Mapping[str, Head],
+        heads: Mapping[str, Head] | None = None,
     ) -> dict[str, TaskScore]:
-        """Score base plus adapter (None: the base alone) on some of the tasks in `data`."""
+        """Score base plus adapter (None: the base alone) on some of the tasks in `data`.
+
+        `heads` read in place of the experts' own.
+        """
         adapter = self.hold(source) if source else None
-        wanted = with_heads({name: data[name] for name in only}, heads)
+        wanted = with_heads({name: data[name] for name in only}, heads or {})
         return evaluate(
             self.base, adapter, wanted, batch=batch, threads=self.threads, memory=self.said
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from icm_ray.adapters import open_adapter
 from icm_ray.base_model.loading import Base
 from icm_ray.base_model.low_rank import applied
+from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import head_features
 from icm_ray.evaluation.experts import Expert
 from icm_ray.evaluation.heads import Head
@@ -30,13 +31,20 @@ Answers = dict[tuple[str, str, int], Tensor]
 def realign_data(
     suite: Suite, experts: Mapping[str, Expert], limit: int | None
 ) -> dict[str, TaskData]:
-    """Return the calibration inputs of each task that a head reads, with its expert."""
+    """Return the calibration inputs of each task that a head reads, with its expert.
+
+    Raises:
+        RecipeError: no task is read through a head.
+    """
     known = task_data(suite, experts, "calibration", limit)
-    return {
+    found = {
         task: replace(item, expert=open_adapter(experts[task].adapter, task, saved_modules="drop"))
         for task, item in known.items()
         if item.head is not None
     }
+    if not found:
+        raise RecipeError("realign_heads: no task is read through a head. Leave it out.")
+    return found
 
 
 def realigned(

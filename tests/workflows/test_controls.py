@@ -48,6 +48,15 @@ def test_what_random_adapters_cannot_do_is_said_first(row, line, tmp_path):
         check_rows(recipe)
 
 
+def test_heads_that_are_not_there_are_not_realigned(tmp_path):
+    changes = {"suite": "lm", "tasks": ["code", "email"], "lora": {"targets": ["q_proj"]}}
+    recipe = PipelineRecipe(
+        **{**RECIPE, **changes}, output=str(tmp_path), methods=rows({}), realign_heads=True
+    )
+    with pytest.raises(RecipeError, match="realign_heads: no task is read through a head"):
+        check_rows(recipe)
+
+
 @pytest.fixture(scope="module")
 def out(tiny_bert, ray_session, tmp_path_factory):
     """A table with two controls and one merge, read through re-aligned heads too."""

@@ -126,6 +126,9 @@ def check_rows(recipe: PipelineRecipe) -> None:
     tasks = tasks or list(recipe.tasks or find_suite(recipe.suite).tasks)
     given = recipe.methods or []
     names = [row.name for row in given]
+    suite = find_suite(recipe.suite)
+    if recipe.realign_heads and not any(suite.task(t).headed for t in tasks if t in suite):
+        problems.append("realign_heads: no task is read through a head. Leave it out.")
     if recipe.budget and recipe.methods is not None:
         problems.append("budget: chooses among methods, but they are named. Leave one out.")
     for name in sorted(set(names)):
