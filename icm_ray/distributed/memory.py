@@ -104,10 +104,11 @@ class Sampler:
         peak: Largest sum seen, bytes.
         driver: This process's share of it.
         workers: Most workers seen at once.
+        largest: Most that one worker held, bytes.
     """
 
     def __init__(self) -> None:
-        self.peak = self.driver = self.workers = 0
+        self.peak = self.driver = self.workers = self.largest = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -129,6 +130,7 @@ class Sampler:
             own = _pss(me)
             sizes = [_pss(process) for process in workers]
             total = own + sum(sizes)
+            self.largest = max(self.largest, *sizes, 0)
             self.workers = max(self.workers, sum(size > 0 for size in sizes))
             if total > self.peak:
                 self.peak, self.driver = total, own

@@ -1,9 +1,11 @@
 """What `icm-ray plan` says of jobs that run a base, and that it is what they then do."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -167,9 +169,12 @@ EXPERTS = ROOT / "docs/results/text/experts/shared-seed0"
 TASKS = ("depth", "year")
 ADAPTERS = [{"name": task, "path": str(EXPERTS / task / "adapter")} for task in TASKS]
 INPUTS = {"adapters": ADAPTERS, "data": {"suite": "text", "inputs_per_task": 64}}
+TIMED = ("train_fusion", "search")
+"""Jobs whose seconds are held, too, on a machine that does little else: starts are estimates."""
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # DeepSpeed's
 @pytest.mark.parametrize(
     ("job", "run", "changes"),
     [
@@ -202,7 +207,7 @@ INPUTS = {"adapters": ADAPTERS, "data": {"suite": "text", "inputs_per_task": 64}
         ),
     ],
 )
-def test_a_worker_takes_the_memory_that_was_planned(job, run, changes, tmp_path, on_ray):
+def test_a_worker_takes_the_memory_and_time_that_were_planned(job, run, changes, tmp_path, on_ray):
     keys = {
         "base": "minilm",
         "resources": {"workers": 1},
@@ -220,8 +225,14 @@ def test_a_worker_takes_the_memory_that_was_planned(job, run, changes, tmp_path,
     )
     planned = json.loads(done.stdout[done.stdout.index("{") :])
     with Sampler() as sampler:
+        started = time.monotonic()
         run(load_recipe(kind, recipe), tmp_path / "out")
-    used = sampler.peak - sampler.driver
-    expected = planned["worker_bytes"] + planned["shared_bytes"]
+        spent = time.monotonic() - started
+    # Ray Train's workers start beside those that gathered task vectors, which are there still.
+    used = sampler.largest if job == "train_fusion" else sampler.peak - sampler.driver
+    expected, seconds = planned["worker_bytes"] + planned["shared_bytes"], planned["total_seconds"]
     print(f"{job}: planned {expected / 1e6:.0f} MB, used {used / 1e6:.0f} MB")
+    print(f"planned {seconds:.0f} s, took {spent:.0f} s")
     assert expected / 1.5 <= used <= 1.5 * expected
+    if job in TIMED and os.getloadavg()[1] <= 2 * (os.cpu_count() or 1):  # over five minutes
+        assert seconds / 1.5 <= spent <= 1.5 * seconds

@@ -23,6 +23,9 @@ from icm_ray.workflows.train_fusion import FusionMaterial, asked_of
 
 STATES = 3
 """Numbers kept of each parameter: itself and two moments."""
+TRAIN_SECONDS = 10.0
+"""Start and end of Ray Train: an estimate, of four processes one after the other that import torch
+on a machine that does nothing else."""
 KEPT = 2
 """Checkpoints of a training that are there at once."""
 
@@ -50,10 +53,11 @@ def plan_fusion(recipe: TrainFusionRecipe) -> tuple[Bench, JobPlan]:
     with alone(meta, order) as step:
         seconds["starting DeepSpeed"] = workers * (time.monotonic() - started)
         seconds[f"{spec.steps} steps"] = workers * stages_seconds(bench, spec, step)
+    starts = TRAIN_SECONDS + (bench.start_seconds if tasks else 0.0)  # with a base of their own
     table = meta.table.x.nbytes + meta.table.v.nbytes
     numbers = sum(leaf.nbytes for leaf in meta.vae.parameters())
     written = table + (1 + KEPT * STATES) * numbers
-    return bench, JobPlan(seconds, len(files), written=written, warnings=warnings)
+    return bench, JobPlan(seconds, len(files), starts=starts, written=written, warnings=warnings)
 
 
 def with_vectors(

@@ -18,7 +18,7 @@ from icm_ray.config import (
     SearchRecipe,
     TrainFusionRecipe,
 )
-from icm_ray.evidence.grams import SUM_ENTRIES
+from icm_ray.distributed.evidence import EVIDENCE_BATCH
 from icm_ray.learning.recipes import needs_grams
 from icm_ray.learning.tasks import LearnerData, load_inputs
 from icm_ray.merging.estimate import warnings_of
@@ -43,12 +43,14 @@ def _evidence(recipe: EvidenceRecipe) -> tuple[Bench, JobPlan]:
     data = LearnerData(load_inputs(recipe.data, [file.name for file in files]))
     base = prepared_base(recipe, data_of(recipe.data), splits=[recipe.data.split])
     bench = Bench(base, recipe.resources)
-    one = bench.forward(data, recipe.batch)
-    is_grams = recipe.kind == "gram_statistics"
-    passes = 1 if is_grams else 2  # the base's own states beside the adapter's
-    seconds = {recipe.kind.replace("_", " "): passes * one * count(data)}
-    gathered, warnings = grams_of(recipe, files) if is_grams else (0, warnings_of(files))
-    return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings))
+    if recipe.kind == "gram_statistics":
+        one = bench.grams(files, data, recipe.batch)
+        gathered, warnings = grams_of(recipe, files)
+    else:
+        one = 2 * bench.forward(data, recipe.batch)  # the base's own states beside the adapter's
+        gathered, warnings = 0, warnings_of(files)
+    seconds = {recipe.kind.replace("_", " "): one * count(data)}
+    return bench, JobPlan(seconds, len(files), gathered=gathered, warnings=tuple(warnings))
 
 
 def _learn(recipe: LearnRecipe) -> tuple[Bench, JobPlan]:
@@ -61,12 +63,12 @@ def _learn(recipe: LearnRecipe) -> tuple[Bench, JobPlan]:
     one = bench.forward(data, how.batch)
     seconds, gathered, warnings = {}, 0, warnings_of(files)
     if needs_grams(spec):
-        seconds["gram statistics"] = one * examples
+        seconds["gram statistics"] = bench.grams(files, data, EVIDENCE_BATCH) * examples
         gathered, warnings = grams_of(recipe, files)
     seconds["losses before and after"] = LOOKS * one * examples
     step = bench.step(spec, [file.load() for file in files], data)
     seconds[f"{how.steps} steps"] = how.steps * how.batch * len(files) * step
-    return bench, JobPlan(seconds, len(files), gathered, warnings=tuple(warnings))
+    return bench, JobPlan(seconds, len(files), gathered=gathered, warnings=tuple(warnings))
 
 
 def _evaluate(recipe: EvaluateRecipe) -> tuple[Bench, JobPlan]:
@@ -114,9 +116,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     workers = workers_here(recipe.resources, plan.items)
     whole = sum(plan.seconds.values())
     base = bench.session.shared
-    sums = min(2 * plan.gathered // plan.items, 8 * SUM_ENTRIES)  # float64, of one task at a time
-    own = peak_bytes() - bench.mapped + sums
-    time = bench.start_seconds + whole / workers + RAY_SECONDS
+    own = peak_bytes() - bench.mapped
+    time = bench.start_seconds + plan.starts + whole / workers + RAY_SECONDS
     summary = {
         "base": f"{base.path.name}, {base.bytes / 1e6:.0f} MB in {base.dtype}, "
         f"loaded in {bench.start_seconds:.1f} s",

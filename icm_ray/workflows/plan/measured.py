@@ -1,5 +1,6 @@
 """What one worker will need, measured here: the recipe's own base on a few of its own inputs."""
 
+import math
 import resource
 import sys
 import tempfile
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from icm_ray.adapters import AdapterFile
 from icm_ray.base_model.shared_base import share_base
 from icm_ray.base_model.states import batches_of, pooled
 from icm_ray.config import LearnSpec, Resources, StartSpec
 from icm_ray.distributed.session import Session
 from icm_ray.evaluation.scoring import TaskData, evaluate
+from icm_ray.evidence.grams import Grams, gather_grams
 from icm_ray.finetuning.expert import Lesson
 from icm_ray.finetuning.training import train_experts
 from icm_ray.learning.gradients import TaskGradients
@@ -69,6 +72,27 @@ class Bench:
                         pooled(self.base.model, one)
 
         return self.timed(run) / sum(len(inputs) for inputs, _ in few.values())
+
+    def grams(self, files: Sequence[AdapterFile], data: LearnerData, batch: int) -> float:
+        """Return the seconds of one input whose Gram statistics are gathered.
+
+        One adapter's first pass is made, with its sums; the others, which find no room beside them,
+        are reckoned to take as long.
+        """
+        adapter = files[0].load()
+        inputs, tokens = data.inputs[adapter.name]
+        batches = batches_of(self.base.reader, inputs[:FEW], tokens, batch)
+        modules = sorted({module for file in files for module in file.shapes})
+        directions, found = self.resources.gram_directions, list[Grams]()
+
+        def run() -> None:
+            found.clear()
+            found.append(
+                gather_grams(self.base.model, adapter, modules, batches, directions),
+            )
+
+        spent = self.timed(run) / len(inputs[:FEW])
+        return spent * math.ceil(len(modules) / (len(modules) - len(found[0].left)))
 
     def scored(
         self, data: Mapping[str, TaskData], batch: int, adapter: Adapter | None = None

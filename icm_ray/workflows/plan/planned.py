@@ -23,6 +23,7 @@ class JobPlan:
     Attributes:
         seconds: Of one worker, by stage.
         items: How many workers can share the work.
+        starts: Seconds of what starts beside Ray and the workers that hold the base.
         gathered: Bytes of Gram statistics, all tasks together, at most.
         written: Bytes of what is written beside them, where that is much.
         left_out: What is not tried, with the reason.
@@ -31,6 +32,7 @@ class JobPlan:
 
     seconds: Mapping[str, float]
     items: int
+    starts: float = 0.0
     gathered: int = 0
     written: int = 0
     left_out: Mapping[str, str] = field(default_factory=dict)

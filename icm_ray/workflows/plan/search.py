@@ -36,6 +36,9 @@ from icm_ray.workflows.train_fusion import FusionMaterial
 
 TRIED = 4
 """Trials of a search that are made, on a few examples each."""
+TUNE_SECONDS = 5.0
+"""Start and end of Ray Tune: an estimate, of two processes one after the other, that of trials
+among them, on a machine that does nothing else."""
 
 
 def plan_search(recipe: SearchRecipe) -> tuple[Bench, JobPlan]:
@@ -55,7 +58,8 @@ def plan_search(recipe: SearchRecipe) -> tuple[Bench, JobPlan]:
     items, grams, warnings = max(len(plan.files), *numbers), 0, warnings_of(plan.files)
     if plan.needs_grams:
         grams, warnings = grams_of(recipe, plan.files)
-    return bench, JobPlan(seconds, items, grams, warnings=tuple(warnings))
+    starts = TUNE_SECONDS * len(numbers)
+    return bench, JobPlan(seconds, items, starts=starts, gathered=grams, warnings=tuple(warnings))
 
 
 def _first_trials(plan: Plan) -> list[tuple[Search, int, list[Setting]]]:
@@ -108,7 +112,8 @@ class _Trials:
         """Return the seconds of what all trials share, by stage."""
         found = {}
         if self.plan.needs_grams:
-            found["gram statistics"] = self.forward * count(self.data)
+            one = self.bench.grams(self.plan.files, self.data, EVIDENCE_BATCH)
+            found["gram statistics"] = one * count(self.data)
         if self.plan.needs_fusion:
             found["task vectors"] = self.pair * count(self.data)
         if self.plan.needs_scores:
