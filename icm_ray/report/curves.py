@@ -11,14 +11,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from icm_ray.report.data import REFERENCES, ScoreRow
+from icm_ray.report.data import BASE, EXPERT, REFERENCES, ScoreRow
 from icm_ray.report.pictures import logarithmic, png
-from icm_ray.report.text import is_number
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Points by method, in the order of their first axis."""
@@ -39,26 +37,44 @@ def read_rows(path: Path) -> list[ScoreRow]:
 
 
 def curves_of(tables: Mapping[int, Sequence[ScoreRow]]) -> Curves:
-    """Return the mean gain that each method keeps in each table, by what the tables count.
+    """Return what each method keeps in each table, by what the tables count.
 
     Of a method with a tuned row that one is shown.
     """
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for count, rows in sorted(tables.items()):
-        for method, own in _merges(rows).items():
-            points[method].append((count, fmean(own)))
+        # A tuned row comes after the one at its defaults, and takes its place.
+        last = {method: kept for (method, _), kept in sorted(gain_kept(rows).items())}
+        for method, kept in last.items():
+            points[method].append((count, kept))
     return dict(points)
 
 
-def _merges(rows: Sequence[ScoreRow]) -> dict[str, list[float]]:
-    """Return what each merge keeps of the gain of the experts in it, on test data."""
-    kept: dict[tuple[str, bool], list[float]] = defaultdict(list)
-    for row in rows:
-        is_merge = row.split == "test" and row.seen and row.method not in REFERENCES
-        if is_merge and is_number(row.gain_kept):
-            kept[row.method, row.tuned].append(row.gain_kept)
-    # A tuned row comes after the one at its defaults, and takes its place.
-    return {method: own for (method, _), own in sorted(kept.items())}
+def gain_kept(rows: Sequence[ScoreRow], *, seen: bool = True) -> dict[tuple[str, bool], float]:
+    """Return the share of the experts' gain that each merge keeps on test data, all tasks together.
+
+    Gains over the base are summed before they are divided: with many tasks some experts have gained
+    so little that a share of theirs alone is noise. Tasks without a gain are left out.
+
+    Args:
+        rows: The scores of one set of experts, with those of the experts and of the base.
+        seen: Count the tasks whose experts were merged, or the others.
+
+    Returns:
+        The share by method and whether it was tuned.
+    """
+    test = [row for row in rows if row.split == "test"]
+    known = {(row.method, row.task): row.score for row in test if row.method in (BASE, EXPERT)}
+    gains = {t: known[EXPERT, t] - known[BASE, t] for method, t in known if method == EXPERT}
+    sums: dict[tuple[str, bool], list[tuple[float, float]]] = defaultdict(list)
+    for row in test:
+        gain = gains.get(row.task, 0.0)
+        if row.method not in REFERENCES and row.seen == seen and gain > 0:
+            sums[row.method, row.tuned].append((row.score - known[BASE, row.task], gain))
+    return {
+        merge: sum(kept for kept, _ in found) / sum(gain for _, gain in found)
+        for merge, found in sums.items()
+    }
 
 
 def write_curves(path: Path, panels: Mapping[str, Curves]) -> None:
