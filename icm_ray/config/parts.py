@@ -253,7 +253,7 @@ class Recipe(Part):
         if self.resources.on_broken_task == "evict" and not self.can_evict:
             raise ValueError("resources.on_broken_task: this job cannot go on without a task")
         if self.resources.grams != "full" and not self.can_gather:
-            raise ValueError("resources.grams: this job gathers no Gram statistics")
+            raise ValueError("resources.grams: this job gathers no Gram statistics. Leave it out")
         return self
 
     @property

@@ -78,6 +78,8 @@ def _train(session: Session, orders: Sequence[ExpertOrder], place: Path) -> None
 def _write(trained: TrainedExpert, order: ExpertOrder, scratch: Path, base: str) -> None:
     job, folder = order.lesson.job, order.folder
     info = {"key": order.key, **job.described, "base": base, "data": order.data}
+    if order.lesson.adapter is not None:
+        info["start"] = order.lesson.adapter.fingerprint
     # Apart from the expert, because it is twenty times as large and only some methods train on it.
     trajectory = folder.parents[2] / TRAJECTORIES / folder.parent.name / folder.name
     with whole_folder(trajectory, info=info) as target:

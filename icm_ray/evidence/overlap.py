@@ -66,6 +66,9 @@ def overlap_lines(overlap: Overlap) -> list[str]:
     pairs = {(a, b): overlap[a][b] for a, b in combinations(overlap, 2)}
     if not pairs:
         return []
+    if len(pairs) == 1:  # nothing to compare it with
+        [((a, b), one)] = pairs.items()
+        return [f"inputs: {a} and {b} share theirs to {one:.2f}, of 1 for the same inputs."]
     usual = median(pairs.values())
     close = {pair: c for pair, c in pairs.items() if c >= max(SHARED, usual + ABOVE)}
     if not close:

@@ -39,7 +39,7 @@ class ExpertJob:
         return {
             "task": self.task.name,
             "set": self.which.model_dump(),
-            "lora": self.lora.model_dump(exclude_none=True),
+            "lora": self.lora.model_dump(exclude={"start"}),
             "training": self.training.model_dump(exclude={"tasks_per_forward", "trajectory"}),
             **({} if alone else {"together": list(self.together)}),
         }

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from icm_ray.adapters.blocks import block_index
+from icm_ray.adapters.blocks import block_index, block_path
 from icm_ray.errors import InputError, RecipeError
 
 OUTPUTS = ("o_proj", "out_proj", "attention.output.dense", "attn.c_proj", "self_attn.dense", "wo")
@@ -69,7 +69,8 @@ class Targets:
         """
         blocks = {path: block_index(path) for path in modules}
         known = [index for index in blocks.values() if index is not None]
-        if len(known) < len(blocks):  # such as embeddings, before all blocks
+        stacks = {str(block_path(path)).rpartition(".")[0] for path in blocks}
+        if len(known) < len(blocks) or len(stacks) > 1:  # one may feed the other
             return
         targets = self.choose(blocks)
         is_one = len({path.rpartition(".")[0] for path in targets}) == 1

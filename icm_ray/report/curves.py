@@ -7,6 +7,7 @@ Each table is a pipeline's `results.parquet`. Import this module lazily: it need
 """
 
 import argparse
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from icm_ray.report.data import BASE, EXPERT, REFERENCES, ScoreRow
+from icm_ray.report.data import BASE, EXPERT, ScoreRow, is_reference
 from icm_ray.report.pictures import logarithmic, png
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -69,7 +70,7 @@ def gain_kept(rows: Sequence[ScoreRow], *, seen: bool = True) -> dict[tuple[str,
     sums: dict[tuple[str, bool], list[tuple[float, float]]] = defaultdict(list)
     for row in test:
         gain = gains.get(row.task, 0.0)
-        if row.method not in REFERENCES and row.seen == seen and gain > 0:
+        if not is_reference(row.method) and row.seen == seen and gain > 0:
             sums[row.method, row.tuned].append((row.score - known[BASE, row.task], gain))
     return {
         merge: sum(kept for kept, _ in found) / sum(gain for _, gain in found)
@@ -98,7 +99,7 @@ def write_curves(path: Path, panels: Mapping[str, Curves]) -> None:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.axhline(0, color="#888888", linewidth=0.8, linestyle="--")
             axes.set_xlabel(name)
-        columns[0].set_ylabel("share of the experts' gain that is kept")
+        columns[0].set_ylabel(f"share of the experts' gain that is kept (at least {FLOOR})")
         figure.legend(
             [lines[method] for method in methods],
             methods,
@@ -117,6 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--experts", nargs="*", default=[], help="tables as COUNT=FILE")
     parser.add_argument("--inputs", nargs="*", default=[], help="the same, over inputs a task")
     options = parser.parse_args(arguments)
+    said = [*options.experts, *options.inputs]
+    strange = [one for one in said if not re.fullmatch(r"\d+=.+", one)]
+    if strange or not said:
+        parser.error(
+            f"COUNT=FILE is wanted after --experts or --inputs, not {strange or 'nothing'}"
+        )
     asked = {"experts merged": options.experts, "unlabelled inputs a task": options.inputs}
     panels = {name: curves_of(dict(map(_table, files))) for name, files in asked.items() if files}
     write_curves(options.out, panels)

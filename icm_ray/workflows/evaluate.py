@@ -15,6 +15,7 @@ from icm_ray.errors import RecipeError
 from icm_ray.evaluation.experts import find_experts, heads_of, ready_experts
 from icm_ray.evaluation.realigned import realign_data
 from icm_ray.evaluation.scoring import TaskData, idle_lines, task_data, values
+from icm_ray.kinds import REALIGNED
 from icm_ray.learning.tasks import headless
 from icm_ray.merging.estimate import warn
 from icm_ray.suites import find_suite
@@ -66,7 +67,7 @@ def wanted(recipe: EvaluateRecipe) -> Wanted:
     names = [ref.name for ref in recipe.adapters]
     if unknown := sorted(set(experts) - set(suite.tasks)):
         raise RecipeError(f"experts: {', '.join(unknown)}: no task of suite {suite.name!r}.")
-    if taken := sorted(n for n in names if n in ("base", "expert") or n.startswith("expert ")):
+    if taken := sorted(name for name in names if _is_reference(name)):
         raise RecipeError(f"adapters: {', '.join(taken)}: a reference. Choose another name.")
     if problems := headless(suite, experts):
         raise RecipeError(problems)
@@ -90,6 +91,10 @@ def wanted(recipe: EvaluateRecipe) -> Wanted:
     if recipe.realign_heads:
         realign = realign_data(suite, experts, limits["calibration"])
     return Wanted(recipe, base, data, own, items, realign)
+
+
+def _is_reference(name: str) -> bool:
+    return name in ("base", "expert") or name.startswith("expert ") or name.endswith(REALIGNED)
 
 
 def run(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
@@ -119,11 +124,13 @@ def _score(recipe: EvaluateRecipe, target: Path) -> dict[str, Any]:
         opened(recipe.resources, asked.base, recipe.seed, preparing(recipe)) as session,
         session.pool(len(asked.items) + len(asked.own) + 1) as pool,
     ):
+        place = target / "scores"
+        # Scored first: what kills a worker is told apart there, by task.
+        found = score_on_ray(pool, asked.everything, asked.data, place, recipe.batch)
         again = [references(asked.own)[0], *asked.items] if asked.realign else []
         heads = heads_on_ray(pool, again, asked.realign, target / "heads", recipe.batch)
         again = [item.realigned(heads[item.label]) for item in again]
-        items = [*asked.everything, *again]
-        found = score_on_ray(pool, items, asked.data, target / "scores", recipe.batch)
+        found |= score_on_ray(pool, again, asked.data, place, recipe.batch)
     standings = Standings.among(found)
     warn(idle_lines(standings.expert, standings.base))
     scores: dict[str, Any] = {

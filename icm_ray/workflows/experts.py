@@ -20,7 +20,13 @@ VERSION = 1
 """Raise it when training or one of its defaults changes: older experts are not today's."""
 
 
-def expert_key(job: ExpertJob, base: str, data: str, recipe: FinetuneRecipe) -> str:
+def expert_key(
+    job: ExpertJob,
+    base: str,
+    data: str,
+    recipe: FinetuneRecipe,
+    start: AdapterFile | None = None,
+) -> str:
     """Return what identifies an expert's bytes: base, data and every hyper-parameter."""
     company = {"together": list(job.together)} if len(job.together) > 1 else {}
     return sha256_of(
@@ -38,7 +44,7 @@ def expert_key(job: ExpertJob, base: str, data: str, recipe: FinetuneRecipe) -> 
             "validation": recipe.sizes.validation,  # chose the probe the expert starts from
             "dtype": recipe.dtype,
             **company,
-            **({"start": start.fingerprint} if (start := start_of(recipe)) else {}),
+            **({"start": start.fingerprint} if start else {}),
         }
     )
 
@@ -112,10 +118,10 @@ def find_or_train(
         ready: Folder of the same layout whose experts are used where they are exactly these.
     """
     suite = find_suite(recipe.suite)
-    jobs = expert_jobs(recipe, suite)
+    jobs, start = expert_jobs(recipe, suite), start_of(recipe)
     base = session.shared.fingerprint
     keys = {
-        place: expert_key(job, base, suite.fingerprint(job.task.name), recipe)
+        place: expert_key(job, base, suite.fingerprint(job.task.name), recipe, start)
         for place, job in jobs.items()
     }
     folders = {place: root.joinpath("experts", *place) for place in jobs}
@@ -136,7 +142,6 @@ def find_or_train(
         # All of them, so that one more expert does not find other heads.
         probes = probes_of(session, recipe, root)
         heads = {task: read_probe(folder)[0] for task, folder in probes.items()}
-        start = start_of(recipe)
 
         def order(place: tuple[str, str]) -> ExpertOrder:
             task = place[1]

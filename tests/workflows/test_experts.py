@@ -58,7 +58,9 @@ def test_a_start_must_fit_the_new_lora(tiny_bert: Path, tmp_path: Path) -> None:
     assert start_of(recipe()).fingerprint == open_adapter(start).fingerprint
     assert start_of(recipe(start=None)) is None
     keys = {
-        expert_key(expert_jobs(one, SUITES["text"])["shared-seed0", "depth"], "b", "d", one)
+        expert_key(
+            expert_jobs(one, SUITES["text"])["shared-seed0", "depth"], "b", "d", one, start_of(one)
+        )
         for one in (
             recipe(),
             recipe(start=None),

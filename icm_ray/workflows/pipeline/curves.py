@@ -3,6 +3,8 @@
 ratios/<set>-training/  the mean ratio at each step, by task
 """
 
+from dataclasses import replace
+
 from icm_ray.distributed.actors import AdapterSource, CheckpointSource
 from icm_ray.distributed.evidence import EVIDENCE_BATCH
 from icm_ray.distributed.scores import ScoreItem, score_on_ray
@@ -23,7 +25,7 @@ def training_curves(table: Table, one: SetResults, pool: Pool) -> dict[str, Trai
     """Return a curve for each task whose expert was trained here, where something was learned.
 
     Ratios and scores are those of the LoRA at a step, ratios as a mean over modules on calibration
-    inputs, scores on as many validation examples through the finished head.
+    inputs, scores on as many validation examples through the finished head, or all there are.
     """
     place = (table.root / TRAJECTORIES / one.label).absolute()
     files = [f for f in one.proven() if one.learned and (place / f.name).is_dir()]
@@ -39,7 +41,8 @@ def training_curves(table: Table, one: SetResults, pool: Pool) -> dict[str, Trai
         for step in kept[file.name]
     }
     ratios = _ratios(table, one, pool, sources)
-    data = task_data(table.suite, one.experts, "validation", INPUTS)
+    whole = task_data(table.suite, one.experts, "validation", table.recipe.sizes.validation)
+    data = {t: replace(item, examples=item.examples.first(INPUTS)) for t, item in whole.items()}
     items = [ScoreItem(f"{t} {step}", source, (t,)) for (t, step), source in sources.items()]
     scores = score_on_ray(pool, items, data, table.root / "scores" / f"{one.label}-training")
     return {

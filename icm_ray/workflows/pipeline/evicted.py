@@ -40,6 +40,8 @@ def without_tasks(recipe: FinetuneRecipe, names: Collection[str]) -> FinetuneRec
         changes["adapters"] = others(recipe.adapters, theirs)
         order = _order(recipe) if recipe.methods else []
         kept = [row for row in recipe.methods or [] if not _loses_all(row, order, names)]
+        if recipe.methods and not kept:
+            return None
         changes["methods"] = recipe.methods and [_without(row, order, names) for row in kept]
         if recipe.adapters and not changes["adapters"]:
             return None

@@ -79,8 +79,10 @@ def score_test(table: Table, one: SetResults, pool: Pool) -> None:
         for task in merged.report.get("per_task", {}):
             own = AdapterSource(open_adapter(merged.folder / PER_TASK / task))
             parts.append(ScoreItem(f"{row}/{variant}/{task}", own, (task,)))
+    # Scored first: what kills a worker is told apart there, by task.
+    scores = _scored(table, one, pool, "test", [*wholes.values(), *parts])
     again = _realigned(table, one, pool, wholes)
-    scores = _scored(table, one, pool, "test", [*wholes.values(), *parts, *again.values()])
+    scores |= _scored(table, one, pool, "test", list(again.values())) if again else {}
     for (row, variant), item in again.items():
         one.scores[f"{row}{REALIGNED}", variant, "test"] = scores[item.label]
     for (row, variant), merged in one.merged.items():

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from icm_ray.adapters import check_base
 from icm_ray.config import FinetuneRecipe, PipelineRecipe
 from icm_ray.distributed.session import opened
 from icm_ray.evaluation.scoring import idle_lines
@@ -69,7 +70,8 @@ def settled_table(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, Suite, Path]:
         shared = recipe.training.tasks_per_forward > 1
         lora = with_targets(recipe.lora, base, shared=shared)
         recipe = recipe.model_copy(update={"lora": lora})
-        start_of(recipe)
+        if start := start_of(recipe):
+            check_base([start], base)
     return recipe, suite, base
 
 
