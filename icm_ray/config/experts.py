@@ -41,7 +41,8 @@ class Training(Part):
     train_examples: Positive = 4800
     checkpoints: Positive = Field(default=16, description="Kept of the trajectory, evenly spaced.")
     trajectory: Literal["second_half", "whole"] = Field(
-        default="second_half", description="whole: from the untrained LoRA on."
+        default="second_half",
+        description="whole: from the untrained LoRA on, for curves; a Fusion-VAE learns of it all.",
     )
     save_every: Positive = Field(
         default=50, description="Steps between states a killed run resumes from."

@@ -1,6 +1,7 @@
 """How far tasks' inputs coincide, by their Gram statistics: what one linear map is asked twice."""
 
 import math
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -13,9 +14,11 @@ Overlap = Mapping[str, Mapping[str, float]]
 """Cosine by task and task."""
 
 MOST_TASKS = 64
-"""Beyond, no overlap is measured: it would take longer than the inputs did."""
+"""Beyond, no overlap is measured."""
 MOST_INPUTS = 64
 """Distinct module inputs that are looked at, evenly spaced where there are more."""
+MOST_BYTES = 2e10
+"""Of Grams that are read: large ones are looked at in fewer inputs, at least one."""
 DIGITS = 4
 """More would depend on the order in which threads add up."""
 
@@ -34,19 +37,23 @@ def input_overlap(evidence: Evidence, tasks: Sequence[str]) -> dict[str, dict[st
         evidence: Gram statistics of any form.
         tasks: Whose; for fewer than two or more than 64 nothing is measured.
 
-    Cost: reads each Gram once for every other task, two in memory at a time.
+    Cost: reads each Gram once for every other task, two in memory at a time, up to `MOST_BYTES`.
     """
     if not 1 < len(tasks) <= MOST_TASKS:
         return {}
     tasks = sorted(tasks)
     sums = {task: dict.fromkeys(tasks, 0.0) for task in tasks}
     seen = {task: dict.fromkeys(tasks, 0) for task in tasks}
+    read = 0.0
     for module, count in _inputs(evidence, tasks):
+        if read > MOST_BYTES:
+            break
         squares = {}
         for place, task in enumerate(tasks):
             if (mine := _gram(evidence, module, task)) is None:
                 continue
             squares[task] = mine.inner(mine)
+            read += (place + 1) * sum(tensor.nbytes for tensor in mine.tensors().values())
             for other in tasks[:place]:
                 yours = _gram(evidence, module, other) if squares.get(other) else None
                 if yours is None or not squares[task]:
@@ -96,7 +103,7 @@ def _and(words: Sequence[str]) -> str:
 
 
 def _inputs(evidence: Evidence, tasks: Sequence[str]) -> list[tuple[str, int]]:
-    """Return a module of each distinct input, and how many modules read it."""
+    """Return a module of each distinct input, and how many modules read it, in a mixed order."""
     ends = tuple(f".{kind}.{task}" for kind in GRAM_KINDS for task in tasks)
     found = {n.removesuffix(end) for n in evidence.names for end in ends if n.endswith(end)}
     found |= {module for task in tasks for module in evidence.shared.get(task, {})}
@@ -106,7 +113,9 @@ def _inputs(evidence: Evidence, tasks: Sequence[str]) -> list[tuple[str, int]]:
         alike.setdefault(owners, []).append(module)
     groups = [(modules[0], len(modules)) for modules in alike.values()]
     kept = min(len(groups), MOST_INPUTS)
-    return [groups[i * len(groups) // kept] for i in range(kept)]
+    spread = [groups[i * len(groups) // kept] for i in range(kept)]
+    random.Random(0).shuffle(spread)  # so that an early end has seen every depth
+    return spread
 
 
 def _gram(evidence: Evidence, module: str, task: str) -> Gram | None:

@@ -100,3 +100,18 @@ def test_where_all_are_alike_nobody_shares_more() -> None:
     assert "no two tasks share theirs more" in line
     assert "median 0.90; at most 0.95, a and c" in line
     assert overlap_lines({}) == []
+
+
+def test_large_grams_are_looked_at_in_fewer_inputs_but_in_one_at_least(monkeypatch) -> None:
+    tensors = {
+        f"m{n}.gram.{task}": gram(10 * n + i) for n in range(4) for i, task in enumerate(TASKS)
+    }
+    monkeypatch.setattr(overlap_module, "MOST_BYTES", 0)
+    found = input_overlap(as_evidence(tensors), TASKS)["law"]["code"]
+    each = [cosine(tensors[f"m{n}.gram.law"], tensors[f"m{n}.gram.code"]) for n in range(4)]
+    assert any(found == pytest.approx(one, abs=1e-4) for one in each)
+
+
+def test_of_two_tasks_only_their_own_cosine_is_said() -> None:
+    (line,) = overlap_lines({"law": {"law": 1, "code": 0.98}, "code": {"law": 0.98, "code": 1}})
+    assert "law and code share theirs to 0.98" in line

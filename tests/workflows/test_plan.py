@@ -234,5 +234,9 @@ def test_a_worker_takes_the_memory_and_time_that_were_planned(job, run, changes,
     print(f"{job}: planned {expected / 1e6:.0f} MB, used {used / 1e6:.0f} MB")
     print(f"planned {seconds:.0f} s, took {spent:.0f} s")
     assert expected / 1.5 <= used <= 1.5 * expected
-    if job in TIMED and os.getloadavg()[1] <= 2 * (os.cpu_count() or 1):  # over five minutes
+    if job in TIMED:
+        if os.getloadavg()[1] > 2 * (os.cpu_count() or 1):  # over five minutes
+            pytest.skip(
+                "memory is as planned, and the machine too busy to hold seconds against a plan"
+            )
         assert seconds / 1.5 <= spent <= 1.5 * seconds

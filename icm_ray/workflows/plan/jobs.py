@@ -79,6 +79,10 @@ def _evaluate(recipe: EvaluateRecipe) -> tuple[Bench, JobPlan]:
     examples = sum(len(item.examples) for item in asked.data.values())
     seconds = {"base and experts": 2 * one * examples}
     seconds |= {item.label: one * examples for item in asked.items}
+    if asked.realign:
+        fitted = sum(len(item.examples) for item in asked.realign.values())
+        again = (examples + fitted) * (len(asked.items) + 1) + fitted
+        seconds["re-aligned heads"] = one * again
     return bench, JobPlan(seconds, len(asked.everything))
 
 
