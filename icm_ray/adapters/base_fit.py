@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from icm_ray.adapters.base_folder import BaseFolder, named, open_base, require_weights
-from icm_ray.adapters.base_skeleton import SAFELY, build, class_named, is_finite, model_classes
+from icm_ray.adapters.base_skeleton import (
+    SAFELY,
+    build,
+    class_named,
+    is_finite,
+    model_classes,
+    run_as_stored,
+)
 from icm_ray.adapters.config_keys import TASKS_WITH_HEADS, model_class
 from icm_ray.adapters.contents import EMBEDDING
 from icm_ray.adapters.fused import find_parameter, is_expert, matched_path, place_of
@@ -149,6 +156,7 @@ def _loaded(path: Path, kind: Any) -> Any:
     options = {"dtype": torch.float32, "device_map": {"": "cpu"}, **SAFELY}
     with named(path, "no loadable base model"):
         model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    run_as_stored(model)
     bad = [name for name, weight in model.named_parameters() if not is_finite(weight.detach())]
     if bad:
         expected = "NaN or infinity but finite weights are expected. Download the base again."

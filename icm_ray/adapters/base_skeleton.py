@@ -137,6 +137,17 @@ def missing_weights(base: BaseFolder) -> list[str]:
     return sorted(loading["missing_keys"])
 
 
+def run_as_stored(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing weights of 4 bits anew, as it does in place in a first pass.
+
+    It would where a processor has bfloat16, with scales in bfloat16: other numbers than elsewhere,
+    and an error for layers of a width that it cannot pack.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Say whether no number is NaN or infinite, without a copy; only plain floats are looked at."""
     if not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from icm_ray.adapters.base_folder import BaseFolder, named
-from icm_ray.adapters.base_skeleton import SAFELY, own_class, silent
+from icm_ray.adapters.base_skeleton import SAFELY, own_class, run_as_stored, silent
 from icm_ray.errors import InputError
 
 
@@ -33,4 +33,5 @@ def load_packed(base: BaseFolder, plan: Mapping[str, str], dtype: torch.dtype) -
     for weight in model.parameters():  # transformers leaves them as they are stored
         if weight.is_floating_point():
             weight.data = weight.data.to(dtype)
+    run_as_stored(model)
     return model
