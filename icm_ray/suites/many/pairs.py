@@ -9,16 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from icm_ray.suites.many.sources import (
-    Part,
-    days,
-    drawn,
-    modules,
-    passages,
-    plain_words,
-    split_of,
-)
-from icm_ray.suites.text.sources import STEM_LETTERS, Candidate, Synset
+from icm_ray.suites.many.sources import PASSAGE_WORDS, Part, days, drawn, plain_words, split_of
+from icm_ray.suites.text.sources import STEM_LETTERS, Candidate, Synset, modules, passages
 
 DEFINITION_WORDS = range(2, 15)
 """Longer ones cost tokens, and a pair has two."""
@@ -207,7 +199,7 @@ def follow_candidates(library: Path, classes: Sequence[str]) -> Iterator[Candida
 
 def continue_candidates(speeches: Path, classes: Sequence[str]) -> Iterator[Candidate]:
     """Yield two passages, of which the second goes on with the first, or is of a speech near it."""
-    texts = {document: own for document, _, own in passages(speeches)}
+    texts = {document: own for document, _, own in passages(speeches, PASSAGE_WORDS)}
     by_split = defaultdict(list)
     for document in texts:
         by_split[split_of(document)].append(document)

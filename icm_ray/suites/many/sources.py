@@ -5,7 +5,6 @@ They keep the order of the source; whatever is drawn is drawn by a keyed hash.
 
 import datetime
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -14,13 +13,12 @@ from pathlib import Path
 from icm_ray.suites.generation.build_extracts import WORDINGS, worded
 from icm_ray.suites.many import MANY
 from icm_ray.suites.text.sources import (
-    FOREIGN_NOTICE,
-    LINE_LETTERS,
-    NOT_CPYTHON,
     PARTS,
     STEM_LETTERS,
     Candidate,
     Synset,
+    modules,
+    passages,
 )
 
 SIZES = {"train": 1600, "calibration": 1024, "validation": 256, "test": 512}
@@ -118,40 +116,19 @@ def package_candidates(library: Path) -> Iterator[Candidate]:
                     yield Candidate(line, names.index(name), document, name)
 
 
-def modules(library: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the path of each module of CPython's `Lib` under its own licence, with its lines."""
-    for path in sorted(library.rglob("*.py")):
-        document = path.relative_to(library)
-        source = path.read_text(encoding="utf-8", errors="replace")
-        if document.parts[0] in NOT_CPYTHON or FOREIGN_NOTICE.search(source) or "\ufffd" in source:
-            continue
-        lines = [line.strip() for line in source.splitlines()]
-        yield document.as_posix(), [line for line in lines if len(line) in LINE_LETTERS]
-
-
 def party_candidates(speeches: Path) -> Iterator[Candidate]:
     """Yield passages of State of the Union addresses with the president's party."""
     names = MANY.tasks["party"].classes
-    for document, speech, texts in passages(speeches):
+    for document, speech, texts in passages(speeches, PASSAGE_WORDS):
         party = speech["party"].lower()
         if speech["year"] >= FIRST_PARTY_YEAR and party in names:
             for text in texts:
                 yield Candidate(text, names.index(party), document, party)
 
 
-def passages(speeches: Path) -> Iterator[tuple[str, dict, list[str]]]:
-    """Yield the name of each address, what is known of it, and its passages in their order."""
-    for path in sorted(speeches.glob("[12]*.json")):
-        speech = json.loads(path.read_text(encoding="utf-8"))
-        words = speech["text"].split()
-        starts = range(0, len(words) - PASSAGE_WORDS + 1, PASSAGE_WORDS)
-        texts = [" ".join(words[start : start + PASSAGE_WORDS]) for start in starts]
-        yield path.stem, speech, texts
-
-
 def year_candidates(speeches: Path) -> Iterator[Candidate]:
     """Yield passages with their year, a decade a stratum."""
-    for document, speech, texts in passages(speeches):
+    for document, speech, texts in passages(speeches, PASSAGE_WORDS):
         for text in texts:
             yield Candidate(text, speech["year"], document, str(speech["year"] // 10))
 

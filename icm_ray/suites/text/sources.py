@@ -150,31 +150,47 @@ def depth_candidates(synsets: Mapping[str, Synset]) -> Iterator[Candidate]:
             yield Candidate(text, depth[synset.offset], synset.offset)
 
 
-def keyword_candidates(library: Path) -> Iterator[Candidate]:
-    """Yield lines of CPython's `Lib` whose first word, a keyword, is blanked, with the keyword."""
-    names = TEXT.tasks["keyword"].classes
+def modules(library: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the path of each module of CPython's `Lib` under its own licence, with its lines."""
     for path in sorted(library.rglob("*.py")):
         document = path.relative_to(library)
         source = path.read_text(encoding="utf-8", errors="replace")
         if document.parts[0] in NOT_CPYTHON or FOREIGN_NOTICE.search(source) or "\ufffd" in source:
             continue
-        for line in map(str.strip, source.splitlines()):
+        lines = [line.strip() for line in source.splitlines()]
+        yield document.as_posix(), [line for line in lines if len(line) in LINE_LETTERS]
+
+
+def keyword_candidates(library: Path) -> Iterator[Candidate]:
+    """Yield lines of CPython's `Lib` whose first word, a keyword, is blanked, with the keyword."""
+    names = TEXT.tasks["keyword"].classes
+    for document, lines in modules(library):
+        for line in lines:
             word, _, rest = line.partition(" ")
-            if word in names and len(line) in LINE_LETTERS:
-                text = f"{BLANK} {rest.strip()}"
-                yield Candidate(text, names.index(word), document.as_posix(), word)
+            if word in names:
+                yield Candidate(f"{BLANK} {rest.strip()}", names.index(word), document, word)
+
+
+def passages(speeches: Path, size: int) -> Iterator[tuple[str, dict, list[str]]]:
+    """Yield the name of each State of the Union address, what is known of it, and its passages.
+
+    Args:
+        speeches: Folder of the addresses.
+        size: Words of a passage; they come in their order.
+    """
+    for path in sorted(speeches.glob("[12]*.json")):
+        speech = json.loads(path.read_text(encoding="utf-8"))
+        words = speech["text"].split()
+        starts = range(0, len(words) - size + 1, size)
+        yield path.stem, speech, [" ".join(words[start : start + size]) for start in starts]
 
 
 def year_candidates(speeches: Path) -> Iterator[Candidate]:
     """Yield passages of State of the Union addresses with their year."""
-    paths = sorted(speeches.glob("[12]*.json"))
-    for number, path in enumerate(paths):
-        speech = json.loads(path.read_text(encoding="utf-8"))
-        words = speech["text"].split()
+    for number, (document, speech, texts) in enumerate(passages(speeches, PASSAGE_WORDS)):
         stratum = f"{number // SPEECHES_PER_STRATUM:02d}"
-        for start in range(0, len(words) - PASSAGE_WORDS + 1, PASSAGE_WORDS):
-            text = " ".join(words[start : start + PASSAGE_WORDS])
-            yield Candidate(text, speech["year"], path.stem, stratum)
+        for text in texts:
+            yield Candidate(text, speech["year"], document, stratum)
 
 
 def syllable_candidates(dictionary: Path) -> Iterator[Candidate]:
