@@ -104,6 +104,15 @@ class FinetuneRecipe(Recipe):
     output: str = Field(min_length=1)
 
 
+RealignHeads = Annotated[
+    bool,
+    Field(
+        description="Also score with heads whose outputs are fitted to the experts' answers to "
+        "the calibration inputs, the base beside them; the heads are written."
+    ),
+]
+
+
 class EvaluateRecipe(Recipe):
     """Recipe of `jobs.evaluate`: score adapters on a suite's tasks against its experts."""
 
@@ -119,9 +128,5 @@ class EvaluateRecipe(Recipe):
     split: Literal["validation", "test"] = "test"
     examples: Positive | None = Field(default=None, description=_usual(256))
     batch: Positive = 64
-    realign_heads: bool = Field(
-        default=False,
-        description="Also score with heads whose outputs are fitted to the experts' answers to "
-        "the calibration inputs, the base beside them; the heads are written.",
-    )
+    realign_heads: RealignHeads = False
     output: str = Field(min_length=1)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from icm_ray.config.experts import FinetuneRecipe
+from icm_ray.config.experts import FinetuneRecipe, RealignHeads
 from icm_ray.config.fusion import EngineSpec, FusionChanges, InContext
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import Name, Part, Positive, ReadyAdapters, Resources
@@ -111,11 +111,7 @@ class PipelineRecipe(FinetuneRecipe):
         default=None,
         description="How DeepSpeed trains the rows' Fusion-VAEs; None: each whole in one task.",
     )
-    realign_heads: bool = Field(
-        default=False,
-        description="Also score with heads whose outputs are fitted to the experts' answers to "
-        "the calibration inputs, the base beside them; the heads are written.",
-    )
+    realign_heads: RealignHeads = False
     tune: Literal["each set", "once an init"] = Field(
         default="each set",
         description="Choose settings for each set of experts, or with the first of each init.",
