@@ -137,7 +137,7 @@ def missing_weights(base: BaseFolder) -> list[str]:
     return sorted(loading["missing_keys"])
 
 
-def run_as_stored(model: nn.Module) -> None:
+def run_as_stored(model: Any) -> None:
     """Keep bitsandbytes from packing weights of 4 bits anew, as it does in place in a first pass.
 
     It would where a processor has bfloat16, with scales in bfloat16: other numbers than elsewhere,
