@@ -20,6 +20,11 @@ def block_path(path: str) -> str | None:
     return f"{found[1] or ''}{found[2]}" if found else None
 
 
+def ends_in(path: str, ends: Iterable[str]) -> bool:
+    """Say whether a path is one of some names, or ends in one after a dot."""
+    return any(f".{path}".endswith(f".{end}") for end in ends)
+
+
 def runs_of(modules: Iterable[str], runs: int) -> dict[str, int]:
     """Return which of `runs` equal runs of blocks each module is in; the first has what is in none.
 

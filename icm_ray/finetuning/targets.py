@@ -7,6 +7,7 @@ from torch import nn
 
 from icm_ray.adapters.base_folder import open_base
 from icm_ray.adapters.base_skeleton import build, own_class
+from icm_ray.adapters.blocks import ends_in
 from icm_ray.config import LoRARecipe
 from icm_ray.errors import RecipeError, did_you_mean
 
@@ -59,7 +60,7 @@ def _check_known(lora: LoRARecipe, model: nn.Module, own: Any) -> None:
         )
     every = [path for path, _ in model.named_modules()]
     named = lora.targets if isinstance(lora.targets, list) else []
-    lost = [name for name in named if not any(f".{path}".endswith(f".{name}") for path in every)]
+    lost = [name for name in named if not any(ends_in(path, [name]) for path in every)]
     if lost:
         raise RecipeError(
             f"lora.targets: {name!r} is no module of the base.{did_you_mean(name, ends)}"

@@ -10,7 +10,7 @@ from icm_ray.checkpoint import Checkpoint
 from icm_ray.config import OptimisationSpec
 from icm_ray.errors import InputError, RecipeError
 from icm_ray.learning.gradients import Share
-from icm_ray.learning.targets import BLIND
+from icm_ray.learning.targets import UNREACHED
 
 STATE = "learning.safetensors"
 
@@ -59,7 +59,7 @@ class Descent:
         losses = {task: loss for share in in_order for task, loss in share.losses.items()}
         self._refuse_lost(losses)
         if not any(share.gradients for share in in_order):
-            raise InputError(BLIND)
+            raise InputError(UNREACHED)
         factors = self._factors(losses)
         for name, leaf in self.leaves.items():
             parts = [

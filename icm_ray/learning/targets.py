@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from icm_ray.adapters.blocks import block_index, block_path
+from icm_ray.adapters.blocks import block_index, block_path, ends_in
 from icm_ray.errors import InputError, RecipeError
 
 OUTPUTS = ("o_proj", "out_proj", "attention.output.dense", "attn.c_proj", "self_attn.dense", "wo")
@@ -13,7 +13,7 @@ VALUES = ("v_proj", "value", "query_key_value", "qkv_proj", "qkv", "c_attn", "wv
 """Usual names of attention's output and value projections, as a path ends."""
 INPUTS = (*VALUES, "q_proj", "k_proj", "query", "key", "wq", "wk")
 """Those that read their block's input as it is: none of them lies behind another one."""
-BLIND = (
+UNREACHED = (
     "targets: no adapted module changes what they read, so the loss depends on no coefficient. "
     "Merge adapters of more layers, name targets behind adapted modules (learn.objective.names, "
     "blocks), or learn by outputs: distillation, task_vector_match."
@@ -61,7 +61,7 @@ class Targets:
             )
         return tuple(sorted(chosen))
 
-    def refuse_blind(self, modules: Iterable[str]) -> None:
+    def refuse_unreached(self, modules: Iterable[str]) -> None:
         """Raise InputError if no target among `modules` of a merge lies behind another of them.
 
         Names tell that of attention's inputs in the first adapted block; of other modules a pass
@@ -74,10 +74,8 @@ class Targets:
             return
         targets = self.choose(blocks)
         is_one = len({path.rpartition(".")[0] for path in targets}) == 1
-        if is_one and all(
-            blocks[path] == min(known) and _ends_with(path, INPUTS) for path in targets
-        ):
-            raise InputError(BLIND)
+        if is_one and all(blocks[path] == min(known) and ends_in(path, INPUTS) for path in targets):
+            raise InputError(UNREACHED)
 
     def _wanted(self, adapted: Sequence[int]) -> Sequence[int]:
         if self.blocks is not None:
@@ -89,11 +87,7 @@ class Targets:
             return list(paths)
         if self.names == "output":
             for ends in (OUTPUTS, VALUES):
-                if found := [path for path in paths if _ends_with(path, ends)]:
+                if found := [path for path in paths if ends_in(path, ends)]:
                     return found
             return list(paths[-1:])
-        return [path for path in paths if _ends_with(path, self.names)]
-
-
-def _ends_with(path: str, ends: Sequence[str]) -> bool:
-    return any(path == end or path.endswith(f".{end}") for end in ends)
+        return [path for path in paths if ends_in(path, self.names)]

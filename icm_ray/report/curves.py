@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from icm_ray.report.data import BASE, EXPERT, ScoreRow, is_reference
+from icm_ray.report.learned_pictures import colours_of
 from icm_ray.report.pictures import logarithmic, png
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -25,7 +26,6 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 HEIGHT = 4.2
 FLOOR = -0.5
 """Of the picture: a merge that breaks every task would squeeze the others."""
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#888888", "#A0522D")
 MARKERS = "osD^vPXp*"
 
 
@@ -82,8 +82,8 @@ def write_curves(path: Path, panels: Mapping[str, Curves]) -> None:
     """Write one PNG with a panel for each axis, named by what it counts."""
     methods = sorted({method for curves in panels.values() for method in curves})
     styles = {
-        method: {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)]}
-        for n, method in enumerate(methods)
+        method: {"color": colour, "marker": MARKERS[n % len(MARKERS)]}
+        for n, (method, colour) in enumerate(zip(methods, colours_of(methods), strict=True))
     }
 
     def draw(figure: Figure) -> None:

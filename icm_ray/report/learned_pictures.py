@@ -1,6 +1,6 @@
 """Pictures of learned merges: ratios before and after, quartiles, shares of experts, losses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def training_picture(curves: Mapping[str, TrainingCurve]) -> str:
     def draw(figure: Figure) -> None:
         grid = figure.subplots(len(grouped), 3, squeeze=False)
         for panels, (kind, tasks) in zip(grid, sorted(grouped.items()), strict=True):
-            for colour, task in zip(COLOURS * len(tasks), tasks, strict=False):
+            for colour, task in zip(colours_of(tasks), tasks, strict=True):
                 curve = curves[task]
                 shown = {"ratio": curve.ratios, "loss": curve.losses, "score": curve.scores}
                 for axes, (name, values) in zip(panels, shown.items(), strict=True):
@@ -107,7 +107,7 @@ def learned_picture(row: LearnedRow) -> str:
         heights = [PART + 0.27 * len(tasks), 2.4]
         above, below = figure.subplots(2, 1, height_ratios=heights)
         draw_heat(above, values, tasks, list(modules.values()), "cividis", _bounds(values))
-        for colour, (task, losses) in zip(_colours(learned), learned.items(), strict=True):
+        for colour, (task, losses) in zip(colours_of(learned), learned.items(), strict=True):
             below.plot(losses, color=colour, alpha=0.25, linewidth=0.7)
             below.plot(_running(losses), color=colour, linewidth=1.4, label=clip(task))
         below.set_xlabel("step")
@@ -138,7 +138,8 @@ def _bounds(values: np.ndarray) -> tuple[float, float]:
     return (low, high) if high - low > 1e-9 else (low - 0.01, high + 0.01)
 
 
-def _colours(names: Mapping[str, object]) -> list[str]:
+def colours_of(names: Collection[str]) -> list[str]:
+    """Return a colour for each name; with more than there are, they come again."""
     return [COLOURS[i % len(COLOURS)] for i in range(len(names))]
 
 

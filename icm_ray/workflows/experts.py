@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from icm_ray.adapters import AdapterFile, open_adapter
+from icm_ray.adapters.blocks import ends_in
 from icm_ray.config import FinetuneRecipe
 from icm_ray.distributed.actors import AdapterSource
 from icm_ray.distributed.finetune import ExpertOrder, train_groups
@@ -66,14 +67,14 @@ def start_of(recipe: FinetuneRecipe) -> AdapterFile | None:
             f"lora.start: {file.path} has rank {rank} but lora.rank is {lora.rank}. Merge it with "
             f"output.rank={lora.rank}, or raise lora.rank."
         )
-    if isinstance(lora.targets, list):
-        ends = tuple(lora.targets)
-        strange = [m for m in file.shapes if not any(f".{m}".endswith(f".{end}") for end in ends)]
-        if strange:
-            problems.append(
-                f"lora.start: {file.path} adapts {strange[0]} and {len(strange) - 1} more but "
-                f"lora.targets are {', '.join(ends)}. Name them, too."
-            )
+    ends = (
+        lora.targets if isinstance(lora.targets, list) else None
+    )  # a pattern is the base's to tell
+    if ends and (strange := [module for module in file.shapes if not ends_in(module, ends)]):
+        problems.append(
+            f"lora.start: {file.path} adapts {strange[0]} and {len(strange) - 1} more but "
+            f"lora.targets are {', '.join(ends)}. Name them, too."
+        )
     if file.layouts:
         problems.append(f"lora.start: {file.path} adapts more than linear layers. Start anew.")
     if problems:

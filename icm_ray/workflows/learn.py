@@ -30,7 +30,7 @@ from icm_ray.fusion.in_context import Context, context_specs
 from icm_ray.fusion.latent import check_beneath
 from icm_ray.fusion.store import load_fusion
 from icm_ray.learning.learner import Run
-from icm_ray.learning.objectives import refuse_blind
+from icm_ray.learning.objectives import refuse_unreached
 from icm_ray.learning.recipes import Plan, grams_in, needs_grams, plan_of, spec_of
 from icm_ray.learning.shares import shares_of
 from icm_ray.learning.tasks import LearnerData, experts_for, learner_data
@@ -120,7 +120,7 @@ def request_of(recipe: LearnRecipe) -> LearnRequest:
     else:
         spec = spec_of(recipe.method, recipe.learn)
     refuse_form(spec, recipe.resources)
-    refuse_blind(spec.objective, {module for file in files for module in file.shapes})
+    refuse_unreached(spec.objective, {module for file in files for module in file.shapes})
     tasks = [file.name for file in files]
     experts = experts_for(spec.objective, recipe.heads, recipe.data, refs)
     data = learner_data(recipe.data, tasks, [spec.objective], experts)

@@ -63,8 +63,8 @@ def test_targets_that_no_merge_changes_are_refused(last: str) -> None:
     paths = [f"layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", last)]
     if last == "v_proj":
         with pytest.raises(InputError, match="the loss depends on no coefficient"):
-            Targets().refuse_blind(paths)
+            Targets().refuse_unreached(paths)
     else:
-        Targets().refuse_blind(paths)
-    Targets().refuse_blind([*paths, "layers.1.self_attn.v_proj"])
-    Targets().refuse_blind([*paths, "embed_tokens"])
+        Targets().refuse_unreached(paths)
+    Targets().refuse_unreached([*paths, "layers.1.self_attn.v_proj"])
+    Targets().refuse_unreached([*paths, "embed_tokens"])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from icm_ray.adapters.blocks import ends_in
 from icm_ray.adapters.contents import PREFIX, tensor_keys
 from icm_ray.adapters.formats.view import Stored, View
 from icm_ray.adapters.fused import INNER, expert_layout, wrapper_paths
@@ -59,7 +60,7 @@ def per_expert(view: View, config: PlainConfig) -> View:
             stored[key_b] = replace(places[1], columns=range(expert, experts * rank, experts))
     if problems:
         raise InputError(f"{view.file}: {line}" for line in by_cause(problems))
-    idle = [t for t in targets if not any(f".{path}".endswith(f".{t}") for path in wrappers)]
+    idle = [t for t in targets if not any(ends_in(path, [t]) for path in wrappers)]
     told = (f"{view.file}: target_parameters: {short(t)} has no tensors." for t in idle)
     notes = (*view.notes, *told)
     form = f"{view.format}, fused experts"

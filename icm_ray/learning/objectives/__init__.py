@@ -129,11 +129,11 @@ def objective_of(spec: ObjectiveSpec, base: Base | None) -> Objective:
     return OBJECTIVES[spec.kind].make(spec, base)
 
 
-def refuse_blind(spec: ObjectiveSpec, modules: Iterable[str]) -> None:
+def refuse_unreached(spec: ObjectiveSpec, modules: Iterable[str]) -> None:
     """Raise InputError if an objective looks at inputs that no merge of `modules` changes."""
     objective = objective_of(spec, None)
     if isinstance(objective, NullSpaceRatio | RowSpaceMatch):
-        objective.targets.refuse_blind(modules)
+        objective.targets.refuse_unreached(modules)
 
 
 def reads_heads(spec: ObjectiveSpec) -> bool:

@@ -143,8 +143,7 @@ def _scoring(table: Table, one: SetResults, row: MethodRow, speed: Speed) -> flo
     settings = len(list(variants(row)))
     validation, test = (_examples(table, one, split) for split in ("validation", "test"))
     validated = settings if row.grid or table.validates_all else 0
-    recipe = table.recipe
-    if isinstance(recipe, PipelineRecipe) and recipe.realign_heads:
+    if table.realigns:
         test = 2 * test + _examples(table, one, "calibration")
     return merge * settings + (validated * validation + 2 * test) * speed.merge
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from icm_ray.adapters import open_adapter
-from icm_ray.config import MethodRow, PipelineRecipe
+from icm_ray.config import MethodRow
 from icm_ray.distributed.actors import AdapterSource, MergeSource
 from icm_ray.distributed.cluster import run_tasks
 from icm_ray.distributed.heads import heads_on_ray
@@ -96,11 +96,10 @@ def _realigned(
     table: Table, one: SetResults, pool: Pool, wholes: Mapping[tuple[str, str], ScoreItem]
 ) -> dict[tuple[str, str], ScoreItem]:
     """Return the base and each merge read through re-aligned heads, if the recipe wants that."""
-    recipe = table.recipe
-    if not (isinstance(recipe, PipelineRecipe) and recipe.realign_heads):
+    if not table.realigns:
         return {}
     items = {(BASE, DEFAULT): references(one.proven(), one.unseen)[0], **wholes}
-    data = realign_data(table.suite, one.experts, recipe.sizes.calibration)
+    data = realign_data(table.suite, one.experts, table.recipe.sizes.calibration)
     heads = heads_on_ray(pool, list(items.values()), data, table.root / HEADS / one.label)
     return {place: item.realigned(heads[item.label]) for place, item in items.items()}
 

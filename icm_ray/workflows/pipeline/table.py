@@ -203,6 +203,11 @@ class Table:
         return self.recipe.engine if isinstance(self.recipe, PipelineRecipe) else None
 
     @property
+    def realigns(self) -> bool:
+        """Whether merges are read through re-aligned heads, too."""
+        return isinstance(self.recipe, PipelineRecipe) and self.recipe.realign_heads
+
+    @property
     def validates_all(self) -> bool:
         """Whether rows without a grid are scored on validation data too, to choose the best."""
         recipe = self.recipe
