@@ -20,7 +20,7 @@ from icm_ray.adapters.fused import is_expert
 from icm_ray.config import MergeRecipe, folder_names
 from icm_ray.errors import InputError, one_line
 from icm_ray.files import refuse_inputs
-from icm_ray.linalg.radix import digits_for
+from icm_ray.linalg.radix import most_bins
 from icm_ray.merging.cut import serving_rank
 from icm_ray.merging.folder import dtype_name
 from icm_ray.merging.order import MergeOrder, MergeRequest, idle_lines, plan_merge
@@ -202,8 +202,7 @@ def _sizes(
     row, counts = find_method(order.method), 0
     looks = len(passes_of(order)) + 1
     if looks > 2:  # of all tasks: a module's, their sum, and the sum's sums
-        bins = max(digit.bins for digit in digits_for(len(order.tasks)))
-        counts = 4 * BYTES["float64"] * bins * len(order.tasks)
+        counts = 4 * BYTES["float64"] * most_bins(len(order.tasks)) * len(order.tasks)
     for module, tasks in order.present.items():
         d_out, d_in, _ = shapes[tasks[0]][module]
         total = sum(shapes[task][module][2] for task in tasks)
