@@ -52,17 +52,20 @@ def trim_passes(entries: Entries, density: float, *, by_rows: bool = False) -> t
     last = Pass(partial(_count_signs, entries), partial(_conclude_signs, density < 1))
     if density >= 1:
         return (last,)
-    found = [
-        Pass(partial(_count_digit, entries, number), partial(_conclude_digit, density, number))
+    digits = [
+        Pass(
+            partial(_count_digit, entries, number),
+            partial(_conclude_digit, density, number),
+            # Few tasks need two; after a guess that was right, none.
+            share=0.0 if by_rows or number > 1 else 1.0,
+        )
         for number in range(radix.MOST_DIGITS)
     ]
-    if by_rows:
-        guess = [
-            Pass(partial(_count_some, entries), partial(_conclude_some, density)),
-            Pass(partial(_count_near, entries), partial(_conclude_near, density)),
-        ]
-        found = [*guess, *found]
-    return *found, last
+    if not by_rows:
+        return *digits, last
+    some = Pass(partial(_count_some, entries), partial(_conclude_some, density), 1 / SAMPLED)
+    near = Pass(partial(_count_near, entries), partial(_conclude_near, density))
+    return some, near, *digits, last
 
 
 def thresholds(context: ModuleContext) -> Float[Tensor, " tasks"]:
