@@ -48,6 +48,11 @@ class MethodRow(Part):
         default=None,
         description="icm_fusion: adapt the fused latent on inputs; direct: then the LoRA too.",
     )
+    again: bool = Field(
+        default=False,
+        description="Gram statistics as they are in one merged adapter: gathered again through "
+        "RegMean's merge of the experts' own; for methods that read them, or start from one.",
+    )
     inputs: Positive | None = Field(
         default=None, description="Inputs a task to learn from; None: sizes.calibration."
     )

@@ -166,12 +166,24 @@ class AdapterActor:
             return example_ratios(self.base.model, adapter, judge.load(), batches)
 
     def grams(
-        self, source: Source, order: GramOrder, inputs: Inputs, max_tokens: int, batch: int
+        self,
+        source: AdapterSource,
+        order: GramOrder,
+        inputs: Inputs,
+        max_tokens: int,
+        batch: int,
+        merge: Source | None = None,
     ) -> None:
-        """Write the Gram statistics of one adapter's own inputs to their parts."""
+        """Write the Gram statistics of one adapter's own inputs to their parts.
+
+        With a merge they are read through it, under the adapter's name.
+        """
         batches = batches_of(self.base.reader, inputs, max_tokens, batch)
+        adapter = self.hold(merge or source)
+        if merge:
+            adapter = replace(adapter, name=source.name, fingerprint=source.fingerprint)
         with kernel_threads(self.threads):
-            gather_parts(self.base.model, self.hold(source), batches, order)
+            gather_parts(self.base.model, adapter, batches, order)
 
     def scores(
         self,

@@ -8,7 +8,7 @@ import ray
 
 from icm_ray.adapters import AdapterFile
 from icm_ray.checkpoint import scratch_folder
-from icm_ray.distributed.actors import AdapterSource
+from icm_ray.distributed.actors import AdapterSource, MergeSource
 from icm_ray.distributed.session import Pool
 from icm_ray.evidence.gather import AdapterEvidence
 from icm_ray.evidence.gram_files import GramOrder, join_parts, room_lines
@@ -16,6 +16,7 @@ from icm_ray.files import is_done, sha256_of
 from icm_ray.fusion.serial import Checkpoints
 from icm_ray.learning.tasks import Inputs, inputs_key
 from icm_ray.merging.estimate import warn
+from icm_ray.merging.order import MergeRequest
 
 VERSION = 3
 """Of Gram statistics: raised when the same recipe would give other bytes."""
@@ -46,6 +47,7 @@ def grams_on_ray(
     folder: Path,
     batch: int = EVIDENCE_BATCH,
     modules: Sequence[str] | None = None,
+    merge: MergeSource | None = None,
 ) -> Path:
     """Gather every adapter's Gram statistics, or find them in `folder`; return the folder.
 
@@ -59,22 +61,47 @@ def grams_on_ray(
         folder: Where the statistics go.
         batch: Examples a forward.
         modules: Of these layers; by default, of all that the adapters change.
+        merge: What the base carries while it reads; by default, each input its own adapter.
     """
     widths = input_widths(files)
     modules = modules or sorted(widths)
     base, directions = pool.session.key, pool.session.resources.gram_directions
     content = [VERSION, modules, directions, evidence_key(base, files, inputs, batch)]
+    content += [merge.fingerprint] if merge else []
     key = sha256_of(["grams", *content])
     if is_done(folder, key):
         return folder
     warn(room_lines(folder, list(widths.values()), len(files), directions))
     order = GramOrder(modules, directions, scratch_folder(folder, "gathering", key), key)
     shared = ray.put(order)
-    arguments = {f.name: (AdapterSource(f), shared, *inputs[f.name], batch) for f in files}
+    arguments = {f.name: (AdapterSource(f), shared, *inputs[f.name], batch, merge) for f in files}
     pool.map("grams", arguments, label="Gram statistics")
     join_parts(order, arguments, folder, {"key": key, "base": base})
     shutil.rmtree(order.scratch)
     return folder
+
+
+def grams_again_on_ray(
+    pool: Pool, files: Sequence[AdapterFile], inputs: Inputs, folder: Path, first: Path
+) -> Path:
+    """Gather Gram statistics as one merged adapter's layers see the inputs; return the folder.
+
+    RegMean solves each layer for the inputs that the layers below give it when each task has its
+    own expert; in the merge they give others. So statistics of the first kind make a merge, and
+    those that are gathered through it are what the next one is solved for.
+
+    Paper: arXiv 2508.03121 (RegMean++), which goes from layer to layer. Differs: all layers at
+    once, from the first merge; a third round on top of the second was worse than it.
+
+    Args:
+        pool: Actors that hold the base.
+        files: The adapters.
+        inputs: Unlabelled inputs of each task.
+        folder: Where the statistics go.
+        first: Those of the experts.
+    """
+    merge = MergeSource.of(files, MergeRequest("regmean", evidence=first))
+    return grams_on_ray(pool, files, inputs, folder, merge=merge)
 
 
 def input_widths(files: Sequence[AdapterFile]) -> dict[str, int]:

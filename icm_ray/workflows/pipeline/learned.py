@@ -35,7 +35,7 @@ def learn_row(
     files = one.files(row.tasks)
     tasks = [file.name for file in files]
     data = learner_data(table.inputs(row), tasks, [spec.objective], one.experts)
-    grams = one.grams if needs_grams(spec) else None
+    grams = one.grams_for(row) if needs_grams(spec) else None
     request = LearnRequest(row.method, spec, files, data, context, grams)
     folder = table.root / "learned" / one.label / row.name
     return learn_to_folder(table.session, request, folder, f"{row.name} {one.label}")

@@ -23,6 +23,7 @@ from icm_ray.distributed.evidence import (
     EVIDENCE_BATCH,
     evidence_key,
     gather_on_ray,
+    grams_again_on_ray,
     grams_on_ray,
 )
 from icm_ray.distributed.session import Pool
@@ -153,6 +154,7 @@ def check_rows(recipe: PipelineRecipe) -> None:
                 objectives = []
             problems += _label_problems(recipe, row, objectives)
             problems += control_problems(row)
+            problems += _again_problems(row)
             check_search(row)
             RankRule.parse(row.rank, method.default_rank, recipe.lora.rank)
             refuse_blind(row.method, row.metric)
@@ -182,6 +184,17 @@ def _label_problems(
     ]
 
 
+def _again_problems(row: MethodRow) -> list[str]:
+    """Return what a row cannot have that reads Gram statistics through a merge."""
+    if not row.again:
+        return []
+    if row.tasks:
+        return ["again: through a merge of all tasks, but the row names some. Leave one out."]
+    if not rows_need_grams([row]):
+        return [f"again: {row.method} reads no Gram statistics. Leave it out."]
+    return []
+
+
 def rows_need_grams(rows: Sequence[MethodRow]) -> bool:
     """Say whether a row merges with Gram statistics, or learns from a start that has them."""
     needs = [(row, needs_of(row.method, row.metric)) for row in rows]
@@ -200,6 +213,9 @@ def _gather(table: Table, one: SetResults, pool: Pool) -> None:
     inputs = load_inputs(table.inputs(), list(one.experts))
     if rows_need_grams(table.rows):
         one.grams = grams_on_ray(pool, files, inputs, root / f"{one.label}-grams")
+        if any(row.again for row in table.rows):
+            again = root / f"{one.label}-grams-again"
+            one.grams_again = grams_again_on_ray(pool, files, inputs, again, one.grams)
     one.evidence = root / one.label
     key = evidence_key(table.session.key, files, inputs, EVIDENCE_BATCH)
     if not is_done(one.evidence, key):

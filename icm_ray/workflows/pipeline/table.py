@@ -71,6 +71,7 @@ class SetResults:
         modules_to_save: What becomes of whole layers that are no heads.
         evidence: Folder of task vectors and null-space ratios.
         grams: Folder of Gram statistics, if a row needs them.
+        grams_again: Folder of those through a merge, if a row wants them.
         learned: By learned row: the folder of what it learned.
         fused: By fusion row: the folder of its Fusion-VAE, or of what was adapted from it.
         merged: Merged folders by (row, variant): default settings and chosen ones.
@@ -87,6 +88,7 @@ class SetResults:
     modules_to_save: SavedModulesPolicy = "refuse"
     evidence: Path | None = None
     grams: Path | None = None
+    grams_again: Path | None = None
     learned: dict[str, Path] = field(default_factory=dict)
     fused: dict[str, Path] = field(default_factory=dict)
     merged: dict[tuple[str, str], MergedFolder] = field(default_factory=dict)
@@ -130,7 +132,11 @@ class SetResults:
     def evidence_for(self, row: MethodRow) -> Path | None:
         """Return the evidence that a row merges with."""
         made = self.made_for(row.name)
-        return made or (self.grams if needs_of(row.method, row.metric) else None)
+        return made or (self.grams_for(row) if needs_of(row.method, row.metric) else None)
+
+    def grams_for(self, row: MethodRow) -> Path | None:
+        """Return the Gram statistics that a row reads."""
+        return self.grams_again if row.again else self.grams
 
     def made_for(self, name: str) -> Path | None:
         """Return the folder that was learned or trained for a row, if one was."""
