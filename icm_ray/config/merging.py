@@ -89,12 +89,19 @@ class EvidenceRecipe(Recipe):
     revision: str | None = None
     adapters: Adapters
     data: DataSpec
+    again: bool = Field(
+        default=False,
+        description="gram_statistics: gathered once more, through RegMean's merge of the experts' "
+        "own, which are kept in <output>.first.",
+    )
     batch: Positive = 32
     modules_to_save: SavedModulesPolicy = "refuse"
     output: str = Field(min_length=1)
 
     @model_validator(mode="after")
     def _of_grams(self) -> "EvidenceRecipe":
+        if self.again and self.kind != "gram_statistics":
+            raise ValueError(f"again: of gram_statistics alone, but kind is {self.kind}")
         if self.resources.grams != "full" and self.kind != "gram_statistics":
             raise ValueError(f"resources.grams: {self.resources.grams} but kind is {self.kind}")
         return self

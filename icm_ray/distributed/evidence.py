@@ -82,7 +82,12 @@ def grams_on_ray(
 
 
 def grams_again_on_ray(
-    pool: Pool, files: Sequence[AdapterFile], inputs: Inputs, folder: Path, first: Path
+    pool: Pool,
+    files: Sequence[AdapterFile],
+    inputs: Inputs,
+    folder: Path,
+    first: Path,
+    batch: int = EVIDENCE_BATCH,
 ) -> Path:
     """Gather Gram statistics as one merged adapter's layers see the inputs; return the folder.
 
@@ -99,9 +104,10 @@ def grams_again_on_ray(
         inputs: Unlabelled inputs of each task.
         folder: Where the statistics go.
         first: Those of the experts.
+        batch: Examples a forward.
     """
     merge = MergeSource.of(files, MergeRequest("regmean", evidence=first))
-    return grams_on_ray(pool, files, inputs, folder, merge=merge)
+    return grams_on_ray(pool, files, inputs, folder, batch, merge=merge)
 
 
 def input_widths(files: Sequence[AdapterFile]) -> dict[str, int]:

@@ -5,7 +5,12 @@ from typing import Any
 
 from icm_ray.adapters import AdapterFile, open_all
 from icm_ray.config import EvidenceRecipe
-from icm_ray.distributed.evidence import evidence_key, gather_on_ray, grams_on_ray
+from icm_ray.distributed.evidence import (
+    evidence_key,
+    gather_on_ray,
+    grams_again_on_ray,
+    grams_on_ray,
+)
 from icm_ray.distributed.session import opened
 from icm_ray.evidence.overlap import overlap_lines
 from icm_ray.evidence.store import save_evidence
@@ -40,7 +45,12 @@ def _gather(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
         session.pool(len(files)) as pool,
     ):
         if recipe.kind == "gram_statistics":
-            grams_on_ray(pool, files, inputs, target, recipe.batch)
+            if recipe.again:
+                first = target.with_name(f"{target.name}.first")
+                grams_on_ray(pool, files, inputs, first, recipe.batch)
+                grams_again_on_ray(pool, files, inputs, target, first, recipe.batch)
+            else:
+                grams_on_ray(pool, files, inputs, target, recipe.batch)
             overlap = read_json(target / DESCRIPTION)["overlap"]
             print("\n".join(overlap_lines(overlap)))
             return {**outputs, "input_overlap": overlap}

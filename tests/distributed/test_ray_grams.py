@@ -76,6 +76,28 @@ def test_actors_gather_what_one_process_does(grams, adapters, tiny_bert, one_thr
             assert torch.equal(found, expected.grams[expected.shared[module]].whole)
 
 
+def test_they_are_gathered_again_through_the_first_merge(
+    content, grams, adapters, tiny_bert, tmp_path, one_thread
+):
+    folder = tmp_path / "again"
+    whole = {**content, "kind": "gram_statistics", "again": True, "output": str(folder)}
+    path = write_yaml(tmp_path / "again.yaml", whole)
+    assert run_job(EvidenceRecipe, evidence_work, "", ["-c", str(path)]) == 0
+    assert hashes(tmp_path / "again.first") == hashes(grams)
+    files = [load_adapter(path, name) for name, path in adapters[:3]]
+    carried = as_stored(merge(files, "regmean", evidence=grams).adapter)
+    base, told = load_base(tiny_bert), read_evidence(folder)
+    for number, one in enumerate(files):
+        texts = [f"{text} {one.name[-1]}{number}" for text in TEXTS]
+        batches = make_batches(tokenize(base.tokenizer, texts, 128), 32, 0)
+        expected = gather_grams(base.model, carried, sorted(carried.modules), batches)
+        assert told.adapters[one.name] == one.fingerprint, "for a merge of the experts"
+        for module in carried.modules:
+            found = told.of(module, ["gram.<task>"], (one.name,))[f"gram.{one.name}"]
+            torch.testing.assert_close(found, expected.grams[expected.shared[module]].whole)
+    assert merge(files, "regmean", evidence=folder).report.evidence == told.identity
+
+
 @pytest.mark.slow
 def test_a_merge_gathers_what_it_needs_and_comes_out_the_same_again(recipe, grams, tmp_path):
     assert run_job(MergeRecipe, merge_work, "", ["-c", str(recipe)]) == 0
