@@ -48,6 +48,21 @@ def test_what_random_adapters_cannot_do_is_said_first(row, line, tmp_path):
         check_rows(recipe)
 
 
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"method": "soup"}, "again: soup reads no Gram statistics"),
+        ({"method": "nsc"}, "again: nsc reads no Gram statistics"),
+        ({"method": "regmean", "tasks": ["depth"]}, "the row names some"),
+    ],
+)
+def test_what_reads_no_statistics_reads_none_again(row, line, tmp_path):
+    rows = [{**row, "again": True}]
+    recipe = PipelineRecipe(**RECIPE, output=str(tmp_path / "out"), methods=rows)
+    with pytest.raises(RecipeError, match=line):
+        check_rows(recipe)
+
+
 def test_heads_that_are_not_there_are_not_realigned(tmp_path):
     changes = {"suite": "lm", "tasks": ["code", "email"], "lora": {"targets": ["q_proj"]}}
     recipe = PipelineRecipe(

@@ -44,7 +44,7 @@ def _evidence(recipe: EvidenceRecipe) -> tuple[Bench, JobPlan]:
     base = prepared_base(recipe, data_of(recipe.data), splits=[recipe.data.split])
     bench = Bench(base, recipe.resources)
     if recipe.kind == "gram_statistics":
-        one = bench.grams(files, data, recipe.batch)
+        one = bench.grams(files, data, recipe.batch) * (1 + recipe.again)
         gathered, warnings = grams_of(recipe, files)
     else:
         one = 2 * bench.forward(data, recipe.batch)  # the base's own states beside the adapter's
