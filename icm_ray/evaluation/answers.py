@@ -19,7 +19,14 @@ from icm_ray.base_model.states import Pooling, States, hidden_states, in_order, 
 from icm_ray.errors import InputError
 from icm_ray.evaluation.choices import Chosen, choice_batches, choice_scores
 from icm_ray.evaluation.corpus import CORPUS, counts_of
-from icm_ray.evaluation.detection import Grid, assigned, box_loss, decoded, grid_of
+from icm_ray.evaluation.detection import (
+    Grid,
+    assigned,
+    box_loss,
+    check_size,
+    decoded,
+    grid_of,
+)
 from icm_ray.evaluation.generated import SCORERS
 from icm_ray.evaluation.heads import Head, loss
 from icm_ray.suites.tasks import Examples, Kind, Task
@@ -126,13 +133,7 @@ class _Detects(_Headed):
 
     def _check(self, one: Batch, examples: Examples, task: Task) -> None:
         assert examples.images is not None
-        height, width = one.data.shape[-2:]
-        had = examples.images[0].shape
-        if had[:2] != (height, width):
-            raise InputError(
-                f"{task.name}: images of {had[1]} x {had[0]} but the base reads {width} x {height} "
-                "of them, and boxes do not move along. Resize images and boxes."
-            )
+        check_size(task.name, examples.images, one)
 
     def labels(self, base: Base, examples: Examples, task: Task) -> np.ndarray:
         """Return what each patch should say, `(rows, 5)`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from icm_ray.base_model.readers import Batch
+from icm_ray.errors import InputError
 
 NEAR = 1.0
 """A patch answers for a box whose centre is at most so many sides away and that holds its own."""
@@ -52,6 +53,16 @@ def grid_of(batch: Batch) -> Grid:
     height, width = batch.data.shape[-2:]
     side = math.isqrt(height * width // (batch.mask.shape[1] - batch.prefix))
     return Grid(height // side, width // side, side)
+
+
+def check_size(task: str, images: np.ndarray, batch: Batch) -> None:
+    """Raise InputError if the base resizes or cuts a task's images: boxes do not move along."""
+    (height, width), (rows, columns) = images[0].shape[:2], batch.data.shape[-2:]
+    if (height, width) != (rows, columns):
+        raise InputError(
+            f"{task}: images of {width} x {height} but the base reads {columns} x {rows} of them, "
+            "and boxes do not move along. Resize images and boxes."
+        )
 
 
 def assigned(

@@ -15,8 +15,9 @@ from icm_ray.base_model.loading import Base, find_module, load_base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.states import batches_of
 from icm_ray.config import ExpertSet, LoRARecipe, OptimisationSpec, Training
+from icm_ray.errors import InputError, RecipeError
 from icm_ray.evaluation.answers import head_features, headed
-from icm_ray.evaluation.detection import assigned, box_loss, grid_of
+from icm_ray.evaluation.detection import assigned, box_loss, check_size, grid_of
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.probe import fit_probe
 from icm_ray.evaluation.scoring import TaskData, evaluate
@@ -27,6 +28,7 @@ from icm_ray.finetuning.training import train_experts
 from icm_ray.learning.forward import observe
 from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.learner import covered_tasks
 from icm_ray.learning.objectives.distillation import Distillation
 from icm_ray.learning.objectives.entropy import HeadEntropy
 from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
@@ -203,6 +205,23 @@ def test_images_of_two_sizes_share_a_step(base: Base, tasks, name: str) -> None:
     for part in alone:
         for task, loss in part.losses.items():
             assert together.losses[task] == pytest.approx(loss, rel=1e-4)
+
+
+def test_entropy_of_boxes_alone_is_refused_in_one_line(tasks) -> None:
+    boxes = [task for task in tasks if task.kind == "detection"]
+    assert covered_tasks(tasks, HeadEntropy()) == ("classification", "dense_classification")
+    with pytest.raises(RecipeError, match="HeadEntropy says nothing about any of the tasks"):
+        covered_tasks(boxes, HeadEntropy())
+
+
+def test_boxes_of_images_that_the_base_would_cut_are_refused(base: Base) -> None:
+    task = TASKS["detection"]
+    whole = examples_of(task)
+    batch = base.reader.batch(base.reader.read(whole.inputs, 0), [0])
+    assert whole.images is not None
+    with pytest.raises(InputError, match="detection: images of 40 x 42 but the base reads 42 x 42"):
+        check_size(task.name, whole.images[:, :, :40], batch)
+    check_size(task.name, whole.images, batch)
 
 
 @pytest.mark.parametrize("kind", ["dense_classification", "detection"])
