@@ -15,12 +15,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from icm_ray.config import Recipe
+from icm_ray.config.places import STORAGE_VARIABLE, root_of
 from icm_ray.errors import ClusterError, InputError, RecipeError, ResourceError, masked
 from icm_ray.files import FULL, MANIFEST, check_place, read_manifest, sha256_of
 from icm_ray.locks import beating, refuse_living
 from icm_ray.suites import default_cache
 
-STORAGE_VARIABLE = "ICM_RAY_STORAGE"
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a submitted job."""
 BEAT_SECONDS = 15.0
@@ -38,7 +38,7 @@ def locate(recipe: Recipe) -> tuple[Path, str | None]:
         InputError: the output's place takes no folders.
         ResourceError: the output's place is full.
     """
-    root, output = storage_root(recipe), recipe.output_path
+    root, output = root_of(recipe.storage), recipe.output_path
     address = output if "://" in output else _below(root, output) if root else output
     if "://" in address:
         staging = default_cache() / "staging" / sha256_of(address)[:16]
@@ -55,11 +55,6 @@ def _below(root: str, output: str) -> str:
     return f"{place.rstrip('/')}/{output}{mark}{options}"
 
 
-def storage_root(recipe: Recipe) -> str | None:
-    """Return the root of relative outputs: the recipe's, else the environment's, else None."""
-    return recipe.storage or os.environ.get(STORAGE_VARIABLE)
-
-
 def output_folder(recipe: Recipe, output: str) -> Path:
     """Return the local folder for `output`, under the storage root if it is relative.
 
@@ -67,7 +62,7 @@ def output_folder(recipe: Recipe, output: str) -> Path:
         RecipeError: the job runs from a submitted, unpacked copy of a working directory and the
             output would vanish with it.
     """
-    root = storage_root(recipe)
+    root = root_of(recipe.storage)
     target = Path(root) / output if root else Path(output)
     if not target.is_absolute() and SUBMITTED_JOB_VARIABLE in os.environ:
         raise RecipeError(
@@ -75,13 +70,6 @@ def output_folder(recipe: Recipe, output: str) -> Path:
             f"directory that is thrown away. Set storage: or {STORAGE_VARIABLE}."
         )
     return target.absolute()
-
-
-def earlier_output(recipe: Recipe, path: str) -> Path:
-    """Return where an earlier output is: under the storage root, if it is there, or as said."""
-    root = storage_root(recipe)
-    below = Path(root, path) if root and "://" not in root else Path(path)
-    return below if below.exists() else Path(path)
 
 
 def fetch(address: str, folder: Path) -> None:

@@ -16,7 +16,6 @@ from icm_ray.owners import Owner
 from icm_ray.storage import (
     STORAGE_VARIABLE,
     SUBMITTED_JOB_VARIABLE,
-    earlier_output,
     fetch,
     held,
     locate,
@@ -51,18 +50,6 @@ def test_an_address_is_no_relative_output(monkeypatch: pytest.MonkeyPatch) -> No
     assert locate(PrepareRecipe(storage="gs://bucket", output="out"))[1] == "gs://bucket/out"
     with pytest.raises(RecipeError, match="is relative"):
         locate(PrepareRecipe(output="out"))
-
-
-def test_an_earlier_output_is_looked_for_where_it_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    recipe = PrepareRecipe(storage=str(tmp_path / "root"))
-    (tmp_path / "root" / "runs" / "first").mkdir(parents=True)
-    (tmp_path / "runs" / "second").mkdir(parents=True)
-    assert earlier_output(recipe, "runs/first") == tmp_path / "root" / "runs" / "first"
-    assert earlier_output(recipe, "runs/second") == Path("runs/second")
-    assert earlier_output(PrepareRecipe(), "runs/first") == Path("runs/first")
 
 
 def test_options_of_an_address_stay_at_its_end() -> None:

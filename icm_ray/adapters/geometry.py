@@ -9,9 +9,13 @@ from torch import Tensor
 
 from icm_ray.adapters.peft_format import AdapterFile
 from icm_ray.linalg import lowrank
+from icm_ray.types import LoRAFactors
 
+SIGN_ROWS = 16
+"""Rows of each module whose entries' signs are compared, evenly spaced."""
 NO_DIRECTION = 1e-10
 """Share of a Gram's largest eigenvalue below which a direction is rounding."""
+NO_SIZE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class Geometry:
         columns: The same of their column spaces, what they write.
         used_rank: By name, the share of its rank that an adapter uses: the participation ratio of
             its squared singular values over its rank, mean over modules, in (0, 1].
+        outvoted: Share of the size of all entries, tasks added up, whose sign is that of the
+            smaller side of its entry, in [0, .5]; over some rows of each module.
+        outvoted_by_chance: The same with every entry's sign drawn anew.
     """
 
     cosines: Mapping[str, Mapping[str, float]]
@@ -34,6 +41,8 @@ class Geometry:
     rows: float | None
     columns: float | None
     used_rank: Mapping[str, float]
+    outvoted: float
+    outvoted_by_chance: float
 
 
 def geometry_of(files: Sequence[AdapterFile]) -> Geometry:
@@ -45,15 +54,17 @@ def geometry_of(files: Sequence[AdapterFile]) -> Geometry:
     products = {a: dict.fromkeys(names, 0.0) for a in names}
     overlaps: dict[str, list[float]] = {"rows": [], "columns": []}
     used: dict[str, list[float]] = {name: [] for name in names}
+    sides = Sides()
     for module in sorted({m for file in files for m in file.shapes}):
         held = {file.name: file.factors(module) for file in files if module in file.shapes}
         for name, f in held.items():
             for other, g in held.items():
                 products[name][other] += lowrank.inner(f.b, f.a, g.b, g.a)
+        sides.add(list(held.values()))
         a = {name: one.a.double().T for name, one in held.items()}
         b = {name: one.b.double() for name, one in held.items()}
-        for kind, sides in (("rows", a), ("columns", b)):
-            own = {name: _orthonormal(side) for name, side in sides.items()}
+        for kind, spaces in (("rows", a), ("columns", b)):
+            own = {name: _orthonormal(side) for name, side in spaces.items()}
             overlaps[kind] += [
                 float((own[x].T @ own[y]).square().sum()) / min(own[x].shape[1], own[y].shape[1])
                 for x, y in combinations(own, 2)
@@ -69,7 +80,30 @@ def geometry_of(files: Sequence[AdapterFile]) -> Geometry:
         _mean(overlaps["rows"]),
         _mean(overlaps["columns"]),
         {name: _mean(shares) or 0.0 for name, shares in used.items()},
+        sides.smaller / max(sides.all, NO_SIZE),
+        sides.smaller_by_chance / max(sides.all, NO_SIZE),
     )
+
+
+@dataclass
+class Sides:
+    """Sizes of entries, added up: all of them, and those that an election by size outvotes."""
+
+    all: float = 0.0
+    smaller: float = 0.0
+    smaller_by_chance: float = 0.0
+
+    def add(self, factors: Sequence[LoRAFactors]) -> None:
+        """Add some rows of a module's deltas; the draws depend on its shape alone."""
+        step = max(factors[0].shape[0] // SIGN_ROWS, 1)
+        entries = torch.stack([one.b[::step] @ one.a for one in factors])
+        draw = torch.Generator().manual_seed(entries.numel())
+        signs = torch.randint(0, 2, entries.shape, generator=draw, dtype=torch.int8) * 2 - 1
+        sizes = entries.abs()
+        whole = sizes.sum(0)
+        self.all += float(whole.sum())
+        self.smaller += float((whole - entries.sum(0).abs()).sum()) / 2
+        self.smaller_by_chance += float((whole - (sizes * signs).sum(0).abs()).sum()) / 2
 
 
 def _orthonormal(side: Tensor) -> Tensor:
@@ -102,6 +136,8 @@ SHORT, ALIKE, AGAINST = 1 / 3, 0.9, -0.1
 """A norm over the longest, and cosines that are worth a word."""
 TOGETHER, APART = 0.5, 0.2
 """Overlaps of spaces that are worth a word."""
+AGREED = 0.1
+"""Share of what chance outvotes, above or below it, that is worth another word."""
 
 
 def readings(found: Geometry) -> list[str]:
@@ -138,6 +174,18 @@ def readings(found: Geometry) -> list[str]:
             lines.append(f"{a} and {b}: cosine {cosine:.2f}: nearly the same adapter twice.")
         if cosine <= AGAINST:
             lines.append(f"{a} and {b}: cosine {cosine:.2f}: sums undo part of both.")
+    agree = 1 - found.outvoted / max(found.outvoted_by_chance, NO_SIZE)
+    lines.append(
+        f"signs: {found.outvoted:.0%} of the entries' size is outvoted, "
+        f"{found.outvoted_by_chance:.0%} would be by chance: "
+        + (
+            "they agree, so an election (ties) has little to mend and averages keep their size."
+            if agree >= AGREED
+            else "they pull single weights apart, where ties and its like elect."
+            if agree <= -AGREED
+            else "as good as unrelated, so an election (ties) decides little better than a coin."
+        )
+    )
     lines.append(
         "Which tasks share their inputs, and so pay in regmean, files do not tell: jobs.evidence "
         "kind=gram_statistics does."

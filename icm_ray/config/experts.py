@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from icm_ray.config.parts import SUITE, Adapters, Part, Positive, ReadyAdapters, Recipe
+from icm_ray.config.places import EARLIER_OUTPUT
 
 
 class PrepareRecipe(Recipe):
@@ -24,7 +25,7 @@ class LoRARecipe(Part):
     targets: list[str] | str | None = Field(
         default=None, description="As PEFT reads them; None: PEFT's own for the model's type."
     )
-    start: str | None = Field(
+    start: Annotated[str | None, EARLIER_OUTPUT] = Field(
         default=None,
         description="Folder of an adapter, such as a merge, that training goes on from; None: the "
         "change is zero at first.",
@@ -119,7 +120,7 @@ class EvaluateRecipe(Recipe):
     can_evict = True
 
     suite: str = "text"
-    experts: Annotated[str, Field(min_length=1)] | ReadyAdapters = Field(
+    experts: Annotated[Annotated[str, Field(min_length=1)] | ReadyAdapters, EARLIER_OUTPUT] = Field(
         description="Folder of jobs.finetune with one expert set, or the tasks' adapters by name."
     )
     base: str | None = None

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from icm_ray.config.parts import Adapters, DataSpec, Part, Positive, Recipe
+from icm_ray.config.places import EARLIER_OUTPUT
 from icm_ray.kinds import SavedModulesPolicy
 
 
@@ -150,17 +151,17 @@ class TrainFusionRecipe(Recipe):
     base: str
     revision: str | None = None
     adapters: Adapters
-    joins: str | None = Field(
+    joins: Annotated[str | None, EARLIER_OUTPUT] = Field(
         default=None,
         description="Folder of a trained Fusion-VAE that takes the adapters in: nothing is "
         "trained. Latents are those of the finished adapters, with trajectories the means over "
         "their checkpoints too.",
     )
-    trajectories: str | None = Field(
+    trajectories: Annotated[str | None, EARLIER_OUTPUT] = Field(
         default=None, description="Folder of jobs.finetune with <task>/; None: the adapters alone."
     )
     data: DataSpec
-    heads: str | None = Field(
+    heads: Annotated[str | None, EARLIER_OUTPUT] = Field(
         default=None,
         description="Folder of experts, for inner losses that read heads; None: they lie with the "
         "adapters.",

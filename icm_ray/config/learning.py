@@ -8,6 +8,7 @@ from pydantic import Field
 
 from icm_ray.config.fusion import InContext
 from icm_ray.config.parts import Adapters, DataSpec, Part, Positive, Recipe
+from icm_ray.config.places import EARLIER_OUTPUT
 from icm_ray.kinds import SavedModulesPolicy
 
 
@@ -149,14 +150,14 @@ class LearnRecipe(Recipe):
     adapters: Adapters
     method: str
     learn: Overrides = {}
-    fusion: str | None = Field(
+    fusion: Annotated[str | None, EARLIER_OUTPUT] = Field(
         default=None, description="icm_fusion: folder of the Fusion-VAE that is adapted in context."
     )
     in_context: InContext = Field(
         default="direct", description="icm_fusion: adapt the fused latent; direct: then the LoRA."
     )
     data: DataSpec
-    heads: str | None = Field(
+    heads: Annotated[str | None, EARLIER_OUTPUT] = Field(
         default=None,
         description="Folder of experts whose heads objectives read; None: they lie with the "
         "adapters.",

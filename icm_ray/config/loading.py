@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from icm_ray.config import Recipe
+from icm_ray.config.places import with_places
 from icm_ray.errors import RecipeError, did_you_mean
 
 MAX_RECIPE_BYTES = 1_000_000
@@ -60,7 +61,8 @@ def load_recipe(
         config.merge_with_dotlist(list(overrides))
         # No interpolation: a recipe says what it says.
         plain = _at_home(OmegaConf.to_container(config))
-        return checked(kind, source, plain)
+        recipe = checked(kind, source, plain)
+        return with_places(recipe, recipe.storage)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, IndexError) as error:
         where = f"with {', '.join(keys)} set: " if keys else ""
         what = getattr(error, "problem", None) or str(error).partition("\n")[0]

@@ -1,13 +1,14 @@
 """Recipes of merging adapters, and of gathering what methods must know first."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from icm_ray.config.earlier import ASKED, OF_OUTPUT, with_earlier
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import Adapters, DataSpec, Name, Output, Positive, Recipe
+from icm_ray.config.places import EARLIER_OUTPUT, earlier_output
 from icm_ray.errors import RecipeError
 from icm_ray.kinds import SavedModulesPolicy
 
@@ -41,7 +42,7 @@ class MergeRecipe(Recipe):
     adapters: Adapters
     method: str
     params: dict[str, Any] = {}
-    evidence: str | None = None
+    evidence: Annotated[str | None, EARLIER_OUTPUT] = None
     data: DataSpec | None = None
     learn: Overrides = {}
     modules_to_save: SavedModulesPolicy = "refuse"
@@ -58,6 +59,8 @@ class MergeRecipe(Recipe):
             if isinstance(values, dict) and values.get("remove"):
                 raise RecipeError("remove: without earlier. Name the merge that is meant.")
             return values
+        if isinstance(merged := values["earlier"], str):
+            values = {**values, "earlier": earlier_output(values.get("storage"), merged)}
         return with_earlier(values)
 
     @property

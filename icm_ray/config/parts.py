@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from icm_ray.config.places import EARLIER_OUTPUT
 from icm_ray.errors import RecipeError
 from icm_ray.kinds import CutMetric
 
@@ -131,7 +132,7 @@ class AdapterRef(Part):
     """One adapter of a merge: a name that is its task's, and where it is."""
 
     name: Name
-    path: str = Field(
+    path: Annotated[str, EARLIER_OUTPUT] = Field(
         min_length=1,
         description="Folder or file in a known format; or a repository: org/name from the local "
         "Hugging Face cache, org/name@REVISION also from the hub.",

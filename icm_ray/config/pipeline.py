@@ -10,6 +10,7 @@ from icm_ray.config.experts import FinetuneRecipe, RealignHeads
 from icm_ray.config.fusion import EngineSpec, FusionChanges, InContext
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import Name, Part, Positive, ReadyAdapters, Resources
+from icm_ray.config.places import EARLIER_OUTPUT
 from icm_ray.config.search import Searched
 from icm_ray.kinds import RANDOM, CutMetric
 
@@ -96,7 +97,7 @@ class PipelineRecipe(FinetuneRecipe):
     modules_to_save: Literal["refuse", "drop", "keep"] = Field(
         default="refuse", description="Of whole layers that are no task's head."
     )
-    experts: str | None = Field(
+    experts: Annotated[str | None, EARLIER_OUTPUT] = Field(
         default=None, description="Ready experts of this very recipe, if any."
     )
     methods: list[MethodRow] | None = Field(

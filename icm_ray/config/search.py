@@ -7,6 +7,7 @@ from pydantic import Field
 from icm_ray.config.fusion import FusionChanges
 from icm_ray.config.learning import Overrides
 from icm_ray.config.parts import DataSpec, Name, Part, Positive, ReadyAdapters, Recipe
+from icm_ray.config.places import EARLIER_OUTPUT
 from icm_ray.kinds import SavedModulesPolicy
 
 Searched = Annotated[
@@ -75,7 +76,7 @@ class SearchRecipe(Recipe, SearchedMethod):
     base: str
     revision: str | None = None
     suite: str | None = Field(default=None, description="Whose tasks merges are scored on.")
-    experts: str | None = Field(
+    experts: Annotated[str | None, EARLIER_OUTPUT] = Field(
         default=None,
         description="Folder of experts: heads, and the adapters if none are named. None: heads lie "
         "with the adapters.",
@@ -85,7 +86,7 @@ class SearchRecipe(Recipe, SearchedMethod):
     data: DataSpec | None = Field(
         default=None, description="Unlabelled inputs of label-free objectives and learners."
     )
-    trajectories: str | None = Field(
+    trajectories: Annotated[str | None, EARLIER_OUTPUT] = Field(
         default=None, description="icm_fusion: folder of jobs.finetune with <task>/."
     )
     layer_groups: Positive = Field(default=3, description="Runs of blocks that share a number.")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 CHUNK = 1024  # entries whose sums stay in the first-level cache
 ZERO, ONE = np.float32(0), np.float32(1)
+MAGNITUDE = np.int32(0x7FFFFFFF)  # every bit of a float32 but its sign
 MIX = np.array([0x9E3779B9, 0x7FEB352D, 0x846CA68B], np.uint32)
 """Multipliers of the mixing in `drop`: the golden ratio and the pair of Wellons' lowbias32."""
 
@@ -49,9 +50,37 @@ def count_digit(
     for task in range(bits.shape[0]):
         row, count, upper = bits[task], counts[task], above[task]
         for j in range(row.shape[0]):
-            rest = (row[j] & 0x7FFFFFFF) >> shift
+            rest = (row[j] & MAGNITUDE) >> shift
             if rest >> width == upper:
                 count[rest & ((1 << width) - 1)] += 1
+
+
+def count_near(bits: NDArray[Any], start: NDArray[Any], counts: NDArray[Any]) -> None:
+    """Add magnitudes `(tasks, n)`, read as int32, to counts: below `start`, then each from there.
+
+    Magnitudes beyond the last column do not count. Few of them are near, and eight that are not
+    are passed over at once.
+    """
+    n, width = bits.shape[1], np.uint32(counts.shape[1] - 1)
+    is_near = np.zeros(CHUNK, np.uint8)
+    eights = is_near.view(np.uint64)
+    for task in range(bits.shape[0]):
+        row, count, first = bits[task], counts[task], np.int32(start[task])
+        for begin in range(0, n, CHUNK):
+            size = min(CHUNK, n - begin)
+            part = row[begin : begin + size]
+            below = np.int32(0)
+            for j in range(size):  # two loops: each is SIMD by itself
+                below += np.int32(np.int32(part[j] & MAGNITUDE) < first)
+            count[0] += below
+            for j in range(size):
+                is_near[j] = np.uint32(np.int32(part[j] & MAGNITUDE) - first) < width
+            is_near[size:] = 0
+            for eight in range(CHUNK // 8):
+                if eights[eight] != 0:
+                    for j in range(8 * eight, 8 * eight + 8):
+                        if is_near[j]:
+                            count[1 + np.int32(part[j] & MAGNITUDE) - first] += 1
 
 
 def sum_of_signs(

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from icm_ray.adapters.fused import is_expert
 from icm_ray.config import MergeRecipe, folder_names
 from icm_ray.errors import InputError, one_line
 from icm_ray.files import refuse_inputs
-from icm_ray.linalg.radix import digits_for
+from icm_ray.linalg.blockwise import OVERSAMPLING, TURNS
+from icm_ray.linalg.radix import most_bins
 from icm_ray.merging.cut import serving_rank
 from icm_ray.merging.folder import dtype_name
 from icm_ray.merging.order import MergeOrder, MergeRequest, idle_lines, plan_merge
@@ -32,8 +34,12 @@ from icm_ray.methods import find_method
 BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 FLOPS_PER_SECOND = 1e10
 """One laptop core, including the traffic that small matrices cause; a plan is an estimate."""
-VISIT = 40.0
-"""What visiting one entry of one task costs beside its product, in the same unit."""
+LARGE_PRODUCT = 0.2
+"""What an operation of a large product costs, in the same unit."""
+MODULE = 1e7
+"""What a module costs however small it is, in the same unit."""
+VISIT, VISIT_COMPILED = 40.0, 4.0
+"""What visiting one entry of one task costs beside its product, by torch and by compiled loops."""
 PROCESS_BYTES = 350_000_000
 """A worker that has imported torch, before it holds any adapter."""
 WRITER_BYTES = 400_000_000
@@ -200,10 +206,9 @@ def _sizes(
     shapes = {file.name: file.shapes for file in files}
     ranks, stacked, flops, largest = {}, {}, 0.0, 0
     row, counts = find_method(order.method), 0
-    looks = len(passes_of(order)) + 1
+    looks = 1 + sum(one.share for one in passes_of(order))
     if looks > 2:  # of all tasks: a module's, their sum, and the sum's sums
-        bins = max(digit.bins for digit in digits_for(len(order.tasks)))
-        counts = 4 * BYTES["float64"] * bins * len(order.tasks)
+        counts = 4 * BYTES["float64"] * most_bins(len(order.tasks)) * len(order.tasks)
     for module, tasks in order.present.items():
         d_out, d_in, _ = shapes[tasks[0]][module]
         total = sum(shapes[task][module][2] for task in tasks)
@@ -212,14 +217,20 @@ def _sizes(
         limit = {"at most": int(order.rule.number), "total": even}.get(order.rule.kind)
         ranks[module] = min(limit or stacked[module], stacked[module])
         if row.is_dense:
-            flops += looks * d_out * d_in * (2.0 * total + VISIT * len(tasks))
-            flops += 100.0 * d_out * d_in * ranks[module]  # the randomised cut
+            visits = _visit() * len(tasks) + 2.0 * total * LARGE_PRODUCT
+            turns = 2.0 * 2.0 * TURNS * (ranks[module] + OVERSAMPLING) * LARGE_PRODUCT
+            flops += d_out * d_in * (looks * visits + turns)
             largest = max(largest, 8 * (total * (d_out + d_in) + d_out * d_in) + counts)
         else:
-            flops += looks * (6.0 * total * total * (d_out + d_in) + 20.0 * total**3)
+            products = 6.0 * total * total * (d_out + d_in) * LARGE_PRODUCT
+            flops += looks * (products + 20.0 * total**3 + MODULE)
             flops += row.fit_flops(total)
             largest = max(largest, 20 * total * (d_out + d_in))
     return ranks, stacked, flops, largest
+
+
+def _visit() -> float:
+    return VISIT_COMPILED if find_spec("numba") else VISIT
 
 
 def _width(order: MergeOrder, files: Sequence[AdapterFile], module: str) -> int:

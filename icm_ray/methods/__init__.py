@@ -116,6 +116,14 @@ METHODS: Mapping[str, Method] = frozen(
             use="As a baseline: regmean without inputs. Tune the scale; see inspect's row overlap.",
             cost="O(R^2 (d_out + d_in) + K R^3)",
         ),
+        "svc": Method(
+            "svc",
+            formula="scale * U diag(gamma s) V^T of sum_k w_k delta_k, gamma_r = K / sum of shares",
+            paper="arXiv 2602.05536",
+            use="As a baseline: a sum whose shared directions are shrunk. Tune the scale.",
+            cost="O(R^2 (d_out + d_in) + K R^3)",
+            family="subspaces",
+        ),
         "lora_lego": Method(
             "lora_lego",
             formula="sum_c f_c^2 sqrt(r/k) b_c a_c, [a_c; b_c] the mean of cluster c of all units",

@@ -39,7 +39,7 @@ TRIMS = ("dare_ties", "nsc")
 
 def passes(*, trim_density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
     """Return the passes over all modules; only the original's election looks beyond one."""
-    return trim_passes(_dropped, trim_density) if preset == "dare_ties" else ()
+    return trim_passes(_dropped, trim_density, by_rows=True) if preset == "dare_ties" else ()
 
 
 def dare_ties(

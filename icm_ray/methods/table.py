@@ -31,10 +31,12 @@ class Pass:
         conclude: `(total, *, tasks, statistics, **params)` returning what joins
             `context.statistics`, for the next pass and for the method itself; `total` has the sums,
             `tasks` all names in order, `statistics` what earlier passes concluded.
+        share: Of the values, how much it usually looks at, for plans.
     """
 
     measure: Callable[..., Mapping[str, Any]]
     conclude: Callable[..., Mapping[str, Any]]
+    share: float = 1.0
 
 
 def _no_passes(**_params: Any) -> tuple[Pass, ...]:

@@ -36,7 +36,7 @@ RULES = {"ties": PAPER, "core": PAPER, "nsc": NSC, "peft_svd": PEFT, "mergekit":
 
 def passes(*, density: float, preset: str, **_params: Any) -> tuple[Pass, ...]:
     """Return the passes over all modules; only the original's trim looks beyond one."""
-    return trim_passes(deltas, density) if preset == "ties" else ()
+    return trim_passes(deltas, density, by_rows=True) if preset == "ties" else ()
 
 
 def ties(
@@ -78,7 +78,7 @@ def ties(
         return factor_wise(factors, context, numbers, scale, one)
     factors = list(factors)
     if preset == "core":
-        trimming = trim_passes(deltas, density)
+        trimming = trim_passes(deltas, density, by_rows=True)
         context = of_module_alone(trimming, factors, context, weights=weights, election=election)
     blocks, shape = partial(deltas, factors), factors[0].shape
     if preset in ("ties", "core"):

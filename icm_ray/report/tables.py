@@ -46,7 +46,7 @@ def write_summary(data: ReportData, path: Path) -> None:
 def markdown_table(data: ReportData, split: Split = "test") -> str:
     """Return one Markdown table per init, best method first, references last."""
     summary = summarise(data.scores, split)
-    header = ["method", "mean", "worst task", "gain kept", "rank corr."]
+    header = ["method", "gain kept", "mean", "worst task", "rank corr."]
     header += map(markdown, summary.tasks)
     parts = []
     for init in summary.inits:
@@ -70,13 +70,13 @@ def console_table(data: ReportData, split: Split = "test") -> RichTable:
     summary = summarise(data.scores, split)
     title = Text(f"{plain(data.title)} ({split})")
     caption = (
-        "* tuned. Mean, worst: % of the experts' scores; kept: % of their gain over the base; "
+        "* tuned. Kept: % of the experts' gain over the base; mean, worst: % of their scores; "
         "corr: mean rank correlation of the regressions; s: merging (wall) and learning (CPU)."
     )
     table = RichTable(title=title, caption=caption, box=None, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True, min_width=12)
     table.add_column("", width=1)
-    for name in ("mean", "worst", "kept", "corr", "s"):
+    for name in ("kept", "mean", "worst", "corr", "s"):
         table.add_column(name, justify="right", no_wrap=True, min_width=4)
     for task in summary.tasks:
         table.add_column(Text(clip(task, 16)), justify="right", overflow="fold", min_width=5)
@@ -96,7 +96,7 @@ def console_table(data: ReportData, split: Split = "test") -> RichTable:
 
 
 def _console_cells(row: InitSummary, tasks: Sequence[str]) -> list[Text]:
-    shares = [spread and 100 * spread.mean for spread in (row.mean, row.worst, row.mean_kept)]
+    shares = [spread and 100 * spread.mean for spread in (row.mean_kept, row.mean, row.worst)]
     scores = [spread and spread.mean for spread in map(row.scores.get, tasks)]
     cells = [number(share, 1) for share in shares]
     cells.append(number(row.correlation and row.correlation.mean, 2))
@@ -107,7 +107,7 @@ def _console_cells(row: InitSummary, tasks: Sequence[str]) -> list[Text]:
 
 def _markdown_cells(row: InitSummary, tasks: Sequence[str]) -> list[str]:
     worst = _share_range(row.worst) + (f" ({markdown(row.worst_task)})" if row.worst_task else "")
-    shares = [_share_range(row.mean), worst, _share_range(row.mean_kept)]
+    shares = [_share_range(row.mean_kept), _share_range(row.mean), worst]
     scores = [number(spread and spread.mean) for spread in map(row.scores.get, tasks)]
     correlation = number(row.correlation and row.correlation.mean)
     return [markdown(row.label), *shares, correlation, *scores]

@@ -274,7 +274,7 @@ def key_of(plan: Plan, search: Search) -> str:
 
 
 def study_of(
-    plan: Plan, search: Search, ledger: Ledger, place: Callable[[str], Path] = Path
+    plan: Plan, search: Search, ledger: Ledger, place: Callable[[str], str] = str
 ) -> Study:
     """Return a search's study, as far as its ledger goes; see `starts_of` for `place`."""
     recipe = plan.recipe

@@ -24,7 +24,7 @@ def starts_of(
     entries: Sequence[str | Mapping[str, Any]],
     space: Space,
     modules: Sequence[str],
-    place: Callable[[str], Path] = Path,
+    place: Callable[[str], str] = str,
 ) -> list[Start]:
     """Return the start points; names a point leaves open are the sampler's to choose.
 
@@ -47,7 +47,7 @@ def starts_of(
         elif entry == "uniform":
             point = _equal(space, 1 / len(space.tasks))
         else:
-            point = _from_folder(place(entry), space, modules)
+            point = _from_folder(Path(place(entry)), space, modules)
         kept = {n: v for n, v in point.items() if space.dimensions[n].holds(v)}
         if kept:
             starts.append((entry, kept))

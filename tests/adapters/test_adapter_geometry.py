@@ -1,11 +1,13 @@
 """What files alone say of adapters together, against what dense matrices say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from command_samples import save_lora
 
 from icm_ray.adapters import delta_cosines, geometry_of, open_all, readings
-from icm_ray.adapters.geometry import Geometry
+from icm_ray.adapters.geometry import Geometry, Sides
 
 SHAPES = {"layers.0.q_proj": (24, 16), "layers.1.q_proj": (24, 16)}
 
@@ -61,6 +63,31 @@ def test_one_row_space_is_told(tmp_path):
     assert "column spaces: overlap 1.00" in lines
 
 
+def test_what_an_election_outvotes_is_what_dense_entries_say(three):
+    files = opened(three)
+    sizes, outvoted = 0.0, 0.0
+    for module in SHAPES:
+        entries = torch.stack([f.factors(module).delta() for f in files])
+        positive, negative = entries.clamp(min=0).sum(0), -entries.clamp(max=0).sum(0)
+        sizes += float((positive + negative).sum())
+        outvoted += float(torch.minimum(positive, negative).sum())
+    found = geometry_of(files)
+    assert found.outvoted == pytest.approx(outvoted / sizes, rel=1e-4)
+    assert found.outvoted_by_chance == pytest.approx(found.outvoted, abs=0.05), "they are unrelated"
+
+
+def test_adapters_against_each_other_outvote_half(tmp_path):
+    [one] = opened([save_lora(tmp_path / "a", 0, shapes=SHAPES)])
+    sides = Sides()
+    factors = one.factors("layers.0.q_proj")
+    sides.add([factors, replace(factors, b=-factors.b)])
+    assert sides.smaller / sides.all == pytest.approx(0.5)
+    agreeing = Sides()
+    agreeing.add([factors, factors])
+    assert agreeing.smaller == 0
+    assert agreeing.smaller_by_chance / agreeing.all == pytest.approx(0.25, abs=0.05)
+
+
 def test_words_for_each_trouble():
     found = Geometry(
         cosines={"a": {"a": 1, "b": -0.4}, "b": {"a": -0.4, "b": 1}},
@@ -68,11 +95,17 @@ def test_words_for_each_trouble():
         rows=0.05,
         columns=0.1,
         used_rank={"a": 1.0, "b": 0.4},
+        outvoted=0.4,
+        outvoted_by_chance=0.3,
     )
-    apart, drowned, against, blind = readings(found)
+    apart, drowned, against, signs, blind = readings(found)
     assert "they read apart" in apart
     assert "a: norm 1 beside 5: it drowns" in drowned
     assert "a and b: cosine -0.40: sums undo part of both" in against
+    assert "40% of the entries' size is outvoted, 30% would be by chance: they pull" in signs
+    chance, agreed = replace(found, outvoted=0.29), replace(found, outvoted=0.1)
+    assert "little better than a coin" in readings(chance)[-2]
+    assert "they agree" in readings(agreed)[-2]
     assert "files do not tell: jobs.evidence" in blind
 
 

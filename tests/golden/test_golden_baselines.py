@@ -26,6 +26,19 @@ def test_wudi_is_where_the_reference_ends(adapter_around, name, ridge, tensor) -
         )
 
 
+SVC = {"svc_ta03_equal": 0.3, "svc_ta10_small_a1": 1.0}
+
+
+@pytest.mark.parametrize("name", SVC)
+def test_svc_equals_the_reference_after_task_arithmetic(adapter_around, name) -> None:
+    case = MANIFEST["cases"][name]
+    theirs, given = stored(case["file"]), adapters(case, adapter_around)
+    params = {"alpha": case["params"]["alpha"], "weights": [SVC[name]] * len(given)}
+    result = icm_ray.merge(given, "svc", params=params)
+    for layer, factors in result.adapter.modules.items():
+        torch.testing.assert_close(factors.delta(), theirs[f"{layer}.delta"], **case["tolerance"])
+
+
 ESM = [
     ("esm_small", "vit", "delta"),
     ("esm_roberta_small", "roberta", "delta"),

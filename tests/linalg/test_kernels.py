@@ -51,6 +51,18 @@ def test_counts(values: torch.Tensor, tasks: int) -> None:
         above, _ = radix.pick(counts(), above, torch.ones(len(values), dtype=torch.int64))
 
 
+@given(blocks(), st.sampled_from([0.0, 0.5, 1.0, torch.inf]))
+def test_counts_about_a_guess(values: torch.Tensor, about: float) -> None:
+    start = torch.full((len(values),), int(torch.tensor(about).view(torch.int32)))
+
+    def counts() -> torch.Tensor:
+        found = radix.no_counts_near(len(values))
+        radix.count_near(values, start, found)
+        return found
+
+    both(counts)
+
+
 @given(
     blocks(),
     st.sampled_from(["values", "signs"]),

@@ -56,6 +56,47 @@ def test_tasks_are_counted_apart(tasks: int) -> None:
     assert torch.equal(kth(turned, [1, 18, 35], tasks), expected)
 
 
+def by_guess(values: torch.Tensor, start: torch.Tensor, place: torch.Tensor) -> torch.Tensor | None:
+    counts = radix.no_counts_near(len(values))
+    for part in values.chunk(3, dim=1):
+        radix.count_near(part, start, counts)
+    return radix.pick_near(counts, start, place)
+
+
+@pytest.mark.usefixtures("route")
+def test_some_of_the_values_are_enough_to_find_the_place_in_one_sweep() -> None:
+    values = torch.randn(1, 2**11, 2**12, generator=torch.Generator().manual_seed(1))
+    some, size = values[:, ::2], values.numel()
+    counts = radix.no_counts(1, radix.digits_for(1)[0])
+    radix.count(some, radix.no_digits(1), radix.digits_for(1)[0], counts)
+    ordered = values.abs().flatten().sort().values
+    for share in (0.2, 0.8, 0.99):
+        start = radix.guess(counts, torch.tensor([int(some.numel() * share)]))
+        found = by_guess(values.view(1, 8, -1).flatten(1), start, torch.tensor([int(size * share)]))
+        assert found is not None
+        assert found == ordered[int(size * share) - 1]
+
+
+@pytest.mark.usefixtures("route")
+def test_a_wrong_guess_is_seen() -> None:
+    @given(st.lists(NUMBERS, min_size=1, max_size=40), st.data())
+    def holds(numbers: list[float], data: st.DataObject) -> None:
+        values = torch.tensor(numbers)[None]
+        place = data.draw(st.integers(0, len(numbers)))
+        about = data.draw(st.sampled_from(numbers))
+        start = torch.tensor(abs(about)).view(torch.int32).long()[None]
+        start = (start - data.draw(st.integers(0, radix.NEAR))).clamp(min=0)
+        found = by_guess(values, start, torch.tensor([place]))
+        expected = values.abs().sort().values[0, place - 1]
+        bits = int(expected.view(torch.int32))
+        if place > 0 and start <= bits < start + radix.NEAR:
+            assert found == expected
+        else:
+            assert found is None
+
+    holds()
+
+
 def test_place_zero_is_below_every_value() -> None:
     counts, above = torch.tensor([[0, 3, 2, 0], [1, 0, 0, 0]]), torch.tensor([0, 5])
     found, place = radix.pick(counts, above, torch.tensor([0, 0]))

@@ -14,6 +14,7 @@ import icm_ray
 from icm_ray import METHODS
 from icm_ray.linalg import blocks, kernels
 from icm_ray.linalg.sparsify import largest, threshold
+from icm_ray.methods.shared import trim
 from icm_ray.methods.shared.blocks import deltas
 from icm_ray.methods.shared.trim import of_module_alone, thresholds, trim_passes
 from icm_ray.types import LoRAFactors, ModuleContext
@@ -173,13 +174,41 @@ def test_a_module_alone_has_its_own_statistics(three) -> None:
     torch.testing.assert_close(thresholds(alone), expected)
 
 
+def guessed_and_swept(factors: list[LoRAFactors]) -> tuple[ModuleContext, ModuleContext]:
+    context = ModuleContext("m", tuple("ab"), tuple("abc"))  # c lacks the module
+    guessed = of_module_alone(trim_passes(deltas, 0.3, by_rows=True), factors, context)
+    return guessed, of_module_alone(trim_passes(deltas, 0.3), factors, context)
+
+
+@pytest.mark.parametrize("rows", [slice(0, None, 32), slice(1, None, 2)])
+def test_a_threshold_is_exact_whatever_some_rows_say(rows: slice, monkeypatch) -> None:
+    monkeypatch.setattr(trim, "LEAST_SAMPLE", 1)
+    draw = torch.Generator().manual_seed(3)
+    factors = [LoRAFactors(torch.randn(4, 50, generator=draw), torch.zeros(96, 4)) for _ in "ab"]
+    for one in factors:
+        one.b[rows] = torch.randn(one.b[rows].shape, generator=draw)
+    guessed, swept = guessed_and_swept(factors)
+    assert torch.equal(guessed.statistics["threshold"], swept.statistics["threshold"])
+    assert {"start", "above"} <= guessed.statistics.keys(), "a wrong guess is followed by sweeps"
+
+
+def test_a_right_guess_spares_a_sweep(monkeypatch) -> None:
+    alike = [LoRAFactors(torch.randn(4, 4000), torch.ones(96, 4)) for _ in "ab"]
+    guessed, _ = guessed_and_swept(alike)
+    assert "start" not in guessed.statistics, "a small sample says too little"
+    monkeypatch.setattr(trim, "LEAST_SAMPLE", 1)
+    guessed, swept = guessed_and_swept(alike)
+    assert torch.equal(guessed.statistics["threshold"], swept.statistics["threshold"])
+    assert "above" not in guessed.statistics
+
+
 def test_passes_are_only_for_what_looks_beyond_a_module(three) -> None:
     def number(method: str, **params: Any) -> int:
         row = METHODS[method]
         return len(row.passes(**row.bind(params, ["a"])))
 
-    assert (number("ties"), number("ties", density=1.0), number("ties", preset="core")) == (4, 1, 0)
-    assert (number("dare_ties"), number("dare_ties", trim_density=0.5)) == (1, 4)
+    assert (number("ties"), number("ties", density=1.0), number("ties", preset="core")) == (6, 1, 0)
+    assert (number("dare_ties"), number("dare_ties", trim_density=0.5)) == (1, 6)
     assert number("dare_ties", preset="nsc") == 0
 
 

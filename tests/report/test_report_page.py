@@ -176,7 +176,10 @@ def test_console_table_shows_the_tuned_row_and_fits_one_screen(data):
 def test_markdown_table_has_a_range_and_the_worst_task(data):
     text = markdown_table(data)
 
-    assert "| soup | 71.2 % [68.8..73.8] | 65.0 % [62.5..67.5] (year) |" in text
+    assert re.search(r"\| method \| gain kept \| mean \| worst task \|", text)
+    assert re.search(
+        r"\| soup \| .* \| 71.2 % \[68.8..73.8\] \| 65.0 % \[62.5..67.5\] \(year\) \|", text
+    )
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 

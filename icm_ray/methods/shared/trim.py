@@ -22,7 +22,13 @@ Entries = Callable[..., Iterator[Tensor]]
 the same bits, and a block is read before the next one is asked for."""
 
 
-def trim_passes(entries: Entries, density: float) -> tuple[Pass, ...]:
+SAMPLED = 32
+"""One row in so many is enough to guess a threshold; a wrong guess costs a sweep more than none."""
+LEAST_SAMPLE = 2**22
+"""Of fewer values a guess is too often wrong, and two sweeps over all of them are quick."""
+
+
+def trim_passes(entries: Entries, density: float, *, by_rows: bool = False) -> tuple[Pass, ...]:
     """Return the passes of the original TIES over values of any space.
 
     They leave in `context.statistics`
@@ -40,15 +46,26 @@ def trim_passes(entries: Entries, density: float) -> tuple[Pass, ...]:
     Args:
         entries: Yields a module's values; called with the method's own parameters.
         density: Share to keep, in [0, 1]; 1 spares the passes that find the threshold.
+        by_rows: Whether rows of the values are made from the same rows of the factors' `b`, so that
+            a part of them is cheap: it spares one of the two large sweeps.
     """
     last = Pass(partial(_count_signs, entries), partial(_conclude_signs, density < 1))
     if density >= 1:
         return (last,)
-    found = [
-        Pass(partial(_count_digit, entries, number), partial(_conclude_digit, density, number))
+    digits = [
+        Pass(
+            partial(_count_digit, entries, number),
+            partial(_conclude_digit, density, number),
+            # Few tasks need two; after a guess that was right, none.
+            share=0.0 if by_rows or number > 1 else 1.0,
+        )
         for number in range(radix.MOST_DIGITS)
     ]
-    return *found, last
+    if not by_rows:
+        return *digits, last
+    some = Pass(partial(_count_some, entries), partial(_conclude_some, density), 1 / SAMPLED)
+    near = Pass(partial(_count_near, entries), partial(_conclude_near, density))
+    return some, near, *digits, last
 
 
 def thresholds(context: ModuleContext) -> Float[Tensor, " tasks"]:
@@ -90,7 +107,7 @@ def _count_digit(
 ) -> dict[str, Tensor]:
     tasks = len(context.all_tasks)
     digits = radix.digits_for(tasks)
-    if number >= len(digits):
+    if number >= len(digits) or "threshold" in context.statistics:
         return {}  # all is known already, and no factor is read
     digit = digits[number]
     above = context.statistics.get("above", radix.no_digits(tasks))
@@ -116,18 +133,83 @@ def _conclude_digit(
     **_params: Any,
 ) -> dict[str, Tensor]:
     digits = radix.digits_for(len(tasks))
-    if number >= len(digits):
+    if number >= len(digits) or "threshold" in statistics:
         return {}
     above, place = statistics.get("above"), statistics.get("place")
     if above is None or place is None:
-        size = int(total["counts"][0].sum())
-        above, place = (
-            radix.no_digits(len(tasks)),
-            torch.full((len(tasks),), size - int(size * density)),
-        )
+        above = radix.no_digits(len(tasks))
+        place = _place(int(total["counts"][0].sum()), density, len(tasks))
     above, place = radix.pick(total["counts"], above, place)
     found = {"above": above, "place": place}
     return {"threshold": radix.magnitude(above)} if number == len(digits) - 1 else found
+
+
+def _count_some(
+    entries: Entries,
+    /,
+    factors: Sequence[LoRAFactors],
+    *,
+    context: ModuleContext,
+    evidence: ModuleEvidence | None = None,
+    **params: Any,
+) -> Mapping[str, Tensor]:
+    if evidence or len(context.all_tasks) > radix.FEW_TASKS:
+        return {}  # no guess, so the digits are counted
+    some = [replace(one, b=one.b[::SAMPLED]) for one in factors]
+    return _count_digit(entries, 0, some, context=context, **params)
+
+
+def _conclude_some(
+    density: float, /, total: Mapping[str, Tensor], *, tasks: Sequence[str], **_rest: Any
+) -> dict[str, Tensor]:
+    size = int(total["counts"][0].sum()) if total else 0
+    if size < LEAST_SAMPLE:
+        return {}
+    return {"start": radix.guess(total["counts"], _place(size, density, len(tasks)))}
+
+
+def _count_near(
+    entries: Entries,
+    /,
+    factors: Sequence[LoRAFactors],
+    *,
+    context: ModuleContext,
+    evidence: ModuleEvidence | None = None,
+    **params: Any,
+) -> dict[str, Tensor]:
+    start = context.statistics.get("start")
+    if start is None:
+        return {}
+    counts, size = radix.no_counts_near(len(factors)), 0
+    for block in entries(factors, context, evidence, **params):
+        size += block[0].numel()
+        radix.count_near(block, start[context.rows], counts)
+    total = radix.no_counts_near(len(start))
+    total[start > 0, 0] = size  # a task without the module has as many zeros
+    total[start == 0, 1] = size
+    total[context.rows] = counts
+    return {"counts": total, "size": torch.tensor(size)}
+
+
+def _conclude_near(
+    density: float,
+    /,
+    total: Mapping[str, Tensor],
+    *,
+    tasks: Sequence[str],
+    statistics: Mapping[str, Tensor],
+    **_params: Any,
+) -> dict[str, Tensor]:
+    if "start" not in statistics:
+        return {}
+    place = _place(int(total["size"]), density, len(tasks))
+    found = radix.pick_near(total["counts"], statistics["start"], place)
+    return {} if found is None else {"threshold": found}
+
+
+def _place(size: int, density: float, tasks: int) -> Int[Tensor, " tasks"]:
+    """Return the place of each task's threshold among so many values, from 1; 0 keeps them all."""
+    return torch.full((tasks,), size - int(size * density))
 
 
 def _count_signs(

@@ -60,6 +60,7 @@ NEVER: Mapping[str, str] = {
     "lora_soups": "atlas from the average, to compare with the paper",
     "joint": "a control: trained anew on labels, it merges nothing",
     "esm": "a baseline; sees what regmean sees, and its scale has no usual value",
+    "svc": "a baseline; amplifies what tasks do not share, and its scale has no usual value",
     "wudi": "a baseline; below task_arithmetic on encoders, and undone by shared initialisations",
 }
 """Methods that are tried only where a recipe names them, each with the reason."""

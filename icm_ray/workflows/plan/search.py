@@ -11,6 +11,7 @@ from statistics import fmean
 import torch
 
 from icm_ray.config import INPUT_BATCH, EngineSpec, FusionSpec, LearnSpec, SearchRecipe
+from icm_ray.config.places import earlier_output
 from icm_ray.distributed.evidence import EVIDENCE_BATCH, input_widths
 from icm_ray.distributed.tune import Looks
 from icm_ray.evaluation.scoring import BATCH, task_data
@@ -25,7 +26,6 @@ from icm_ray.search.measuring import Material, Measurer
 from icm_ray.search.objectives import LABEL_FREE
 from icm_ray.search.plan import Plan, Search, key_of, searches_of, study_of, trials_of
 from icm_ray.search.spaces import Setting
-from icm_ray.storage import earlier_output
 from icm_ray.types import Adapter
 from icm_ray.workflows.pipeline.offer import SECONDS_A_MERGE
 from icm_ray.workflows.plan.fusion import stages_seconds, training_of, with_vectors
@@ -68,7 +68,7 @@ def _first_trials(plan: Plan) -> list[tuple[Search, int, list[Setting]]]:
     with tempfile.TemporaryDirectory() as folder:
         for search in searches_of(plan, Path(folder, "search")):
             ledger = Ledger(search.folder, key_of(plan, search))
-            study = study_of(plan, search, ledger, partial(earlier_output, plan.recipe))
+            study = study_of(plan, search, ledger, partial(earlier_output, plan.recipe.storage))
             many = trials_of(plan.recipe, search, study)
             points = [study.ask().point for _ in range(min(many, TRIED))]
             found.append((search, many, [search.space.setting(point) for point in points]))

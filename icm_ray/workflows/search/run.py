@@ -15,6 +15,7 @@ from typing import Any
 
 from icm_ray.adapters import check_base
 from icm_ray.config import SearchRecipe
+from icm_ray.config.places import earlier_output
 from icm_ray.distributed.loggers import check_loggers
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session, opened
@@ -28,7 +29,6 @@ from icm_ray.search.ledger import Ledger
 from icm_ray.search.objectives import SCORED, rungs
 from icm_ray.search.plan import Plan, Search, key_of, plan_of, searches_of, study_of, trials_of
 from icm_ray.search.study import Study, optuna
-from icm_ray.storage import earlier_output
 from icm_ray.suites import SPLITS
 from icm_ray.workflows.prepared import prepared_base, preparing
 from icm_ray.workflows.search.best import finish, note_best
@@ -45,7 +45,7 @@ def run(recipe: SearchRecipe, target: Path) -> dict[str, Any]:
         warn(unproven_lines({file.name for file in plan.files} - plan.experts.keys()))
     searches = searches_of(plan, target)
     ledgers = [Ledger(one.folder, key_of(plan, one)) for one in searches]
-    place = partial(earlier_output, recipe)
+    place = partial(earlier_output, recipe.storage)
     pairs = [(s, study_of(plan, s, one, place)) for s, one in zip(searches, ledgers, strict=True)]
     with opened(recipe.resources, base, recipe.seed, preparing(recipe)) as session:
         run_missing(plan, pairs, session, target)
