@@ -83,6 +83,15 @@ def test_images_stand_where_the_page_says(folder: Path) -> None:
     assert len({one.images for one in asked}) == 1
 
 
+def test_boxes_are_written_as_the_page_says(folder: Path) -> None:
+    (line,) = re.findall(r"A line is `(.*?)`:", DATA)
+    Image.new("RGB", (112, 56)).save(folder / "shelves" / "a.png")
+    rows = [json.dumps({**json.loads(line), "document": str(i)}) for i in range(300)]
+    (folder / "shelves" / "crockery.jsonl").write_text("\n".join(rows))
+    examples = find_suite("shelves").load("crockery", "test", 2)
+    assert examples.targets[1].tolist() == [[4, 10, 31.5, 40, 1], [50, 12, 70, 30, 0]]
+
+
 def test_the_pipeline_s_recipe_is_one(folder: Path) -> None:
     words, training = commands(TASKS)
     assert {job.removeprefix("jobs.") for job in (words[2], training[2])} <= set(JOBS)

@@ -14,6 +14,7 @@ TaskKind = Literal[
     "generation",
     "dense_classification",
     "dense_regression",
+    "detection",
 ]
 Column = Annotated[str, Field(min_length=1, max_length=200)]
 SplitName = Literal["train", "calibration", "validation", "test"]

@@ -15,7 +15,7 @@ from icm_ray.distributed.cluster import run_tasks
 from icm_ray.distributed.faults import MAX_RETRIES, blaming
 from icm_ray.distributed.progress import bar
 from icm_ray.distributed.session import Session
-from icm_ray.evaluation.answers import head_features
+from icm_ray.evaluation.answers import headed
 from icm_ray.evaluation.experts import HEAD
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.probe import fit_probe
@@ -70,7 +70,7 @@ def read_probe(folder: Path) -> tuple[Head, np.ndarray]:
 
 @ray.remote(max_retries=MAX_RETRIES)
 def _fit(session: Session, order: ProbeOrder, folder: Path, key: str) -> None:
-    task, read = order.task, {}
+    task, answer, seen, read = order.task, headed(order.task), {}, {}
     with (
         bar(len(order.splits), f"probe {task.name}") as drawn,
         kernel_threads(session.resources.threads),
@@ -78,12 +78,11 @@ def _fit(session: Session, order: ProbeOrder, folder: Path, key: str) -> None:
         base = session.load_base()
         with applied(base.model, order.adapter.load() if order.adapter else None):
             for name, examples in order.splits.items():
-                features = head_features(base, examples, task, BATCH)
-                read[name] = (features, examples.targets.flatten())
+                seen[name] = answer.features(base, examples, task, BATCH)
+                read[name] = (seen[name].flatten(0, -2), answer.labels(base, examples, task))
                 drawn.add()
         head = fit_probe(task, read["train"], read["validation"])
-    shape = order.splits["test"].targets.shape
     with whole_folder(folder, info={"key": key, "task": task.name}) as target:
         head.save(target / HEAD)
-        predictions = head.predict(read["test"][0], task).reshape(shape)
+        predictions = answer.said(base, head, seen["test"], order.splits["test"], task)
         pq.write_table(pa.table({"prediction": predictions.tolist()}), target / PREDICTIONS)

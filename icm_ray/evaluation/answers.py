@@ -19,6 +19,14 @@ from icm_ray.base_model.states import Pooling, States, hidden_states, in_order, 
 from icm_ray.errors import InputError
 from icm_ray.evaluation.choices import Chosen, choice_batches, choice_scores
 from icm_ray.evaluation.corpus import CORPUS, counts_of
+from icm_ray.evaluation.detection import (
+    Grid,
+    assigned,
+    box_loss,
+    check_size,
+    decoded,
+    grid_of,
+)
 from icm_ray.evaluation.generated import SCORERS
 from icm_ray.evaluation.heads import Head, loss
 from icm_ray.suites.tasks import Examples, Kind, Task
@@ -65,14 +73,20 @@ class _Headed:
         """
         read = base.reader.read(examples.inputs, task.max_tokens)
         if self.dense:
-            one = base.reader.batch(read, [0])
-            seen, known = one.mask.shape[1] - one.prefix, examples.targets.shape[1]
-            if seen != known:
-                raise InputError(
-                    f"{task.name}: {known} values an image but the base sees {seen} patches of it. "
-                    "Give one value a patch."
-                )
+            self._check(base.reader.batch(read, [0]), examples, task)
         return lambda rows: base.reader.batch(read, rows)
+
+    def _check(self, one: Batch, examples: Examples, task: Task) -> None:
+        seen, known = one.mask.shape[1] - one.prefix, examples.targets.shape[1]
+        if seen != known:
+            raise InputError(
+                f"{task.name}: {known} values an image but the base sees {seen} patches of it. "
+                "Give one value a patch."
+            )
+
+    def labels(self, base: Base, examples: Examples, task: Task) -> np.ndarray:
+        """Return what a head is fitted to, one row for each row of `head_features`."""
+        return examples.targets.flatten()
 
     def loss(
         self, base: Base, head: nn.Linear | None, states: States, targets: Tensor, task: Task
@@ -98,10 +112,51 @@ class _Headed:
     ) -> np.ndarray:
         """Return the predictions `metrics` scores, one row an example."""
         assert head is not None
-        return head.predict(self.features(base, examples, task, size, head.pooling), task)
+        features = self.features(base, examples, task, size, head.pooling)
+        return self.said(base, head, features, examples, task)
+
+    def said(
+        self, base: Base, head: Head, features: Tensor, examples: Examples, task: Task
+    ) -> np.ndarray:
+        """Return the predictions of a head that reads some features."""
+        return head.predict(features, task)
 
     def _read(self, states: States, how: Pooling = "mean") -> Tensor:
         return states.hidden[:, states.batch.prefix :] if self.dense else states.pooled(how)
+
+
+class _Detects(_Headed):
+    """A linear head on an image's patches whose outputs are boxes; `detection` says how."""
+
+    def __init__(self) -> None:
+        super().__init__(dense=True)
+
+    def _check(self, one: Batch, examples: Examples, task: Task) -> None:
+        assert examples.images is not None
+        check_size(task.name, examples.images, one)
+
+    def labels(self, base: Base, examples: Examples, task: Task) -> np.ndarray:
+        """Return what each patch should say, `(rows, 5)`."""
+        boxes = torch.from_numpy(examples.targets)
+        return assigned(boxes, self._grid(base, examples, task)).flatten(0, 1).numpy()
+
+    def loss(
+        self, base: Base, head: nn.Linear | None, states: States, targets: Tensor, task: Task
+    ) -> Tensor:
+        """Return the mean loss of a batch from its states."""
+        assert head is not None
+        logits = head(self._read(states).to(head.weight))
+        expected = assigned(targets.to(logits.device), grid_of(states.batch))
+        return box_loss(logits.flatten(0, 1), expected.flatten(0, 1)).mean()
+
+    def said(
+        self, base: Base, head: Head, features: Tensor, examples: Examples, task: Task
+    ) -> np.ndarray:
+        """Return the boxes that a head finds."""
+        return decoded(head.logits(features), self._grid(base, examples, task))
+
+    def _grid(self, base: Base, examples: Examples, task: Task) -> Grid:
+        return grid_of(self.batches(base, examples.first(1), task)([0]))
 
 
 class _Spoken:
@@ -214,13 +269,15 @@ def _nats(base: Base, states: States) -> Tensor:
     return next_token_nats(states.hidden, states.batch, readout_of(base))
 
 
-POOLED, PATCHES, CHOOSES = _Headed(dense=False), _Headed(dense=True), _Chooses()
+POOLED, PATCHES, BOXES = _Headed(dense=False), _Headed(dense=True), _Detects()
+CHOOSES = _Chooses()
 
 ANSWERS: Mapping[Kind, Answer] = {
     "classification": POOLED,
     "regression": POOLED,
     "dense_classification": PATCHES,
     "dense_regression": PATCHES,
+    "detection": BOXES,
     "language_modelling": _NextToken(),
     "generation": _Decoded(),
     "multiple_choice": CHOOSES,
@@ -233,10 +290,15 @@ def answer_of(task: Task) -> Answer:
     return CHOOSES if task.chooses else ANSWERS[task.kind]
 
 
+def headed(task: Task) -> _Headed:
+    """Return how a task is answered that a head of its own reads."""
+    answer = answer_of(task)
+    assert isinstance(answer, _Headed)
+    return answer
+
+
 def head_features(
     base: Base, examples: Examples, task: Task, size: int, how: Pooling = "mean"
 ) -> Tensor:
     """Return what a headed task's head reads, one row an example or patch, `(rows, d_model)`."""
-    answer = answer_of(task)
-    assert isinstance(answer, _Headed)
-    return answer.features(base, examples, task, size, how).flatten(0, -2)
+    return headed(task).features(base, examples, task, size, how).flatten(0, -2)

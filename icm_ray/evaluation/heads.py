@@ -109,7 +109,7 @@ class Head:
 
 def target_scale(task: Task, targets: np.ndarray) -> tuple[float, float]:
     """Return the mean and standard deviation a regression is trained in; (0, 1) otherwise."""
-    if task.is_class:
+    if not task.kind.endswith("regression"):
         return 0.0, 1.0
     return float(targets.mean()), float(targets.std()) or 1.0
 

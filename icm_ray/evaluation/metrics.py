@@ -6,6 +6,7 @@ thousand resamples. What a task's answers are reduced to, one row an example, ar
 
 classification, regression  class index or number, `(examples,)`
 dense_*                     the same for each patch, `(examples, patches)`
+detection                   boxes, as `detection.decoded` has them, `(examples, 6 * most)`
 language_modelling          summed negative log-likelihood in nats, tokens it is over, characters
                             they stand for, `(examples, 3)`
 generation                  score of each answer in [0, 1], `(examples,)`; of a metric of the whole
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from icm_ray.evaluation.average_precision import mean_average_precision
 from icm_ray.evaluation.corpus import CORPUS, corpus_scores
 from icm_ray.seeding import seed_for
 from icm_ray.suites.tasks import ERRORS, FIDELITY, Task
@@ -237,11 +239,25 @@ def _of_map(p: np.ndarray, t: np.ndarray) -> dict[str, float]:
     return {"rmse": float(np.sqrt(np.square(p - t).mean()))}
 
 
+def _of_boxes(p: np.ndarray, t: np.ndarray) -> dict[str, float]:
+    return {"map": float(_map(p, t, np.ones((1, len(t))), 0)[0])}
+
+
+def _map50(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    return mean_average_precision(p, t, weights, [0.5])
+
+
+def _map(p: np.ndarray, t: np.ndarray, weights: np.ndarray, classes: int) -> np.ndarray:
+    return mean_average_precision(p, t, weights, np.linspace(0.5, 0.95, 10).tolist())
+
+
 MEASURES: Mapping[str, Callable[..., np.ndarray]] = {
     "accuracy": _accuracy,
     "macro_f1": _macro_f1,
     "r2": _r2,
     "miou": _miou,
+    "map50": _map50,
+    "map": _map,
     "token_likelihood": _likelihood,
     "exact_match": _mean,
     "edit_match": _mean,
@@ -257,5 +273,6 @@ DETAILS: Mapping[str, Callable[..., dict[str, float]]] = {
     "language_modelling": _of_text,
     "generation": _of_answers,
     "dense_regression": _of_map,
+    "detection": _of_boxes,
 }
 """By kind: what is shown beside the score."""

@@ -5,6 +5,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icm_ray.evaluation.detection import box_loss
 from icm_ray.evaluation.heads import Head, target_scale
 from icm_ray.evaluation.metrics import weighted
 from icm_ray.suites.tasks import Task
@@ -14,7 +15,8 @@ RIDGE_SCALE = 0.01
 """Ridge's penalty per example at strength 1, which puts its grid where logistic regression's is."""
 
 Labelled = tuple[Float[Tensor, "_ d_model"], np.ndarray]
-"""Features (pooled, or of patches) and targets; training and validation differ in length."""
+"""Features (pooled, or of patches) and targets, of boxes what each patch should say of them;
+training and validation differ in length."""
 
 
 def fit_probe(task: Task, train: Labelled, validation: Labelled) -> Head:
@@ -32,18 +34,17 @@ def fit_probe(task: Task, train: Labelled, validation: Labelled) -> Head:
     mean, std = target_scale(task, train[1])
     heads = (_fit(task, train[0].numpy(), (train[1] - mean) / std, s) for s in STRENGTHS)
     scaled = [Head(head.weight, head.bias, mean, std) for head in heads]
+    return scaled[int(np.argmax([_judged(task, head, *validation) for head in scaled]))]
+
+
+def _judged(task: Task, head: Head, features: Tensor, targets: np.ndarray) -> float:
+    """Return how good a head is; larger is better."""
+    if task.kind == "detection":
+        return -float(box_loss(head.logits(features), torch.from_numpy(targets)).mean())
     # A dense task's rows are patches: they are judged as the patches of one image.
-    targets = validation[1][None] if task.metric == "miou" else validation[1]
-    ones = np.ones((1, len(targets)))
-    scores = [
-        float(
-            weighted(task, head.predict(validation[0], task).reshape(targets.shape), targets, ones)[
-                0
-            ]
-        )
-        for head in scaled
-    ]
-    return scaled[int(np.argmax(scores))]
+    targets = targets[None] if task.metric == "miou" else targets
+    said = head.predict(features, task).reshape(targets.shape)
+    return float(weighted(task, said, targets, np.ones((1, len(targets))))[0])
 
 
 def _fit(task: Task, features: np.ndarray, targets: np.ndarray, strength: float) -> Head:
@@ -52,7 +53,9 @@ def _fit(task: Task, features: np.ndarray, targets: np.ndarray, strength: float)
 
     scaler = StandardScaler().fit(features)
     standard = scaler.transform(features)
-    if not task.is_class:
+    if task.kind == "detection":
+        weight, bias = _descended(task, standard, targets, strength)
+    elif not task.is_class:
         ridge = Ridge(alpha=len(targets) * RIDGE_SCALE / strength).fit(standard, targets)
         weight, bias = ridge.coef_[None], np.atleast_1d(ridge.intercept_)
     else:
@@ -61,6 +64,26 @@ def _fit(task: Task, features: np.ndarray, targets: np.ndarray, strength: float)
     weight = weight / scaler.scale_
     bias = bias - weight @ np.asarray(scaler.mean_)
     return Head(torch.from_numpy(weight).float(), torch.from_numpy(bias).float())
+
+
+def _descended(
+    task: Task, features: np.ndarray, targets: np.ndarray, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weight and bias of least loss of boxes, penalised as logistic regression is."""
+    read, wanted = torch.from_numpy(features).float(), torch.from_numpy(targets)
+    weight = torch.zeros(task.outputs, features.shape[1], requires_grad=True)
+    bias = torch.zeros(task.outputs, requires_grad=True)
+    descent = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        descent.zero_grad()
+        penalty = weight.square().sum() / (2 * strength * len(read))
+        total = box_loss(read @ weight.T + bias, wanted).mean() + penalty
+        total.backward()
+        return total
+
+    descent.step(closure)
+    return weight.detach().double().numpy(), bias.detach().double().numpy()
 
 
 def _one_row_a_class(task: Task, logistic: object) -> tuple[np.ndarray, np.ndarray]:

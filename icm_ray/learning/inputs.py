@@ -11,6 +11,7 @@ from icm_ray.base_model.readers import Batch, shares
 from icm_ray.base_model.states import Pooling, pool
 from icm_ray.evaluation.heads import Head
 from icm_ray.seeding import generator
+from icm_ray.suites.tasks import of_patches
 from icm_ray.types import Adapter
 
 
@@ -23,9 +24,9 @@ class TaskInputs:
         batches: Fixed batches, one of them a step; `make_batches` sorts by length.
         head: The frozen head, for objectives that read it.
         kind: What the task asks for, as its suite says; None if nobody said.
-        targets: Labels by original row, `(examples,)` or one for each patch: class indices, or
-            numbers standardised by the head's mean and deviation. Only `Supervised` may look at
-            them.
+        targets: Labels by original row, `(examples,)` or one for each patch: class indices,
+            numbers standardised by the head's mean and deviation, or what a patch says of boxes.
+            Only `Supervised` may look at them.
         max_new_tokens: Longest answer to a prompt; 0 where inputs are no prompts.
         end: Token that ends an answer; None: the base's own.
     """
@@ -46,7 +47,7 @@ class TaskInputs:
     @property
     def dense(self) -> bool:
         """Whether the head reads each patch of an image."""
-        return (self.kind or "").startswith("dense_")
+        return of_patches(self.kind)
 
     def batch_number(self, seed: int, step: int) -> int:
         """Return which batch a step uses: a fresh shuffle each epoch, keyed by seed and task."""

@@ -21,6 +21,7 @@ from icm_ray.config import USUAL_INPUTS, DataSpec, ObjectiveSpec
 from icm_ray.errors import RecipeError
 from icm_ray.evaluation.answers import with_answers
 from icm_ray.evaluation.choices import choice_batches
+from icm_ray.evaluation.detection import assigned, check_size, grid_of
 from icm_ray.evaluation.experts import HEAD, Expert, find_experts, heads_of, ready_experts
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import sha256_of
@@ -143,12 +144,16 @@ class LearnerData:
         end = None
         if task.kind == "generation" and isinstance(reader, TextReader):
             end = ends_of(reader.tokenizer, is_chat(inputs[0][0]))
+        targets = known.standardised()
+        if targets is not None and task.kind == "detection":
+            check_size(task.name, np.asarray(inputs[0]), batches[0])
+            targets = assigned(targets, grid_of(batches[0]))
         return TaskInputs(
             adapter,
             batches,
             known.head,
             "multiple_choice" if task.chooses else task.kind,
-            known.standardised(),
+            targets,
             task.max_new_tokens,
             end,
         )

@@ -52,6 +52,7 @@ class ScoreRow:
         bits_per_character: Of a language model; does not depend on its tokenizer.
         exact_match: Share of answers that are exactly what was wanted, for generations.
         rmse: Root of the mean squared error over all patches, for dense regressions.
+        map: Mean average precision over intersections of .5 to .95, for detections.
         normalised: score / expert's score. None (or NaN) where that is undefined.
         gain_kept: (score - base) / (expert - base). None (or NaN) where expert equals base.
         seconds: Wall time of the merge, and processor time of what it learned before.
@@ -74,6 +75,7 @@ class ScoreRow:
     bits_per_character: float | None = None
     exact_match: float | None = None
     rmse: float | None = None
+    map: float | None = None
     normalised: float | None
     gain_kept: float | None
     seconds: float

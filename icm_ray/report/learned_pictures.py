@@ -106,7 +106,10 @@ def learned_picture(row: LearnedRow) -> str:
     def draw(figure: Figure) -> None:
         heights = [PART + 0.27 * len(tasks), 2.4]
         above, below = figure.subplots(2, 1, height_ratios=heights)
-        draw_heat(above, values, tasks, list(modules.values()), "cividis", _bounds(values))
+        if values.size:
+            draw_heat(above, values, tasks, list(modules.values()), "cividis", _bounds(values))
+        else:  # a joint LoRA holds no share of any expert
+            above.remove()
         for colour, (task, losses) in zip(colours_of(learned), learned.items(), strict=True):
             below.plot(losses, color=colour, alpha=0.25, linewidth=0.7)
             below.plot(_running(losses), color=colour, linewidth=1.4, label=clip(task))

@@ -27,7 +27,7 @@ def answer_of(task: TaskFile, name: str, value: Any, choices: Any) -> Any:
 
     Returns:
         A class's index, or its name where no names are known; a number; a text; a choice's index;
-        a list of them for places.
+        a list of them for places; boxes, each of four corners and a class's index.
     """
     if task.kind == "generation":
         return text_of(name, value)
@@ -35,6 +35,8 @@ def answer_of(task: TaskFile, name: str, value: Any, choices: Any) -> Any:
         return _index_in(name, value, [str(one) for one in choices or []], "choices")
     if task.kind.startswith("dense_"):
         return _places(task, name, value)
+    if task.kind == "detection":
+        return _boxes(task, name, value)
     if task.kind == "regression":
         return _number(name, value)
     return _class(task, name, value)
@@ -110,3 +112,21 @@ def _places(task: TaskFile, name: str, value: Any) -> list[float]:
         value = [one for row in value for one in (row if isinstance(row, list) else [None])]
     one = _class if task.kind == "dense_classification" else None
     return [float(one(task, name, v)) if one else _number(name, v) for v in value]
+
+
+def _boxes(task: TaskFile, name: str, value: Any) -> list[list[float]]:
+    if not isinstance(value, list):
+        raise Wrong(f"{name}: {short(value)} but a list of boxes is expected, [] for none. {MEND}")
+    return [_box(task, f"{name}[{number}]", box) for number, box in enumerate(value)]
+
+
+def _box(task: TaskFile, name: str, value: Any) -> list[float]:
+    if not isinstance(value, list) or len(value) != 5:
+        raise Wrong(f"{name}: {short(value)} but [x0, y0, x1, y1, class] is expected. {MEND}")
+    x0, y0, x1, y1 = corners = [_number(name, one) for one in value[:4]]
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        raise Wrong(
+            f"{name}: {short(value)} but 0 <= x0 < x1 and 0 <= y0 < y1 are expected: left, top, "
+            f"right and bottom in pixels. {MEND}"
+        )
+    return [*corners, float(_class(task, name, value[4]))]

@@ -233,6 +233,8 @@ def columns_of(task: TaskFile, known: Sequence[str], problems: list[str]) -> Col
             if name not in fields
         ]
     columns = Columns(task, names, fields, images)
+    if task.kind == "detection" and not columns.shows:
+        problems.append("image: a detection reads an image alone. Name its column with image:.")
     _add_usual(columns, known, names, problems)
     return columns
 

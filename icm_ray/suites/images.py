@@ -107,6 +107,24 @@ def images_alone(
     return images
 
 
+def check_boxes(opening: Opening, records: Sequence[Record], images: "np.ndarray") -> None:
+    """Add a line for each box that leaves its image."""
+    for record, image in zip(records, images, strict=True):
+        height, width = image.shape[:2]
+        opening.problems += [
+            f"{opening.source}: {record.where}: box {box} but a box inside an image of "
+            f"{width} x {height} is expected. Mend or drop the line."
+            for box in record.answer or ()
+            if box[2] > width or box[3] > height
+        ]
+
+
+def filled_up(boxes: Sequence[list[list[float]]]) -> list[list[list[float]]]:
+    """Return as many boxes for each image, one at least; those of class -1 are none."""
+    most = max(1, *map(len, boxes))
+    return [[*own, *[[0.0, 0.0, 0.0, 0.0, -1.0]] * (most - len(own))] for own in boxes]
+
+
 def together(images: "list[np.ndarray]") -> "np.ndarray":
     """Return images as one array; those of different sizes as an array of arrays."""
     import numpy as np

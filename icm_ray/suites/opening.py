@@ -120,7 +120,9 @@ def _problems(name: str, task: TaskFile) -> list[str]:
         lines.append(f"{where}.text_pair: without text but both are read together. Set text.")
     if task.classes and len(set(task.classes)) < len(task.classes):
         lines.append(f"{where}.classes: a name twice but different ones are expected.")
-    if task.classes and not task.kind.endswith("classification"):
+    if task.kind == "detection" and not task.classes:
+        lines.append(f"{where}.classes: missing but a detection names them, in the head's order.")
+    if task.classes and not task.kind.endswith("classification") and task.kind != "detection":
         lines.append(f"{where}.classes: a {task.kind} has none. Remove them.")
     if task.head is not None and task.kind not in ("classification", "regression"):
         lines.append(f"{where}.head: a {task.kind} has none. Remove it.")
@@ -198,6 +200,11 @@ def _completed(task: Task, table: Table) -> Task:
     """Return a task with what its rows say: its classes, and whether they have answers."""
     found, metric = table.found, task.metric
     labelled = found.labelled or task.kind == "language_modelling"  # texts say it themselves
+    if not labelled and task.kind == "detection":
+        raise InputError(
+            f"suite.yaml: tasks.{task.name}: the rows have no boxes but a detection needs some. "
+            "Name their column with answer:, and write [] where an image shows nothing."
+        )
     if not labelled and metric not in NO_LABELS:
         if table.task.metric is not None:
             raise InputError(

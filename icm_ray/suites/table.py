@@ -20,11 +20,13 @@ from icm_ray.suites.images import (
     Opening,
     asked_with_images,
     astray,
+    check_boxes,
+    filled_up,
     images_alone,
     paths_of,
     together,
 )
-from icm_ray.suites.tasks import Examples
+from icm_ray.suites.tasks import Examples, of_patches
 
 MAX_PROBLEMS = 10_000
 """After so many a table is not read to its end."""
@@ -100,9 +102,10 @@ class Table:
         targets = [self._target(record.answer) for record in records]
         texts, images, opening = (), None, Opening(self.source, [])
         if self.found.columns.shows:
-            is_dense = self.task.kind.startswith("dense")
-            found = images_alone(opening, records, of_one_size=is_dense)
+            found = images_alone(opening, records, of_one_size=of_patches(self.task.kind))
             images = None if opening.problems else together(found)
+            if self.task.kind == "detection" and images is not None:
+                check_boxes(opening, records, images)
         else:
             asked = asked_with_images(opening, records)
             texts = tuple(_asked(one, choices) for one in asked)
@@ -110,7 +113,9 @@ class Table:
             raise InputError(_told(opening.problems))
         return Examples(
             texts=texts,
-            targets=np.asarray(targets, dtype=np.float64),
+            targets=np.asarray(filled_up(targets), dtype=np.float64)
+            if self.task.kind == "detection"
+            else np.asarray(targets, dtype=np.float64),
             documents=tuple(record.document for record in records),
             answers=tuple(record.answer for record in records) if told else (),
             images=images,

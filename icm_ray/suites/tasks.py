@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 Kind = TaskKind
-"""What an example asks for: a class or a number, one of them for each patch of an image, one of
-several choices, the next tokens of a text, or an answer in words."""
+"""What an example asks for: a class or a number, one of them for each patch of an image, boxes
+around things, one of several choices, the next tokens of a text, or an answer in words."""
 
 FIDELITY = "fidelity"
 METRICS: Mapping[Kind, tuple[str, ...]] = {
@@ -25,14 +25,17 @@ METRICS: Mapping[Kind, tuple[str, ...]] = {
     "regression": ("r2", "rmse", FIDELITY),
     "dense_classification": ("miou", "accuracy"),
     "dense_regression": ("r2", "rmse"),
+    "detection": ("map50", "map"),
     "language_modelling": ("token_likelihood", FIDELITY),
     "generation": ("rouge_l", "exact_match", "edit_match", "bleu", "chrf", FIDELITY),
 }
 """What each kind can be scored by, the usual first. Of all but `ERRORS` larger is better and 1 is
 perfect, so that a score over the expert's score has a meaning.
 
-`miou`: mean intersection over union of classes. `token_likelihood`: 1 / perplexity, the geometric
-mean of the tokens' probabilities. `edit_match`: 1 - edit distance in words / longer length.
+`miou`: mean intersection over union of classes. `map50`, `map`: mean over classes of the average
+precision of boxes, at an intersection over union of .5, and over .5 to .95 (COCO).
+`token_likelihood`: 1 / perplexity, the geometric mean of the tokens' probabilities.
+`edit_match`: 1 - edit distance in words / longer length.
 `rouge_l`: F1 of the longest common subsequence of words. `bleu`, `chrf`: of the corpus, over 100.
 `fidelity`: how far the model says what the task's expert says; it needs no labels."""
 
@@ -42,6 +45,11 @@ ERRORS = frozenset({"rmse"})
 SPLITS: tuple[str, ...] = ("train", "calibration", "validation", "test")
 """train fits experts; calibration feeds merge methods, which never see its targets; validation
 chooses between settings; test is read once, for the numbers that are reported."""
+
+
+def of_patches(kind: str | None) -> bool:
+    """Say whether a head of a kind reads each patch of an image."""
+    return kind == "detection" or (kind or "").startswith("dense_")
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Task:
     @property
     def outputs(self) -> int:
         """Return the width of a linear head for this task."""
-        return len(self.classes) or 1
+        return len(self.classes) + 4 if self.kind == "detection" else len(self.classes) or 1
 
     @property
     def chooses(self) -> bool:
@@ -109,7 +117,8 @@ class Examples:
     Args:
         texts: What is asked, one an example; empty where images are read.
         targets: float64: the class index or the number, shape (examples,), or one for each patch,
-            (examples, patches), row by row; NaN if there is none.
+            (examples, patches), row by row; NaN if there is none. Of a detection the boxes,
+            (examples, most, 5): corners in pixels and class, filled up with boxes of class -1.
         documents: What an example was cut from; no document is in two splits.
         answers: What a generation should say, one string an example; else empty.
         images: uint8, shape (examples, height, width, 3); of different sizes, an array of

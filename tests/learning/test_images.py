@@ -1,6 +1,7 @@
 """Images through everything a merge needs: experts, evidence, Grams, objectives, scores.
 
-Two tasks ask for one answer an image and two for one a patch, at two sizes, on a tiny DINOv2.
+Two tasks ask for one answer an image and two for one a patch, at two sizes, on a tiny DINOv2, and
+one for a box around the lightest patch.
 """
 
 from dataclasses import replace
@@ -14,7 +15,9 @@ from icm_ray.base_model.loading import Base, find_module, load_base
 from icm_ray.base_model.low_rank import applied
 from icm_ray.base_model.states import batches_of
 from icm_ray.config import ExpertSet, LoRARecipe, OptimisationSpec, Training
-from icm_ray.evaluation.answers import head_features
+from icm_ray.errors import InputError, RecipeError
+from icm_ray.evaluation.answers import head_features, headed
+from icm_ray.evaluation.detection import assigned, box_loss, check_size, grid_of
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.probe import fit_probe
 from icm_ray.evaluation.scoring import TaskData, evaluate
@@ -25,6 +28,7 @@ from icm_ray.finetuning.training import train_experts
 from icm_ray.learning.forward import observe
 from icm_ray.learning.gradients import Learning, TaskGradients
 from icm_ray.learning.inputs import TaskInputs
+from icm_ray.learning.learner import covered_tasks
 from icm_ray.learning.objectives.distillation import Distillation
 from icm_ray.learning.objectives.entropy import HeadEntropy
 from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
@@ -32,7 +36,7 @@ from icm_ray.learning.objectives.supervised import Supervised
 from icm_ray.learning.objectives.task_vector_match import TaskVectorMatch
 from icm_ray.learning.parameters import Coefficients
 from icm_ray.learning.terms import own_terms
-from icm_ray.suites.tasks import Examples, Task
+from icm_ray.suites.tasks import Examples, Task, of_patches
 
 COUNT = 16
 QUERY = "encoder.layer.1.attention.q_proj"
@@ -40,14 +44,21 @@ PATHS = {f"encoder.layer.{i}.attention.{p}_proj": (16, 16) for i in (0, 1) for p
 
 
 def task_of(kind: str) -> Task:
-    metric = {"dense_classification": "miou", "classification": "accuracy"}.get(kind, "r2")
-    classes = ("dark", "light") if "classification" in kind else ()
+    metrics = {"dense_classification": "miou", "classification": "accuracy", "detection": "map50"}
+    metric = metrics.get(kind, "r2")
+    classes = ("dark", "light") if "classification" in kind or kind == "detection" else ()
     return Task(kind, kind, metric, classes, 0, "nowhere", "none")
 
 
 TASKS = {
     kind: task_of(kind)
-    for kind in ("classification", "regression", "dense_classification", "dense_regression")
+    for kind in (
+        "classification",
+        "regression",
+        "dense_classification",
+        "dense_regression",
+        "detection",
+    )
 }
 
 
@@ -72,12 +83,16 @@ def base(dino: Path) -> Base:
 
 def examples_of(task: Task) -> Examples:
     """Images of random grey patches; targets say how light the patches, or the image, are."""
-    across = 3 if task.kind.startswith("dense") else 2
+    across = 3 if of_patches(task.kind) else 2
     draw = np.random.default_rng(across)
     light = draw.uniform(0, 1, (COUNT, across, across))
     images = np.rint(255 * np.kron(light, np.ones((14, 14)))).astype(np.uint8)
     targets = light.reshape(COUNT, -1) if across == 3 else light.mean((1, 2))
-    if task.classes:
+    if task.kind == "detection":
+        y, x = np.divmod(targets.argmax(1), 3)
+        corners = 14.0 * np.stack([x, y, x + 1, y + 1, np.full(COUNT, 1 / 14)], 1)
+        targets = corners[:, None]
+    elif task.classes:
         targets = (targets > 0.5).astype(np.float64)
     names = tuple(map(str, range(COUNT)))
     return Examples((), targets, names, images=np.repeat(images[..., None], 3, -1))
@@ -85,7 +100,7 @@ def examples_of(task: Task) -> Examples:
 
 def probe_of(base: Base, task: Task) -> Head:
     examples = examples_of(task)
-    read = (head_features(base, examples, task, 5), examples.targets.flatten())
+    read = (head_features(base, examples, task, 5), headed(task).labels(base, examples, task))
     return fit_probe(task, read, read)
 
 
@@ -107,7 +122,10 @@ def test_experts_learn_together_and_are_scored(base: Base, dino: Path, tmp_path:
         assert expert.head is not None
         data = {"it": TaskData(task, own.train, expert.head)}
         scored = evaluate(base, None, data, batch=5)["it"]
-        assert scored.predictions.shape == own.train.targets.shape
+        if task.kind == "detection":
+            assert scored.predictions.shape[1] % 6 == 0
+        else:
+            assert scored.predictions.shape == own.train.targets.shape
         assert scored.score.low <= scored.score.value <= scored.score.high
         assert ("rmse" in scored.score.details) == (task.kind == "dense_regression")
 
@@ -152,6 +170,8 @@ def tasks(base: Base, make_adapter) -> list[TaskInputs]:
         examples, head = examples_of(task), probe_of(base, task)
         targets = torch.tensor((examples.targets - head.mean) / head.std).float()
         batches = batches_of(base.reader, examples.inputs, 0, 4)
+        if kind == "detection":
+            targets = assigned(targets, grid_of(batches[0]))
         adapter = make_adapter(kind, shapes=PATHS, spread=0.3)
         made.append(TaskInputs(adapter, batches, head, kind, targets))
     return made
@@ -187,8 +207,26 @@ def test_images_of_two_sizes_share_a_step(base: Base, tasks, name: str) -> None:
             assert together.losses[task] == pytest.approx(loss, rel=1e-4)
 
 
-def test_dense_labels_are_judged_patch_by_patch(base: Base, tasks) -> None:
-    task = next(task for task in tasks if task.name == "dense_classification")
+def test_entropy_of_boxes_alone_is_refused_in_one_line(tasks) -> None:
+    boxes = [task for task in tasks if task.kind == "detection"]
+    assert covered_tasks(tasks, HeadEntropy()) == ("classification", "dense_classification")
+    with pytest.raises(RecipeError, match="HeadEntropy says nothing about any of the tasks"):
+        covered_tasks(boxes, HeadEntropy())
+
+
+def test_boxes_of_images_that_the_base_would_cut_are_refused(base: Base) -> None:
+    task = TASKS["detection"]
+    whole = examples_of(task)
+    batch = base.reader.batch(base.reader.read(whole.inputs, 0), [0])
+    assert whole.images is not None
+    with pytest.raises(InputError, match="detection: images of 40 x 42 but the base reads 42 x 42"):
+        check_size(task.name, whole.images[:, :, :40], batch)
+    check_size(task.name, whole.images, batch)
+
+
+@pytest.mark.parametrize("kind", ["dense_classification", "detection"])
+def test_dense_labels_are_judged_patch_by_patch(base: Base, tasks, kind: str) -> None:
+    task = next(task for task in tasks if task.name == kind)
     objective = Supervised().of(task)
     assert objective is not None
     side = TaskGradients(
@@ -205,7 +243,10 @@ def test_dense_labels_are_judged_patch_by_patch(base: Base, tasks) -> None:
     assert task.head is not None
     assert task.targets is not None
     logits = states @ task.head.weight.T + task.head.bias
-    expected = torch.nn.functional.cross_entropy(logits, task.targets.flatten().long())
+    if kind == "detection":
+        expected = box_loss(logits, task.targets.flatten(0, 1)).mean()
+    else:
+        expected = torch.nn.functional.cross_entropy(logits, task.targets.flatten().long())
     assert found == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -225,7 +266,7 @@ def test_task_vectors_are_compared_where_the_head_reads(base: Base, tasks, kind:
     sums, count = own.measure(task.batches[0], before, memory)
     rows = torch.isin(torch.arange(COUNT), task.batches[0].rows)
     gaps = (found["base"] - found["expert"]).unflatten(0, (COUNT, -1))[rows].flatten(0, 1)
-    assert count == len(gaps) == 4 * (9 if "dense" in kind else 1)
+    assert count == len(gaps) == 4 * (9 if of_patches(kind) else 1)
     reads = gaps @ head.weight.T
     if "classification" in kind:  # a shift of all logits is no difference
         reads = reads - reads.mean(1, keepdim=True)

@@ -1,5 +1,6 @@
 import math
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
@@ -96,3 +97,8 @@ def test_logarithmic_axes_have_plain_numbers(values):
     assert "mathdefault" not in text
     assert "$" not in text
     assert "0.1" in text or "2e-01" in text or "0.2" in text
+
+
+def test_what_holds_no_expert_s_share_has_its_losses_alone(learned):
+    text = learned_page(replace(learned, shares={"topic": {}, "year": {}}))
+    ET.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])

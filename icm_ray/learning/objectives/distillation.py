@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from icm_ray.base_model.decoding import Readout
+from icm_ray.evaluation.detection import box_divergence
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives.choices import CHOICES, ChoiceLoss
 from icm_ray.learning.objectives.logits import HeadLoss, Loss, asked, divergence, squared_error
@@ -15,10 +16,11 @@ from icm_ray.learning.objectives.tokens import ExpertsTokens
 class Distillation:
     """The merge's answers through the task's head should be the expert's.
 
-    Kullback-Leibler divergence from the expert's class probabilities, or the squared difference of
-    standardised predictions; divided by the base's, whose loss is then 1. A language model's head
-    is the base's own: of texts every next token counts, of prompts those of the expert's greedy
-    answer, decoded once (arXiv 1606.07947, with the whole distributions of arXiv 1503.02531).
+    Kullback-Leibler divergence from the expert's class probabilities, the squared difference of
+    standardised predictions, or for boxes `box_divergence`; divided by the base's, whose loss is
+    then 1. A language model's head is the base's own: of texts every next token counts, of prompts
+    those of the expert's greedy answer, decoded once (arXiv 1606.07947, with the whole
+    distributions of arXiv 1503.02531).
 
     Attributes:
         readout: A language model's head.
@@ -39,6 +41,10 @@ class Distillation:
         soft = partial(divergence, temperature=self.temperature)
         if inputs.kind == CHOICES:
             return ChoiceLoss(self.readout, soft)
-        known: dict[str | None, Loss] = {"classification": soft, "regression": squared_error}
+        known: dict[str | None, Loss] = {
+            "classification": soft,
+            "regression": squared_error,
+            "detection": partial(box_divergence, temperature=self.temperature),
+        }
         asks = asked(inputs)
         return HeadLoss(inputs, known[asks]) if asks in known else None

@@ -38,7 +38,8 @@ class HeadLoss(TaskObjective):
         logits = self._logits(batch, seen)
         expected = memory.get("expected", logits)
         if self.targets is not None:
-            expected = self.targets[batch.rows].flatten().to(logits.device)
+            own = self.targets[batch.rows].to(logits.device)
+            expected = own.flatten(0, 1) if self.dense else own
         return self.loss(logits, expected).sum()[None], float(len(logits))
 
 

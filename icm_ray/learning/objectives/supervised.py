@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from icm_ray.base_model.decoding import Readout
 from icm_ray.base_model.readers import Answered
+from icm_ray.evaluation.detection import box_loss
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives.choices import CHOICES, ChoiceLoss
 from icm_ray.learning.objectives.logits import HeadLoss, asked, cross_entropy, squared_error
@@ -31,7 +32,11 @@ class Supervised:
         answered = any(isinstance(batch, Answered) for batch in inputs.batches)
         if inputs.kind == "language_modelling" or answered:
             return NextTokens(self.readout)
-        known = {"classification": cross_entropy, "regression": squared_error}
+        known = {
+            "classification": cross_entropy,
+            "regression": squared_error,
+            "detection": box_loss,
+        }
         asks = asked(inputs)
         if asks not in known or inputs.targets is None:
             return None

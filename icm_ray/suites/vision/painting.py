@@ -12,7 +12,8 @@ class Painted:
 
     Args:
         image: Grey or RGB.
-        target: Class index or number, or one of either for each patch, in reading order.
+        target: Class index or number, one of either for each patch in reading order, or the
+            corners in pixels and class of each thing, `(things, 5)`.
         document: What it was made from: a typeface, a photograph, a scene.
     """
 

@@ -75,9 +75,22 @@ def _render(
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """Return a scene's picture, and for each ray the kind of surface and its distance."""
     rng = np.random.default_rng(seed_for("scene", task, split, number))
+    return render(rng, lambda: _scene(rng, photographs), SIDE)
+
+
+def render(
+    rng: np.random.Generator, make: Callable[[], list[Surface]], side: int
+) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """Return a picture, and for each of its rays the kind of surface and its distance.
+
+    Args:
+        rng: What camera and light are drawn from, before and after the scene.
+        make: Makes the scene, floor and wall first.
+        side: Side of the picture in pixels.
+    """
     eye = np.array([0.0, rng.uniform(1.0, 2.0), 0.0])
-    rays = _rays(pitch=rng.uniform(0.1, 0.4), width=rng.uniform(0.4, 0.6))
-    scene = _scene(rng, photographs)
+    rays = _rays(pitch=rng.uniform(0.1, 0.4), width=rng.uniform(0.4, 0.6), side=side)
+    scene = make()
     origins = np.broadcast_to(eye, rays.shape)
     hits = [surface.hit(origins, rays) for surface in scene]
     first = np.argmin([t for t, _ in hits], axis=0)
@@ -87,16 +100,16 @@ def _render(
     points = origins + distance[:, None] * rays
     colours = np.stack([_wrap(s.texture, points, normals) for s in scene])[first, every]
     pixels = colours * _light(rng, scene, points, normals)[:, None]
-    side = SIDE * SAMPLES
-    picture = pixels.reshape(SIDE, SAMPLES, SIDE, SAMPLES, 3).mean((1, 3))
+    picture = pixels.reshape(side, SAMPLES, side, SAMPLES, 3).mean((1, 3))
     image = Image.fromarray(np.rint(255 * np.clip(picture, 0, 1)).astype(np.uint8))
     kinds = np.array([surface.kind for surface in scene])[first]
-    return image, kinds.reshape(side, side), distance.reshape(side, side)
+    across = (side * SAMPLES, side * SAMPLES)
+    return image, kinds.reshape(across), distance.reshape(across)
 
 
-def _rays(pitch: float, width: float) -> Points:
+def _rays(pitch: float, width: float, side: int) -> Points:
     """Return unit directions in reading order; the camera looks down by `pitch` radians."""
-    across = (np.arange(SIDE * SAMPLES) + 0.5) / (SIDE * SAMPLES) * 2 - 1
+    across = (np.arange(side * SAMPLES) + 0.5) / (side * SAMPLES) * 2 - 1
     x, y = np.meshgrid(across * width, -across * width)
     forward = np.ones_like(x)
     turned = [
@@ -111,8 +124,8 @@ def _rays(pitch: float, width: float) -> Points:
 def _scene(rng: np.random.Generator, photographs: Photographs) -> list[Surface]:
     wall = rng.uniform(5, 11)
     scene = [
-        Surface(0, plane(1, 0.0), _texture(rng, photographs)),
-        Surface(1, plane(2, wall), _texture(rng, photographs)),
+        Surface(0, plane(1, 0.0), texture(rng, photographs)),
+        Surface(1, plane(2, wall), texture(rng, photographs)),
     ]
     for _ in range(rng.integers(3, 7)):
         z = rng.uniform(1.8, min(wall - 0.8, 6.0))
@@ -126,11 +139,12 @@ def _scene(rng: np.random.Generator, photographs: Photographs) -> list[Surface]:
             hit = box(np.array([x, half[1], z]), half, rng.uniform(0, np.pi / 2))
         else:
             hit = pillar(np.array([x, 0.0, z]), 0.6 * size, height)
-        scene.append(Surface(kind, hit, _texture(rng, photographs)))
+        scene.append(Surface(kind, hit, texture(rng, photographs)))
     return scene
 
 
-def _texture(rng: np.random.Generator, photographs: Photographs) -> np.ndarray:
+def texture(rng: np.random.Generator, photographs: Photographs) -> np.ndarray:
+    """Return a random crop of a photograph, paler or darker, as `Surface` wants it."""
     pixels = np.asarray(photographs.crop(rng, TEXTURE), dtype=np.float64) / 255
     contrast = rng.uniform(0.2, 1.0)
     return (pixels * contrast + rng.uniform(0.3, 0.9, 3) * (1 - contrast)) * rng.uniform(0.6, 1.0)
