@@ -117,7 +117,7 @@ def _index(boxes: np.ndarray) -> Any:
             ((i, box) for i, own in enumerate(boxes.tolist()) for box in own if box[4] >= 0), 1
         )
     ]
-    index = COCO()
+    index: Any = COCO()
     index.dataset = {
         "images": [{"id": number + 1} for number in range(len(boxes))],
         "categories": [{"id": c} for c in sorted({row["category_id"] for row in rows})],

@@ -52,7 +52,7 @@ def _fit(task: Task, features: np.ndarray, targets: np.ndarray, strength: float)
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(features)
-    standard = scaler.transform(features)
+    standard = np.asarray(scaler.transform(features))
     if task.kind == "detection":
         weight, bias = _descended(task, standard, targets, strength)
     elif not task.is_class:

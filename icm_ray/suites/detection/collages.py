@@ -18,6 +18,7 @@ SHARES = {"train": 0.6, "calibration": 0.1, "validation": 0.1, "test": 0.2}
 """Of the handwritten digits; each is in one split."""
 TRIES = 20
 """To find a free place for a glyph; then it is left out."""
+Corners = tuple[int, int, int, int]
 
 
 def collages(glyphs: Glyphs, mnist: Path, family: tuple[str, ...], count: int) -> Iterator[Painted]:
@@ -28,7 +29,7 @@ def collages(glyphs: Glyphs, mnist: Path, family: tuple[str, ...], count: int) -
         others = DIGITS if family == LETTERS else LETTERS
         own = [family[i] for i in rng.integers(len(family), size=rng.integers(1, 4))]
         more = [others[i] for i in rng.integers(len(others), size=rng.integers(0, 3))]
-        ink, taken, boxes = Image.new("L", (SIDE, SIDE)), [], []
+        ink, taken, boxes = Image.new("L", (SIDE, SIDE)), list[Corners](), []
         for place, name in enumerate([*own, *more]):
             mask = _glyph(rng, glyphs, written, name)
             corners = _placed(rng, mask, taken)
@@ -52,15 +53,13 @@ def _glyph(
         return mask_of(name, glyphs.face(rng), rng.uniform(-20, 20), longest)
     images = written[name]
     digit = Image.fromarray(images[rng.integers(len(images))].reshape(28, 28))
-    digit = digit.crop(digit.point(lambda x: 255 if x > 60 else 0).getbbox())
+    digit = digit.crop(digit.point([0] * 61 + [255] * 195).getbbox())
     scale = longest / max(digit.size)
     width, height = (max(1, round(length * scale)) for length in digit.size)
     return digit.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _placed(
-    rng: np.random.Generator, mask: Image.Image, taken: list[tuple[int, ...]]
-) -> tuple[int, ...] | None:
+def _placed(rng: np.random.Generator, mask: Image.Image, taken: list[Corners]) -> Corners | None:
     """Return corners where a glyph covers no other; None where there is no room."""
     for _ in range(TRIES):
         x, y = (int(rng.integers(SIDE - length + 1)) for length in mask.size)
