@@ -11,7 +11,7 @@ from icm_ray.adapters.peft_format import AdapterFile
 from icm_ray.linalg import lowrank
 from icm_ray.types import LoRAFactors
 
-SIGN_ROWS = 16
+SIGN_ROWS = 8
 """Rows of each module whose entries' signs are compared, evenly spaced."""
 NO_DIRECTION = 1e-10
 """Share of a Gram's largest eigenvalue below which a direction is rounding."""

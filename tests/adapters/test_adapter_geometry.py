@@ -6,7 +6,7 @@ import pytest
 import torch
 from command_samples import save_lora
 
-from icm_ray.adapters import delta_cosines, geometry_of, open_all, readings
+from icm_ray.adapters import delta_cosines, geometry, geometry_of, open_all, readings
 from icm_ray.adapters.geometry import Geometry, Sides
 
 SHAPES = {"layers.0.q_proj": (24, 16), "layers.1.q_proj": (24, 16)}
@@ -63,7 +63,8 @@ def test_one_row_space_is_told(tmp_path):
     assert "column spaces: overlap 1.00" in lines
 
 
-def test_what_an_election_outvotes_is_what_dense_entries_say(three):
+def test_what_an_election_outvotes_is_what_dense_entries_say(three, monkeypatch):
+    monkeypatch.setattr(geometry, "SIGN_ROWS", 24)  # all of them
     files = opened(three)
     sizes, outvoted = 0.0, 0.0
     for module in SHAPES:
