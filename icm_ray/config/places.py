@@ -28,13 +28,16 @@ def earlier_output(storage: str | None, path: str) -> str:
 
 
 def with_places(recipe: P, storage: str | None) -> P:
-    """Return a recipe whose marked fields, in all its parts, name where the outputs are."""
+    """Return a recipe whose marked fields, in all its parts, name where the outputs are.
+
+    Fields that nobody set stay unset: jobs tell them from such as were.
+    """
     if not root_of(storage):
         return recipe
     changes: dict[str, Any] = {}
-    for name, field in type(recipe).model_fields.items():
+    for name in recipe.model_fields_set:
         value = getattr(recipe, name)
-        if isinstance(value, str) and EARLIER_OUTPUT in field.metadata:
+        if isinstance(value, str) and EARLIER_OUTPUT in type(recipe).model_fields[name].metadata:
             changes[name] = earlier_output(storage, value)
         elif isinstance(value, BaseModel):
             changes[name] = with_places(value, storage)

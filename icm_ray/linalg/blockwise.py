@@ -117,8 +117,9 @@ def _randomised(
                 ahead.addmm_(part.T, seen)
         spans.append(z)
         images.append(y)
-        # Householder's columns are orthonormal whatever the rank, so no image is lost.
-        z = torch.linalg.qr(torch.cat([*spans, ahead], 1)).Q[:, -width:]
+        if turn < TURNS - 1:
+            # Householder's columns are orthonormal whatever the rank, so no image is lost.
+            z = torch.linalg.qr(torch.cat([*spans, ahead], 1)).Q[:, -width:]
     # All powers together hold far more than the last one, and their images are known already.
     inside, image = torch.cat(spans, 1).double(), torch.cat(images, 1).double()
     squares, u = torch.linalg.eigh(image.T @ image)

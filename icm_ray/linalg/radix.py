@@ -28,7 +28,7 @@ from torch import Tensor
 
 from icm_ray.linalg import kernels
 
-MAGNITUDE = 0x7FFFFFFF  # every bit but the sign
+MAGNITUDE = int(kernels.MAGNITUDE)
 FEW_TASKS = 32
 """Up to so many tasks, two sweeps with large counts: 768 kB a task. More take three: 24 kB."""
 

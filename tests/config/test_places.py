@@ -62,3 +62,10 @@ def test_every_job_finds_what_others_wrote(kind, fields: list[str], more: dict, 
 def test_parts_of_a_recipe_are_looked_through(root) -> None:
     values = {"lora": {"start": "runs/two"}, "output": "runs/out", "storage": str(root)}
     assert load_recipe(FinetuneRecipe, values).lora.start == str(root / "runs/two")
+
+
+def test_what_nobody_set_stays_unset(root) -> None:
+    values = {"name": "x", "adapters": REFS, "output": "runs/out", "storage": str(root)}
+    recipe = load_recipe(PipelineRecipe, values)
+    assert recipe.model_fields_set == values.keys()
+    assert recipe.adapters[0].model_fields_set == {"name", "path"}
