@@ -93,7 +93,7 @@ def extract_adapter(
         raise RecipeError(f"rank: {rank!r} but a rank, 'energy:0.9' or 'exact' is expected.")
     refuse_inputs(out, {"model": model, "base": base})
     refuse_foreign(out)
-    pair = Pair(_opened(model), _opened(base))
+    pair = _Pair(_opened(model), _opened(base))
     _refuse_others(pair)
     skeleton = build(pair.before, own_class(pair.before.config))
     squares = {key: pair.square(key) for key in sorted(pair.before.tensors)}
@@ -131,7 +131,7 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class Pair:
+class _Pair:
     """A trained model and the one before, on disk, with the same tensors."""
 
     after: BaseFolder
@@ -190,7 +190,7 @@ def _opened(folder: Path) -> BaseFolder:
     return opened
 
 
-def _refuse_others(pair: Pair) -> None:
+def _refuse_others(pair: _Pair) -> None:
     """Raise InputError where two models do not have the same tensors."""
     after, before = pair.after, pair.before
     kinds = [one.config.model_type for one in (after, before)]
