@@ -5,12 +5,15 @@ reasoning vector (arXiv 2509.01363); of any fine-tuned model and its base, what 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from icm_ray.adapters import save_adapter
@@ -96,7 +99,7 @@ def extract_adapter(
     pair = _Pair(_opened(model), _opened(base))
     _refuse_others(pair)
     skeleton = build(pair.before, own_class(pair.before.config))
-    squares = {key: pair.square(key) for key in sorted(pair.before.tensors)}
+    squares = {key: pair.square(key) for key in _shown(sorted(pair.before.tensors), "compare")}
     layers = {
         module: layer
         for module, layer in sorted(_linear_layers(skeleton, pair.before).items())
@@ -104,7 +107,9 @@ def extract_adapter(
     }
     if not layers:
         raise InputError(f"{model}: no linear layer differs from {base}. Name a trained model.")
-    factors = {module: cut(pair.change(layer), rule).factors for module, layer in layers.items()}
+    factors = {
+        module: cut(pair.change(layers[module]), rule).factors for module in _shown(layers, "cut")
+    }
     dtypes = {DTYPES[pair.before.tensors[layer.key][1].dtype] for layer in layers.values()}
     adapter = Adapter(
         name=model.name,
@@ -120,6 +125,13 @@ def extract_adapter(
     rest = squares.keys() - {layer.key for layer in layers.values()}
     left_out = {key: squares[key] / whole for key in sorted(rest) if squares[key] != 0}
     return Extracted(len(factors), adapter.max_rank, min(kept / whole, 1.0), left_out)
+
+
+def _shown(items: Collection[str], what: str) -> Iterable[str]:
+    """Return the items behind a bar, where a terminal can show one."""
+    is_seen = sys.stderr.isatty()
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not is_seen)
 
 
 @dataclass(frozen=True)
