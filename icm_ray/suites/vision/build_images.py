@@ -130,17 +130,27 @@ def build(
         painted = list(make(source, sizes[source.split]))
         order = sorted(range(len(painted)), key=lambda i: seed_for(task, source.split, i))
         rows += [(source.split, painted[i]) for i in order]
-    targets = [np.asarray(row.target) for _, row in rows]
     numbers = pa.list_(pa.float32())
-    kind = (pa.float64(), numbers, pa.list_(numbers))[targets[0].ndim]
+
+    def column(targets: Sequence[np.ndarray]) -> "pa.Array":
+        if targets[0].dtype.kind == "U":
+            return pa.array([str(word) for word in targets], pa.string())
+        kind = (pa.float64(), numbers, pa.list_(numbers))[targets[0].ndim]
+        return pa.array([target.tolist() for target in targets], kind)
+
+    named = [{k: np.asarray(v) for k, v in _by_column(row).items()} for _, row in rows]
     return pa.table(
         {
             "split": pa.array([split for split, _ in rows], pa.string()),
             "image": pa.array([encode(row.image, quality) for _, row in rows], pa.binary()),
-            "target": pa.array([target.tolist() for target in targets], kind),
+            **{name: column([targets[name] for targets in named]) for name in named[0]},
             "document": pa.array([row.document for _, row in rows], pa.string()),
         }
     ).replace_schema_metadata({"task": task})
+
+
+def _by_column(row: Painted) -> Mapping[str, float | str | np.ndarray]:
+    return row.target if isinstance(row.target, Mapping) else {"target": row.target}
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
