@@ -1,6 +1,11 @@
 """How near a generated answer is to the wanted one, in [0, 1]; words are separated by spaces."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+
+PAIR = re.compile(r"\ban? (\w+) (\w+)")
+"""A thing in a caption: an article, and two words."""
 
 
 def exact_match(said: str, wanted: str) -> float:
@@ -13,7 +18,11 @@ def edit_match(said: str, wanted: str) -> float:
 
     For pronunciations a word is a phone: this is 1 - phone error rate, kept above 0.
     """
-    a, b = said.split(), wanted.split()
+    return _alike(said.split(), wanted.split())
+
+
+def _alike(a: Sequence[str], b: Sequence[str]) -> float:
+    """Return 1 - Levenshtein distance / the longer length; 1 if both are empty."""
     if not a and not b:
         return 1.0
     row = list(range(len(b) + 1))
@@ -43,9 +52,32 @@ def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
+def anls(said: str, wanted: str) -> float:
+    """Return 1 - Levenshtein distance in characters / the longer length, 0 up to a half.
+
+    Paper: Biten et al. 2019 (arXiv 1907.00490), equation 1, with one right answer; case and
+    spaces around count nothing.
+    """
+    similarity = _alike(said.strip().lower(), wanted.strip().lower())
+    return similarity if similarity > 0.5 else 0.0
+
+
+def pair_f1(said: str, wanted: str) -> float:
+    """Return the F1 of the pairs of words that name things: the two words after each "a".
+
+    Of "a red ball and a blue box." these are (red, ball) and (blue, box), in any order; as SPICE
+    (arXiv 1607.08822) compares what is said of a picture and leaves its wording aside.
+    """
+    a, b = (Counter(PAIR.findall(text.lower())) for text in (said, wanted))
+    shared = (a & b).total()
+    return 2 * shared / (a.total() + b.total()) if shared else 0.0
+
+
 SCORERS: Mapping[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
     "edit_match": edit_match,
     "rouge_l": rouge_l,
+    "anls": anls,
+    "pair_f1": pair_f1,
 }
 """Scorers by metric: what was said, what was wanted."""

@@ -262,6 +262,8 @@ MEASURES: Mapping[str, Callable[..., np.ndarray]] = {
     "exact_match": _mean,
     "edit_match": _mean,
     "rouge_l": _mean,
+    "anls": _mean,
+    "pair_f1": _mean,
     "rmse": _rmse,
     FIDELITY: _fidelity,
     "bleu": lambda p, _t, weights, _classes: corpus_scores("bleu", p, weights),

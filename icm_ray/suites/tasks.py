@@ -27,7 +27,16 @@ METRICS: Mapping[Kind, tuple[str, ...]] = {
     "dense_regression": ("r2", "rmse"),
     "detection": ("map50", "map"),
     "language_modelling": ("token_likelihood", FIDELITY),
-    "generation": ("rouge_l", "exact_match", "edit_match", "bleu", "chrf", FIDELITY),
+    "generation": (
+        "rouge_l",
+        "exact_match",
+        "edit_match",
+        "anls",
+        "pair_f1",
+        "bleu",
+        "chrf",
+        FIDELITY,
+    ),
 }
 """What each kind can be scored by, the usual first. Of all but `ERRORS` larger is better and 1 is
 perfect, so that a score over the expert's score has a meaning.
@@ -36,6 +45,8 @@ perfect, so that a score over the expert's score has a meaning.
 precision of boxes, at an intersection over union of .5, and over .5 to .95 (COCO).
 `token_likelihood`: 1 / perplexity, the geometric mean of the tokens' probabilities.
 `edit_match`: 1 - edit distance in words / longer length.
+`anls`: 1 - edit distance in characters / longer length, 0 up to a half.
+`pair_f1`: F1 of the things a caption names, each the two words after an "a".
 `rouge_l`: F1 of the longest common subsequence of words. `bleu`, `chrf`: of the corpus, over 100.
 `fidelity`: how far the model says what the task's expert says; it needs no labels."""
 

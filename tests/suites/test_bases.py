@@ -10,7 +10,8 @@ import pytest
 
 from icm_ray.errors import InputError
 from icm_ray.files import sha256_of_file
-from icm_ray.suites import BASES, bases, default_cache, prepare_base
+from icm_ray.suites import BASES, PackagedBase, bases, default_cache, prepare_base
+from icm_ray.suites.bases import AssembledBase
 
 MODEL = {"config.json": "{}", "model.safetensors": "weights", "1_Pooling/config.json": "{}"}
 
@@ -55,9 +56,37 @@ def make_wheel(path: Path, folder: str, extra: str | None = None) -> Path:
 def test_the_table_pins_exact_wheels() -> None:
     for alias, base in BASES.items():
         assert alias == base.alias
-        assert len(base.sha256) == 64
-        assert base.version
+        assert len(base.key) == 64
         assert base.licence
+        if isinstance(base, AssembledBase):
+            assert all(isinstance(BASES[part], PackagedBase) for part in base.parts)
+        else:
+            assert base.version
+
+
+def test_a_base_of_others_is_joined_once_and_again_of_other_weights(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def assemble(first: Path, second: Path, weights: Path, folder: Path) -> None:
+        (folder / "config.json").write_text((first / "config.json").read_text())
+        (folder / "model.safetensors").write_text(f"{second.name} {weights.read_text()}")
+
+    weights = tmp_path / "between"
+    weights.write_text("one")
+    known = {**bases.BASES, "other": replace(bases.BASES["tiny"], alias="other")}
+    both = AssembledBase("both", ("tiny", "other"), weights, "both", "none", "two", assemble)
+    monkeypatch.setattr(bases, "BASES", {**known, "both": both})
+    told: list[str] = []
+    folder = prepare_base("both", tmp_path / "cache", progress=told.append)
+    assert (folder / "model.safetensors").read_text().endswith(" one")
+    assert told[-1] == "joining tiny and other"
+    assert prepare_base("both", tmp_path / "cache") == folder
+    assert len(tiny) == 2
+    weights.write_text("two")
+    again = prepare_base("both", tmp_path / "cache")
+    assert again != folder
+    assert (again / "model.safetensors").read_text().endswith(" two")
+    assert len(tiny) == 2  # the parts were there
 
 
 def test_a_packaged_base_is_fetched_once(tmp_path: Path, tiny: list[str]) -> None:

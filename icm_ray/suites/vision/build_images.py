@@ -133,6 +133,8 @@ def build(
     numbers = pa.list_(pa.float32())
 
     def column(targets: Sequence[np.ndarray]) -> "pa.Array":
+        if targets[0].dtype.kind == "U":
+            return pa.array([str(word) for word in targets], pa.string())
         kind = (pa.float64(), numbers, pa.list_(numbers))[targets[0].ndim]
         return pa.array([target.tolist() for target in targets], kind)
 
@@ -147,7 +149,7 @@ def build(
     ).replace_schema_metadata({"task": task})
 
 
-def _by_column(row: Painted) -> Mapping[str, float | np.ndarray]:
+def _by_column(row: Painted) -> Mapping[str, float | str | np.ndarray]:
     return row.target if isinstance(row.target, Mapping) else {"target": row.target}
 
 

@@ -35,16 +35,16 @@ def spoil(image: Image.Image, way: str, rng: np.random.Generator) -> Image.Image
     if way == "motion":
         return _moved(image, rng.uniform(0, np.pi), 2 + 3 * force)
     if way == "noise":
-        noise = rng.normal(0, 6 + 22 * force, (SIDE, SIDE, 3))
+        noise = rng.normal(0, 6 + 22 * force, (image.height, image.width, 3))
         return _image(np.asarray(image) + noise)
     if way == "jpeg":
         file = io.BytesIO()
         image.save(file, "JPEG", quality=round(25 - 17 * force))
         return Image.open(file).convert("RGB")
     if way == "pixels":
-        side = round(SIDE / (1.7 + 1.5 * force))
+        side = round(image.width / (1.7 + 1.5 * force))
         small = image.resize((side, side), Image.Resampling.BOX)
-        return small.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        return small.resize(image.size, Image.Resampling.NEAREST)
     if way == "posterised":
         levels = 6 - 3 * force
         return _image(np.rint(np.asarray(image) / 255 * levels) / levels * 255)

@@ -15,10 +15,10 @@ class Painted:
         image: Grey or RGB.
         target: Class index or number, one of either for each patch in reading order, or the
             corners in pixels and class of each thing, `(things, 5)`; by column where several
-            tasks read one picture.
+            tasks read one picture, words among them.
         document: What it was made from: a typeface, a photograph, a scene.
     """
 
     image: Image.Image
-    target: float | np.ndarray | Mapping[str, np.ndarray]
+    target: float | np.ndarray | Mapping[str, np.ndarray | str]
     document: str
