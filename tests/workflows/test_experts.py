@@ -75,9 +75,7 @@ def test_a_start_must_fit_the_new_lora(tiny_bert: Path, tmp_path: Path) -> None:
     ] * 3
 
 
-@pytest.mark.parametrize(
-    "name", ["text", "lm", "vision", "generation", "many", "detection", "dense"]
-)
+@pytest.mark.parametrize("name", list(SUITES))
 def test_committed_experts_are_their_recipes_own(name: str) -> None:
     """Otherwise their tables would train them again without a word."""
     file = ROOT / "configs" / "pipeline" / f"results_{name}.yaml"
