@@ -349,6 +349,35 @@ def export(
 
 
 @app.command()
+def extract(
+    model: Annotated[str, typer.Argument(help="A trained model: folder or hub id.")],
+    base: Annotated[str, typer.Option(help="What it was trained from: alias, folder or hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", **PATH)],
+    rank: Annotated[str, typer.Option(help="A rank, energy:0.9 or exact.")] = "16",
+    debug: Debug = False,
+) -> None:
+    """Write what full fine-tuning changed in a base's linear layers as an adapter."""
+    from icm_ray.exporting import extract_adapter
+    from icm_ray.files import check_place
+    from icm_ray.locks import locked
+    from icm_ray.merging.estimate import warn
+    from icm_ray.suites import prepare_base
+
+    def work() -> None:
+        check_place(output.absolute())
+        with locked(output.absolute()):
+            after, before = (prepare_base(name, progress=print) for name in (model, base))
+            policy = int(rank) if rank.isdigit() else rank
+            found = extract_adapter(after, before, output, policy, base)
+        warn(found.lines)
+        print(
+            f"{output}: {found.modules} layers, rank {found.rank}, {found.kept:.2%} of all change."
+        )
+
+    _finish(work, debug)
+
+
+@app.command()
 def push(
     folder: Folder,
     to: Annotated[str, typer.Option("--to", help="Repository: org/name.")],

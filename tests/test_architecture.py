@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"adapters", "base_model", "config", "evaluation", "evidence", "fusion", "fusion_vae"}
     | {"learning", "merging", "methods", "suites"},
     "importing": BASICS | {"adapters", "config", "methods", "suites"},
-    "exporting": BASICS | {"adapters"},
+    "exporting": BASICS | {"adapters", "linalg", "merging"},
     "storage": {"config", "errors", "files", "locks", "suites"},
     "interruption": set(),
     "backend_lines": set(),

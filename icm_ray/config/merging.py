@@ -94,6 +94,10 @@ class EvidenceRecipe(Recipe):
         description="gram_statistics: gathered once more, through RegMean's merge of the experts' "
         "own, which are kept in <output>.first.",
     )
+    position: Literal["mean", "last"] = Field(
+        default="mean",
+        description="task_vectors: of the mean over an input's tokens, or of its last token.",
+    )
     batch: Positive = 32
     modules_to_save: SavedModulesPolicy = "refuse"
     output: str = Field(min_length=1)
@@ -102,6 +106,8 @@ class EvidenceRecipe(Recipe):
     def _of_grams(self) -> "EvidenceRecipe":
         if self.again and self.kind != "gram_statistics":
             raise ValueError(f"again: of gram_statistics alone, but kind is {self.kind}")
+        if self.position != "mean" and self.kind != "task_vectors":
+            raise ValueError(f"position: of task_vectors alone, but kind is {self.kind}")
         if self.resources.grams != "full" and self.kind != "gram_statistics":
             raise ValueError(f"resources.grams: {self.resources.grams} but kind is {self.kind}")
         return self

@@ -12,7 +12,7 @@ from icm_ray.adapters import AdapterFile
 from icm_ray.adapters.saving import as_stored
 from icm_ray.base_model.readers import Inputs
 from icm_ray.base_model.shared_base import SharedBase
-from icm_ray.base_model.states import batches_of
+from icm_ray.base_model.states import Pooling, batches_of
 from icm_ray.config import Resources
 from icm_ray.distributed.cluster import place_of
 from icm_ray.distributed.faults import MAX_RETRIES
@@ -145,11 +145,16 @@ class AdapterActor:
         return self.held[1]
 
     def evidence(
-        self, source: Source, inputs: Inputs, max_tokens: int, batch: int
+        self,
+        source: Source,
+        inputs: Inputs,
+        max_tokens: int,
+        batch: int,
+        position: Pooling = "mean",
     ) -> AdapterEvidence:
         """Return task vector and null-space ratios of one adapter on its own inputs."""
         batches = batches_of(self.base.reader, inputs, max_tokens, batch)
-        return gather(self.base.model, self.hold(source), batches)
+        return gather(self.base.model, self.hold(source), batches, position)
 
     def ratios(
         self,

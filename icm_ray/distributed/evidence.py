@@ -7,6 +7,7 @@ from pathlib import Path
 import ray
 
 from icm_ray.adapters import AdapterFile
+from icm_ray.base_model.states import Pooling
 from icm_ray.checkpoint import scratch_folder
 from icm_ray.distributed.actors import AdapterSource, MergeSource
 from icm_ray.distributed.session import Pool
@@ -25,7 +26,11 @@ EVIDENCE_BATCH = 32
 
 
 def gather_on_ray(
-    pool: Pool, files: Sequence[AdapterFile], inputs: Inputs, batch: int = EVIDENCE_BATCH
+    pool: Pool,
+    files: Sequence[AdapterFile],
+    inputs: Inputs,
+    batch: int = EVIDENCE_BATCH,
+    position: Pooling = "mean",
 ) -> list[AdapterEvidence]:
     """Return task vector and null-space ratios of every adapter, in the order of their names.
 
@@ -34,9 +39,10 @@ def gather_on_ray(
         files: The adapters.
         inputs: Unlabelled inputs of each task.
         batch: Examples a forward.
+        position: Whose state a task vector is of: the mean over tokens, or the last token.
     """
     in_order = sorted(files, key=lambda file: file.name)
-    arguments = {f.name: (AdapterSource(f), *inputs[f.name], batch) for f in in_order}
+    arguments = {f.name: (AdapterSource(f), *inputs[f.name], batch, position) for f in in_order}
     return list(pool.map("evidence", arguments, label="task vectors").values())
 
 
@@ -115,14 +121,21 @@ def input_widths(files: Sequence[AdapterFile]) -> dict[str, int]:
     return {module: shape[1] for file in files for module, shape in file.shapes.items()}
 
 
-def evidence_key(base: str, files: Sequence[AdapterFile], inputs: Inputs, batch: int) -> str:
-    """Return what identifies a piece of evidence: base, adapters, inputs and batch size."""
+def evidence_key(
+    base: str,
+    files: Sequence[AdapterFile],
+    inputs: Inputs,
+    batch: int,
+    position: Pooling = "mean",
+) -> str:
+    """Return what identifies a piece of evidence; see `gather_on_ray`."""
     return sha256_of(
         {
             "base": base,
             "adapters": {file.name: file.fingerprint for file in files},
             "inputs": {task: inputs_key(*own) for task, own in inputs.items()},
             "batch": batch,
+            **({} if position == "mean" else {"position": position}),
         }
     )
 

@@ -10,7 +10,7 @@ from icm_ray.errors import InputError
 from icm_ray.evaluation.adapter_heads import head_in
 from icm_ray.evaluation.heads import Head
 from icm_ray.files import read_json
-from icm_ray.suites import Suite
+from icm_ray.suites import Suite, Task
 
 ADAPTER, HEAD, METRICS = "adapter", "head.safetensors", "metrics.json"
 TRAJECTORIES = "trajectories"
@@ -68,15 +68,37 @@ def heads_of(suite: Suite, experts: Mapping[str, Expert]) -> tuple[Suite, dict[s
     """Return a suite that knows which classes a language model names, and the experts' heads.
 
     Heads are those of tasks that are read through one; None where the base's own answers do.
+
+    Raises:
+        InputError: naming every head that says another number of things than its task has.
     """
-    heads = {}
+    heads: dict[str, Head | None] = {}
     for task, expert in experts.items():
         asked = suite.task(task)
         if asked.headed or asked.head == "names":
             heads[task] = expert.head(asked.head, suite.folder)
+    misfits = [_misfit(suite.task(task), head) for task, head in heads.items() if head]
+    if any(misfits):
+        raise InputError(filter(None, misfits))
     classes = [t for t in heads if suite.task(t).kind == "classification" and heads[t] is None]
     names = {task: "names" for task in classes if experts[task].writes}
     return suite.with_heads(names), heads
+
+
+def _misfit(task: Task, head: Head) -> str:
+    """Return what is wrong with a head's number of outputs; empty if nothing is.
+
+    A classification whose rows alone say the classes may not show the last ones of its head.
+    """
+    width, wanted = len(head.weight), task.outputs
+    more = task.kind == "classification" and all(name.isdigit() for name in task.classes)
+    if width == wanted or (more and width > wanted):
+        return ""
+    classes = f", the {len(task.classes)} classes" if task.classes else ""
+    return (
+        f"{task.name}: a head of {width} outputs but {wanted} are expected{classes} of a "
+        f"{task.kind}. Give the task's own head, or name what it says with classes:."
+    )
 
 
 def find_experts(folder: Path) -> Mapping[str, Expert]:

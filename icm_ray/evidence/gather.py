@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from icm_ray.base_model.loading import find_module
 from icm_ray.base_model.low_rank import applied
-from icm_ray.base_model.states import Batch, pooled
+from icm_ray.base_model.states import Batch, Pooling, pooled
 from icm_ray.linalg.subspace import axis_ratios, null_space_ratio, row_space
 from icm_ray.types import Adapter
 
@@ -35,16 +35,21 @@ class AdapterEvidence:
     inputs: int
 
 
-def gather(model: nn.Module, adapter: Adapter, batches: Sequence[Batch]) -> AdapterEvidence:
+def gather(
+    model: nn.Module, adapter: Adapter, batches: Sequence[Batch], position: Pooling = "mean"
+) -> AdapterEvidence:
     """Run the same inputs through the base and through base plus adapter.
+
+    The task vector is of the states' mean over an input's tokens, as ICM-Fusion has it, or of the
+    last token alone, as its predecessors' are.
 
     Both models see exactly the same batches; padding counts neither in the pooled states nor in
     the ratios. Ratios leave out modules of rank 0, convolutions, and modules that these inputs
     never reach.
     """
     bases = _bases(adapter)
-    base_state, base_ratios = _pass(model, None, bases, batches)
-    expert_state, expert_ratios = _pass(model, adapter, bases, batches)
+    base_state, base_ratios = _pass(model, None, bases, batches, position)
+    expert_state, expert_ratios = _pass(model, adapter, bases, batches, position)
     return AdapterEvidence(
         adapter.name,
         adapter.fingerprint,
@@ -134,6 +139,7 @@ def _pass(
     adapter: Adapter | None,
     bases: dict[str, _Basis],
     batches: Sequence[Batch],
+    position: Pooling,
 ) -> tuple[Float[Tensor, " d_model"], dict[str, float]]:
     """Return the mean pooled state and the mean ratio of every module, in one pass."""
     sums: dict[str, tuple[float, int]] = dict.fromkeys(bases, (0.0, 0))
@@ -155,7 +161,7 @@ def _pass(
             total, examples = torch.zeros(1, dtype=torch.float64), 0
             for batch in batches:
                 mask[0] = batch.mask
-                total = total + pooled(model, batch).double().sum(0).cpu()
+                total = total + pooled(model, batch, position).double().sum(0).cpu()
                 examples += len(batch.rows)
     finally:
         for handle in handles:

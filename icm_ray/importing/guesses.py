@@ -16,17 +16,23 @@ ANSWERS = ("answer", "response", "completion", "reply", "output", "target", "lab
 TEXTS = ("text", "sentence", "sentence1", "premise", "content", "document_text", "body")
 IMAGES = ("image", "images", "picture", "pictures", "photo", "photos")
 PAIRS = ("text_pair", "sentence2", "hypothesis")
+BOXES = ("boxes", "objects", "bboxes", "annotations")
 SCORES = ("target", "label", "labels", "answer", "class", "score", "similarity")
 
 
 def first_rows(file: Path) -> tuple[list[str], list[Mapping[str, Any]]]:
-    """Return a file's columns, and its first rows as far as they hold plain values."""
+    """Return a file's columns, and its first rows: plain values, and lists of answers."""
     if file.suffix != ".parquet":
         rows = [row for _, row in islice(json_rows(file), LOOKED_AT)]
         return list(dict.fromkeys(name for row in rows for name in row)), rows
     schema = table_schema(file)
-    flat = [name for name in schema.names if schema.field(name).type.num_fields == 0]
-    return schema.names, [row for _, row in islice(table_rows(file, flat), LOOKED_AT)]
+    answers = {name.lower() for name in (*SCORES, *BOXES)}
+    plain = [
+        name
+        for name in schema.names
+        if schema.field(name).type.num_fields == 0 or name.lower() in answers
+    ]
+    return schema.names, [row for _, row in islice(table_rows(file, plain, nested=True), LOOKED_AT)]
 
 
 def guessed_task(file: Path, *, is_language_model: bool) -> dict[str, Any]:
@@ -47,6 +53,8 @@ def guessed_task(file: Path, *, is_language_model: bool) -> dict[str, Any]:
         place = f"{{{image}}} " if image else ""
         asked = {"kind": "generation", **seen, "prompt": f"{place}{{{prompt}}}"}
         return {**asked, "answer": answer} if answer else asked
+    if image and not text:
+        return _of_image(columns, rows, image)
     text = text or _longest(columns, rows)
     if text is None:
         return {"kind": "language_modelling", "text": "FILL_IN"}
@@ -58,6 +66,32 @@ def guessed_task(file: Path, *, is_language_model: bool) -> dict[str, Any]:
     if score and values:
         return {"kind": _kind_of(values), **found, "answer": score}
     return {"kind": "language_modelling" if is_language_model else "classification", **found}
+
+
+def _of_image(
+    columns: Sequence[str], rows: Sequence[Mapping[str, Any]], image: str
+) -> dict[str, Any]:
+    """Return what `suite.yaml` says of pictures: of the whole, of their patches, or of boxes."""
+    name = _first([c for c in columns if c != image], (*BOXES, *SCORES))
+    values = [row[name] for row in rows if row.get(name) is not None] if name else []
+    if not values:
+        return {"kind": "classification", "image": image}
+    found = {"image": image, "answer": name}
+    if not isinstance(values[0], list):
+        return {"kind": _kind_of(values), **found}
+    inner = [one for value in values for one in value]
+    if all(isinstance(one, list) for one in inner):
+        return {"kind": "detection", **found, "classes": _classes_of(inner)}
+    whole = all(isinstance(one, str | int) for one in inner)
+    return {"kind": "dense_classification" if whole else "dense_regression", **found}
+
+
+def _classes_of(boxes: Sequence[Sequence[Any]]) -> list[str]:
+    """Return the names of the boxes' classes, which stand last, or of their indices."""
+    said = {box[-1] for box in boxes if box}
+    if all(isinstance(one, str) for one in said):
+        return sorted(said)
+    return [str(index) for index in range(int(max(said, default=0)) + 1)]
 
 
 def _first(columns: Sequence[str], known: Sequence[str]) -> str | None:

@@ -202,6 +202,8 @@ def learned_figure(row: LearnedRow, *, folded: bool = False) -> Picture:
         if row.core
         else "Coefficient of each expert in each module"
     )
+    if not any(row.shares.values()):
+        what = "No share of any expert: it was trained anew"
     facts = [f"{what}. Below: the loss of each step, with its running mean."]
     if row.unmoved:
         facts.append(f"No target depends on {len(row.unmoved)} of the learned parts.")

@@ -18,7 +18,7 @@ from icm_ray.suites.own_scorer import KINDS, NAME, OwnScorer, own_scorer
 from icm_ray.suites.source import find_table
 from icm_ray.suites.suite import Suite
 from icm_ray.suites.table import Table
-from icm_ray.suites.tasks import FIDELITY, METRICS, Task
+from icm_ray.suites.tasks import FIDELITY, METRICS, Task, of_patches
 
 SUITE_FILE = "suite.yaml"
 LONGEST = 2048
@@ -62,7 +62,7 @@ def open_suite(folder: Path, *, is_packaged: bool = False) -> Suite:
         except InputError as error:
             missing += error.problems
     if missing:
-        raise InputError(missing)
+        raise InputError(dict.fromkeys(missing))  # tasks may share a table
     tasks = {
         name: replace(_task(name, task), scorer=scorers.get(name))
         for name, task in said.tasks.items()
@@ -200,10 +200,13 @@ def _completed(task: Task, table: Table) -> Task:
     """Return a task with what its rows say: its classes, and whether they have answers."""
     found, metric = table.found, task.metric
     labelled = found.labelled or task.kind == "language_modelling"  # texts say it themselves
-    if not labelled and task.kind == "detection":
+    if not labelled and of_patches(task.kind):
+        what, more = "answers", ""
+        if task.kind == "detection":
+            what, more = "boxes", ", and write [] where an image shows nothing"
         raise InputError(
-            f"suite.yaml: tasks.{task.name}: the rows have no boxes but a detection needs some. "
-            "Name their column with answer:, and write [] where an image shows nothing."
+            f"suite.yaml: tasks.{task.name}: the rows have no {what} but a {task.kind} needs some. "
+            f"Name their column with answer:{more}."
         )
     if not labelled and metric not in NO_LABELS:
         if table.task.metric is not None:

@@ -54,8 +54,8 @@ def _gather(recipe: EvidenceRecipe, target: Path) -> dict[str, Any]:
             overlap = read_json(target / DESCRIPTION)["overlap"]
             print("\n".join(overlap_lines(overlap)))
             return {**outputs, "input_overlap": overlap}
-        evidence = gather_on_ray(pool, files, inputs, recipe.batch)
-    key = evidence_key(session.key, files, inputs, recipe.batch)
+        evidence = gather_on_ray(pool, files, inputs, recipe.batch, recipe.position)
+    key = evidence_key(session.key, files, inputs, recipe.batch, recipe.position)
     save_evidence(target, evidence, {"key": key, "base": session.shared.fingerprint})
     norms = {e.task: float(e.task_vector.norm()) for e in evidence}
     print("task vector norms: " + ", ".join(f"{t} {n:.3f}" for t, n in norms.items()))

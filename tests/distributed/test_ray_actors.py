@@ -126,6 +126,9 @@ def test_any_number_of_actors_gives_the_serial_evidence(pool, files, inputs, tin
         for one, other in zip(found, expected, strict=True):
             equal(one, other)
         assert all(0 < e.task_vector.norm() < 100 for e in found)
+    last = gather_on_ray(part_of(pool, 0, 1), files[:1], inputs, BATCH, "last")[0]
+    assert not torch.equal(last.task_vector, found[0].task_vector)
+    assert last.expert_ratios == found[0].expert_ratios
 
 
 def test_each_adapter_changes_its_own_evidence(pool, files, inputs):

@@ -65,6 +65,21 @@ def test_a_task_vector_is_the_difference_of_mean_states(base, trained, ids) -> N
     assert found.inputs == len(ids)
 
 
+def test_a_task_vector_may_be_of_the_last_position(base, trained, ids) -> None:
+    adapter, model = trained
+
+    def last() -> torch.Tensor:
+        with torch.no_grad():
+            states = [model(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in ids]
+        return torch.stack(states).mean(0)
+
+    found = gather(base.model, adapter, make_batches(ids, 5, 0), "last")
+    with model.disable_adapter():
+        plain = last()
+    torch.testing.assert_close(found.task_vector, last() - plain, rtol=1e-4, atol=1e-5)
+    assert found.expert_ratios == gather(base.model, adapter, make_batches(ids, 5, 0)).expert_ratios
+
+
 def test_ratios_are_the_mean_over_tokens(base, trained, ids) -> None:
     adapter, model = trained
     found = gather(base.model, adapter, make_batches(ids, 5, 0))

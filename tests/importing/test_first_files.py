@@ -69,6 +69,38 @@ def lines(path, *rows):
             True,
             {"kind": "language_modelling", "text": "abstract"},
         ),
+        (
+            [{"image": "a.png", "label": name} for name in ("cat", "dog") * 3],
+            False,
+            {"kind": "classification", "image": "image", "answer": "label"},
+        ),
+        ([{"photo": "a.png"}], False, {"kind": "classification", "image": "photo"}),
+        (
+            [{"image": "a.png", "score": 0.5}],
+            False,
+            {"kind": "regression", "image": "image", "answer": "score"},
+        ),
+        (
+            [{"image": "a.png", "boxes": [[0, 0, 9, 9, "pot"]]}, {"image": "b.png", "boxes": []}],
+            False,
+            {"kind": "detection", "image": "image", "answer": "boxes", "classes": ["pot"]},
+        ),
+        (
+            [{"image": "a.png", "objects": [[0, 0, 9, 9, 2]]}],
+            False,
+            {"kind": "detection", "image": "image", "answer": "objects"}
+            | {"classes": ["0", "1", "2"]},
+        ),
+        (
+            [{"image": "a.png", "label": [0, 1, 1, 0]}],
+            False,
+            {"kind": "dense_classification", "image": "image", "answer": "label"},
+        ),
+        (
+            [{"image": "a.png", "target": [0.5, 1.0]}],
+            False,
+            {"kind": "dense_regression", "image": "image", "answer": "target"},
+        ),
     ],
 )
 def test_columns_are_guessed_by_name_and_values(tmp_path, rows, language, expected):
@@ -81,6 +113,16 @@ def test_a_nested_column_of_a_table_is_a_chat(tmp_path):
     pq.write_table(pa.table({"id": [1], "conversation": turns}), tmp_path / "t.parquet")
     found = guessed_task(tmp_path / "t.parquet", is_language_model=True)
     assert found == {"kind": "generation", "messages": "conversation"}
+
+
+def test_boxes_of_a_table_are_a_detection(tmp_path):
+    kind = pa.list_(pa.list_(pa.float32()))
+    boxes = pa.array([[[0, 0, 4, 4, 1]], []], kind)
+    pq.write_table(pa.table({"image": [b"a", b"b"], "target": boxes}), tmp_path / "t.parquet")
+    found = guessed_task(tmp_path / "t.parquet", is_language_model=False)
+    assert found == {"kind": "detection", "image": "image", "answer": "target"} | {
+        "classes": ["0", "1"]
+    }
 
 
 def test_what_it_writes_loads_and_marks_its_guesses(cli, tmp_path):

@@ -101,4 +101,6 @@ def test_logarithmic_axes_have_plain_numbers(values):
 
 def test_what_holds_no_expert_s_share_has_its_losses_alone(learned):
     text = learned_page(replace(learned, shares={"topic": {}, "year": {}}))
+    assert "No share of any expert" in text
+    assert "Coefficient of each expert" not in text
     ET.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])

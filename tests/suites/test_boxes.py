@@ -89,6 +89,8 @@ def test_what_suite_yaml_must_say(tmp_path: Path) -> None:
     assert "tasks.things.classes: missing but a detection names them" in line
     (line,) = problems_of(write(tmp_path, [None], TASK))
     assert "the rows have no boxes but a detection needs some" in line
+    (line,) = problems_of(write(tmp_path, [None], {"kind": "dense_regression"}))
+    assert "the rows have no answers but a dense_regression needs some" in line
     (line,) = problems_of(write(tmp_path, [[], None], TASK))
     assert "line 2: no answer but other rows have one" in line
     (line,) = problems_of(write(tmp_path, [[]], {**TASK, "metric": "miou"}))

@@ -34,14 +34,14 @@ def rooms(
         own = [family[i] for i in rng.integers(len(family), size=rng.integers(1, 4))]
         more = [others[i] for i in rng.integers(len(others), size=rng.integers(0, 3))]
         names = [*own, *more]
-        image, things, _ = render(rng, lambda: _scene(rng, photographs, names), SIDE)  # noqa: B023
+        view = render(rng, lambda: _scene(rng, photographs, names), SIDE)  # noqa: B023
         boxes = [
             [*corners, family.index(name)]
             for place, name in enumerate(own)
-            if (corners := _seen(things == place + 2))
+            if (corners := _seen(view.kinds == place + 2))
         ]
         target = np.array(boxes, dtype=np.float64).reshape(-1, 5)
-        yield Painted(image, target, f"{split} {number}")
+        yield Painted(view.image, target, f"{split} {number}")
 
 
 def _seen(rays: np.ndarray) -> list[float]:

@@ -80,9 +80,9 @@ def room(name: str, split: str, number: int, photographs: Photographs) -> Room:
     count = 1 + number % MOST
     while True:
         things = _things(rng, count)
-        image, rays, _ = render(rng, lambda: _scene(rng, photographs, things), SIDE)  # noqa: B023
-        if all((rays == place + 2).sum() >= LEAST_RAYS for place in range(count)):
-            return Room(image, things, rays)
+        view = render(rng, lambda: _scene(rng, photographs, things), SIDE)  # noqa: B023
+        if all((view.things == place + 2).sum() >= LEAST_RAYS for place in range(count)):
+            return Room(view.image, things, view.things)
 
 
 def _things(rng: np.random.Generator, count: int) -> tuple[Thing, ...]:

@@ -46,21 +46,53 @@ class Surface:
     texture: np.ndarray
 
 
+@dataclass(frozen=True)
+class View:
+    """What a camera sees of a scene: a picture, and maps of its rays, `(across, across)`.
+
+    Args:
+        image: The picture.
+        things: Number of the surface that each ray meets, in the scene's order.
+        kinds: The kind of that surface.
+        distance: How far it is, in metres.
+        points: Where the ray meets it, `(across, across, 3)`.
+        normals: What is upright on it there, `(across, across, 3)`.
+        light: Share of light that falls there, 0 to about 1.2.
+    """
+
+    image: Image.Image
+    things: np.ndarray
+    kinds: np.ndarray
+    distance: np.ndarray
+    points: np.ndarray
+    normals: np.ndarray
+    light: np.ndarray
+
+
 def surfaces(split: str, photographs: Photographs, count: int) -> Iterator[Painted]:
     """Yield scenes with the surface that fills most of each patch."""
     for number in range(count):
-        image, kinds, _ = _render("surface", split, number, photographs)
-        patches = _patches(kinds)
-        filled = np.stack([(patches == kind).sum(-1) for kind in range(len(SURFACES))])
-        yield Painted(image, filled.argmax(0).astype(np.float64), f"{split} {number}")
+        view = room("surface", split, number, photographs)
+        yield Painted(view.image, most_of(view.kinds, len(SURFACES)), f"{split} {number}")
 
 
 def distances(split: str, photographs: Photographs, count: int) -> Iterator[Painted]:
     """Yield scenes with the mean of 1 / distance over each patch, per metre."""
     for number in range(count):
-        image, _, distance = _render("distance", split, number, photographs)
-        inverse = _patches(1 / distance).mean(-1)
-        yield Painted(image, np.round(inverse, 4), f"{split} {number}")
+        view = room("distance", split, number, photographs)
+        yield Painted(view.image, mean_of(1 / view.distance), f"{split} {number}")
+
+
+def most_of(values: np.ndarray, classes: int) -> np.ndarray:
+    """Return the class that fills most of each patch of a square map."""
+    patches = _patches(values)
+    filled = np.stack([(patches == one).sum(-1) for one in range(classes)])
+    return filled.argmax(0).astype(np.float64)
+
+
+def mean_of(values: np.ndarray) -> np.ndarray:
+    """Return the mean over each patch of a square map, to four digits."""
+    return np.round(_patches(values).mean(-1), 4)
 
 
 def _patches(values: np.ndarray) -> np.ndarray:
@@ -70,18 +102,14 @@ def _patches(values: np.ndarray) -> np.ndarray:
     return values.reshape(across, side, across, side).swapaxes(1, 2).reshape(across**2, side**2)
 
 
-def _render(
-    task: str, split: str, number: int, photographs: Photographs
-) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """Return a scene's picture, and for each ray the kind of surface and its distance."""
+def room(task: str, split: str, number: int, photographs: Photographs) -> View:
+    """Return the view of a room with three to six things in it."""
     rng = np.random.default_rng(seed_for("scene", task, split, number))
     return render(rng, lambda: _scene(rng, photographs), SIDE)
 
 
-def render(
-    rng: np.random.Generator, make: Callable[[], list[Surface]], side: int
-) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """Return a picture, and for each of its rays the kind of surface and its distance.
+def render(rng: np.random.Generator, make: Callable[[], list[Surface]], side: int) -> View:
+    """Return the view of a scene.
 
     Args:
         rng: What camera and light are drawn from, before and after the scene.
@@ -99,12 +127,14 @@ def render(
     normals = np.array([n for _, n in hits])[first, every]
     points = origins + distance[:, None] * rays
     colours = np.stack([_wrap(s.texture, points, normals) for s in scene])[first, every]
-    pixels = colours * _light(rng, scene, points, normals)[:, None]
+    light = _light(rng, scene, points, normals)
+    pixels = colours * light[:, None]
     picture = pixels.reshape(side, SAMPLES, side, SAMPLES, 3).mean((1, 3))
     image = Image.fromarray(np.rint(255 * np.clip(picture, 0, 1)).astype(np.uint8))
     kinds = np.array([surface.kind for surface in scene])[first]
-    across = (side * SAMPLES, side * SAMPLES)
-    return image, kinds.reshape(across), distance.reshape(across)
+    flat = (first, kinds, distance, points, normals, light)
+    across = side * SAMPLES
+    return View(image, *(one.reshape(across, across, *one.shape[1:]) for one in flat))
 
 
 def _rays(pitch: float, width: float, side: int) -> Points:

@@ -120,13 +120,14 @@ def planned(
 
 def _learning(table: Table, one: SetResults, row: MethodRow, speed: Speed) -> float:
     """Return what gathering and learning for a row take of one worker."""
-    tasks, needs = len(one.scored), METHODS[row.method].needs
+    tasks, needs = len(row.tasks or one.scored), METHODS[row.method].needs
     if needs == "fusion_model":
         spec = fusion_spec_of(row.fusion)
         inner = INNER * spec.meta_steps * FUSION_BATCH * tasks * speed.forward
         return inner + VAE_STEP_SECONDS * spec.vae_steps
-    inputs = _examples(table, one, "calibration")
-    seconds = inputs * speed.forward if needs else 0.0
+    read = _examples(table, one, "calibration")
+    inputs = read if row.inputs is None else row.inputs * tasks
+    seconds = (inputs + read * row.again) * speed.forward if needs else 0.0
     if needs == "learned_merge":
         spec = spec_of(row.method, row.learn)
         how = spec.optimisation
