@@ -18,11 +18,7 @@ def edit_match(said: str, wanted: str) -> float:
 
     For pronunciations a word is a phone: this is 1 - phone error rate, kept above 0.
     """
-    return _alike(said.split(), wanted.split())
-
-
-def _alike(a: Sequence[str], b: Sequence[str]) -> float:
-    """Return 1 - Levenshtein distance / the longer length; 1 if both are empty."""
+    a, b = said.split(), wanted.split()
     if not a and not b:
         return 1.0
     row = list(range(len(b) + 1))
@@ -52,16 +48,6 @@ def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-def anls(said: str, wanted: str) -> float:
-    """Return 1 - Levenshtein distance in characters / the longer length, 0 up to a half.
-
-    Paper: Biten et al. 2019 (arXiv 1907.00490), equation 1, with one right answer; case and
-    spaces around count nothing.
-    """
-    similarity = _alike(said.strip().lower(), wanted.strip().lower())
-    return similarity if similarity > 0.5 else 0.0
-
-
 def pair_f1(said: str, wanted: str) -> float:
     """Return the F1 of the pairs of words that name things: the two words after each "a".
 
@@ -77,7 +63,6 @@ SCORERS: Mapping[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
     "edit_match": edit_match,
     "rouge_l": rouge_l,
-    "anls": anls,
     "pair_f1": pair_f1,
 }
 """Scorers by metric: what was said, what was wanted."""

@@ -262,7 +262,6 @@ MEASURES: Mapping[str, Callable[..., np.ndarray]] = {
     "exact_match": _mean,
     "edit_match": _mean,
     "rouge_l": _mean,
-    "anls": _mean,
     "pair_f1": _mean,
     "rmse": _rmse,
     FIDELITY: _fidelity,

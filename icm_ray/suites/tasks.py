@@ -31,7 +31,6 @@ METRICS: Mapping[Kind, tuple[str, ...]] = {
         "rouge_l",
         "exact_match",
         "edit_match",
-        "anls",
         "pair_f1",
         "bleu",
         "chrf",
@@ -45,7 +44,6 @@ perfect, so that a score over the expert's score has a meaning.
 precision of boxes, at an intersection over union of .5, and over .5 to .95 (COCO).
 `token_likelihood`: 1 / perplexity, the geometric mean of the tokens' probabilities.
 `edit_match`: 1 - edit distance in words / longer length.
-`anls`: 1 - edit distance in characters / longer length, 0 up to a half.
 `pair_f1`: F1 of the things a caption names, each the two words after an "a".
 `rouge_l`: F1 of the longest common subsequence of words. `bleu`, `chrf`: of the corpus, over 100.
 `fidelity`: how far the model says what the task's expert says; it needs no labels."""
