@@ -20,16 +20,7 @@ from icm_ray.suites.tasks import SPLITS, Examples, Task
 class _Packaged(Mapping[str, Suite]):
     """Suites that come with the package, each opened when it is asked for."""
 
-    names = (
-        "text",
-        "lm",
-        "generation",
-        "vision",
-        "many",
-        "detection",
-        "dense",
-        "imagetext",
-    )
+    names = ("text", "lm", "generation", "vision", "many", "detection", "dense", "imagetext")
 
     def __getitem__(self, name: str) -> Suite:
         if name not in self.names:

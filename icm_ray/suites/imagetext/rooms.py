@@ -81,8 +81,8 @@ def room(name: str, split: str, number: int, photographs: Photographs) -> Room:
     while True:
         things = _things(rng, count)
         view = render(rng, lambda: _scene(rng, photographs, things), SIDE)  # noqa: B023
-        if all((view.things == place + 2).sum() >= LEAST_RAYS for place in range(count)):
-            return Room(view.image, things, view.things)
+        if all((view.kinds == place + 2).sum() >= LEAST_RAYS for place in range(count)):
+            return Room(view.image, things, view.kinds)
 
 
 def _things(rng: np.random.Generator, count: int) -> tuple[Thing, ...]:
