@@ -15,6 +15,9 @@ RANDOM = "-random"
 REALIGNED = "-heads-realigned"
 """Ends the label of a row, or of the base, that is read through heads fitted to the experts'."""
 
+ERRORS = frozenset({"rmse"})
+"""Metrics of which smaller is better: they count as the expert's over the model's."""
+
 SavedModulesPolicy = Literal["refuse", "drop", "keep", "mean"]
 """What to do with `modules_to_save`: refuse the adapter, leave them out, keep them per task, or
 average them."""

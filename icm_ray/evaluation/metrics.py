@@ -24,8 +24,9 @@ import numpy as np
 
 from icm_ray.evaluation.average_precision import mean_average_precision
 from icm_ray.evaluation.corpus import CORPUS, corpus_scores
+from icm_ray.kinds import ERRORS
 from icm_ray.seeding import seed_for
-from icm_ray.suites.tasks import ERRORS, FIDELITY, Task
+from icm_ray.suites.tasks import FIDELITY, Task
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95

@@ -14,9 +14,10 @@ from icm_ray.evaluation.experts import Expert, heads_of
 from icm_ray.evaluation.fidelity import Asked, Said, fidelity, said_by
 from icm_ray.evaluation.heads import Head
 from icm_ray.evaluation.metrics import Score, score, share
+from icm_ray.kinds import ERRORS
 from icm_ray.linalg.threads import kernel_threads
 from icm_ray.suites import Suite
-from icm_ray.suites.tasks import ERRORS, FIDELITY, Examples, Task
+from icm_ray.suites.tasks import FIDELITY, Examples, Task
 from icm_ray.types import Adapter
 
 BATCH = 64

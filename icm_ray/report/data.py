@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from icm_ray.kinds import RANDOM, REALIGNED
+from icm_ray.kinds import ERRORS, RANDOM, REALIGNED
 
 EXPERT = "expert"
 PROBE = "probe"
@@ -43,7 +43,7 @@ class ScoreRow:
         rank: Largest rank of the scored adapter.
         task: The task's name.
         split: Which examples were scored.
-        metric: What `score` is; larger is better.
+        metric: What `score` is; larger is better, but of `kinds.ERRORS`.
         score: The metric's value.
         low: Lower end of the 95 % bootstrap interval of `score`.
         high: Upper end of that interval.
@@ -80,6 +80,14 @@ class ScoreRow:
     gain_kept: float | None
     seconds: float
     seen: bool = True
+
+    def beats(self, other: "ScoreRow") -> bool:
+        """Say whether this score of the same task is the better one."""
+        return self.score < other.score if self.metric in ERRORS else self.score > other.score
+
+    def is_clear_of(self, other: "ScoreRow") -> bool:
+        """Say whether it is better by intervals that do not touch."""
+        return self.high < other.low if self.metric in ERRORS else self.low > other.high
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from icm_ray.kinds import REALIGNED
+from icm_ray.kinds import ERRORS, REALIGNED
 from icm_ray.report.data import BASE, EXPERT, OF_TASKS, PROBE, REFERENCES, Gains, ScoreRow, Split
 from icm_ray.report.summary import InitSummary, Spread, Summary
 from icm_ray.report.text import natural_key
@@ -112,9 +112,13 @@ def check_experts(
 def _verdict(expert: ScoreRow, probe: ScoreRow | None, gain: tuple[float, float] | None) -> Verdict:
     if probe is None:
         return "no probe"
-    if gain[0] > 0 if gain else expert.low > probe.high:
+    if gain is None:
+        is_beyond = expert.is_clear_of(probe)
+    else:
+        is_beyond = gain[1] < 0 if expert.metric in ERRORS else gain[0] > 0
+    if is_beyond:
         return "beyond"
-    return "above" if expert.score > probe.score else "not above"
+    return "above" if expert.beats(probe) else "not above"
 
 
 def _best(rows: list[InitSummary], value: Callable[[InitSummary], Spread | None]) -> InitSummary:
@@ -133,4 +137,4 @@ def _below_expert(merge: InitSummary, summary: Summary) -> tuple[int, int]:
         for task, row in one.rows.items()
         if task in experts.get(one.expert_set, {})
     ]
-    return sum(row.high < expert.low for row, expert in pairs), len(pairs)
+    return sum(expert.is_clear_of(row) for row, expert in pairs), len(pairs)

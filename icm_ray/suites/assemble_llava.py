@@ -50,7 +50,7 @@ def assemble_llava(tower: Path, decoder: Path, projector: Path, target: Path) ->
     config = LlavaConfig(
         vision_config=sees.config.to_dict(),
         text_config=says.config.to_dict(),
-        image_token_id=tokenizer.convert_tokens_to_ids(PLACE),
+        image_token_index=tokenizer.convert_tokens_to_ids(PLACE),
         image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=list(LAYERS),
         vision_feature_select_strategy="default",  # without the class token

@@ -37,8 +37,8 @@ METRICS: Mapping[Kind, tuple[str, ...]] = {
         FIDELITY,
     ),
 }
-"""What each kind can be scored by, the usual first. Of all but `ERRORS` larger is better and 1 is
-perfect, so that a score over the expert's score has a meaning.
+"""What each kind can be scored by, the usual first. Of all but `kinds.ERRORS` larger is better and
+1 is perfect, so that a score over the expert's score has a meaning.
 
 `miou`: mean intersection over union of classes. `map50`, `map`: mean over classes of the average
 precision of boxes, at an intersection over union of .5, and over .5 to .95 (COCO).
@@ -47,9 +47,6 @@ precision of boxes, at an intersection over union of .5, and over .5 to .95 (COC
 `pair_f1`: F1 of the things a caption names, each the two words after an "a".
 `rouge_l`: F1 of the longest common subsequence of words. `bleu`, `chrf`: of the corpus, over 100.
 `fidelity`: how far the model says what the task's expert says; it needs no labels."""
-
-ERRORS = frozenset({"rmse"})
-"""Smaller is better: they count as the expert's over the model's."""
 
 SPLITS: tuple[str, ...] = ("train", "calibration", "validation", "test")
 """train fits experts; calibration feeds merge methods, which never see its targets; validation

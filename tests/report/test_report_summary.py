@@ -122,3 +122,21 @@ def test_adapters_of_their_own_for_each_task_are_no_winners(make_row, make_score
     beside = headline(summarise([*make_scores(), *own], "test"), "shared")
     assert beside.by_mean.method == plain.by_mean.method != "emr-per-task"
     assert beside.by_worst.method == plain.by_worst.method
+
+
+def test_a_smaller_error_is_the_better_score(make_row):
+    def rows(expert, probe, base=0.9):
+        scores = {"expert": expert, "probe": probe, "base": base, "soup": 0.5}
+        return [make_row(method, "a", score, metric="rmse") for method, score in scores.items()]
+
+    def verdict(expert, probe, gain=None):
+        gains = {rows(expert, probe)[0].expert_set: {"a": gain}} if gain else None
+        return check_experts(rows(expert, probe), "test", gains)[0].verdict
+
+    assert verdict(0.2, 0.4) == "beyond"
+    assert verdict(0.4, 0.2) == "not above"
+    assert verdict(0.39, 0.4) == "above"
+    assert verdict(0.39, 0.4, (-0.03, -0.01)) == "beyond"
+    assert verdict(0.39, 0.4, (-0.03, 0.01)) == "above"
+    found = headline(summarise(rows(0.2, 0.4), "test"), "shared")
+    assert (found.below, found.compared) == (1, 1)

@@ -169,6 +169,7 @@ def _align(projector: nn.Module, frozen: Frozen, features: Tensor, train: Captio
     known = torch.stack([weight[ids].sum(0) for ids in tokens])
     rows = features[: len(rooms)].flatten(0, 1)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.0)
+    loss = torch.zeros(())
     for step in range(ALIGNING_STEPS):
         some = torch.randint(len(rows), (ALIGNING_BATCH,), generator=generator("align", step))
         target = known[wanted[some]]
@@ -266,6 +267,8 @@ def _said(projector: nn.Module, frozen: Frozen, features: Tensor) -> list[str]:
 def _folded(projector: nn.Sequential, mean: Tensor, deviation: Tensor) -> dict[str, Tensor]:
     """Return the projector as LLaVA names it, the standardisation inside its first layer."""
     first, _, second = projector
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
     weight = first.weight / deviation
     tensors = {
         "linear_1.weight": weight,
