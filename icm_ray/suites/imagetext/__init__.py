@@ -1,8 +1,7 @@
-"""The imagetext suite: questions about pictures, answered in words by a small LLaVA.
+"""The imagetext suite: questions about rendered rooms, answered in words by a small LLaVA.
 
-Rooms are rendered, so that what is in them is known exactly; numbers are written in real
-typefaces; photographs are real, and spoilt in a known way. Five tasks ask different things of the
-same rooms. Sources and licences: `data/README.md`.
+What is in a room is known exactly, and five tasks ask different things of the same rooms. Sources
+and licences: `data/README.md`.
 """
 
 from pathlib import Path

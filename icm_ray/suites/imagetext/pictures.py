@@ -1,7 +1,7 @@
 """Pictures with something to say of each: rooms, numbers on photographs, spoilt photographs.
 
-`Captioned` is what all have in common: the projector is trained on pictures and captions alone,
-the tasks ask for parts of what is known of a picture.
+The projector is trained on all of them and their captions; the tasks ask for parts of what is known
+of a room.
 """
 
 from collections.abc import Iterator, Mapping
