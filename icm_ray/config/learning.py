@@ -63,6 +63,11 @@ class ObjectiveSpec(Part):
     temperature: float = Field(
         default=1.0, gt=0, description="distillation: of class probabilities, both sides'."
     )
+    unit: Literal["base", "larger"] = Field(
+        default="base",
+        description="distillation: a task's loss is a share of the base's, or of the larger of the "
+        "base's and the start's, for tasks that the base does nearly as well as the expert.",
+    )
     max_new_tokens: Positive = Field(default=1, description="token_entropy: longest answer.")
     reduction: Literal["mean", "sum"] = Field(
         default="mean", description="token_entropy: over an answer's positions."

@@ -18,11 +18,13 @@ from icm_ray.devices import stacked
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged, observe
 from icm_ray.learning.inputs import Seen, TaskInputs
-from icm_ray.learning.objectives.protocol import Memory, Objective, TaskObjective
+from icm_ray.learning.objectives.protocol import Memory, Objective, Scaling, TaskObjective
 from icm_ray.learning.parameters import Parameters
 
 NO_SIGNAL = 1e-3
 """Smallest gap between the base's and the expert's loss that a merge can be steered by."""
+FAR = 10.0
+"""Loss at the start, in units of the base's, from which one task drowns the others."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,14 @@ class TaskGradients:
         if objective.compares:
             self.memories[task], base, expert, energy = compare(self.model, inputs, objective)
         start = self._raw(task)
-        scale = {"none": None, "energy": energy, "start": start}[self.scaling]
+        larger = start if energy is None else torch.maximum(start, energy)
+        scales = {"none": None, "energy": energy, "start": start, "larger": larger}
+        scale = scales[self.scaling]
         self.scales[task] = torch.ones_like(start) if scale is None else inverse(scale)
         by, warning = self.scales[task], None
         if objective.compares:
             warning = _warning(float((base * by).mean()), float((expert * by).mean()))
+            warning = warning or _far(float((start * by).mean()), self.scaling)
             base, expert = base * by, expert * by
         return TaskLosses(base.tolist(), expert.tolist(), (start * by).tolist(), warning)
 
@@ -239,6 +244,16 @@ def _warning(base: float, expert: float) -> str | None:
     if expert > base:
         return f"wrong sign: the expert's {expert:.5f} is above the base's {base:.5f}"
     return None
+
+
+def _far(start: float, scaling: Scaling) -> str | None:
+    """Say so where a task starts so far off that its share of the objective leaves no other."""
+    if scaling != "energy" or start < FAR:
+        return None
+    return (
+        f"starts {start:.0f} times as far from its expert as the base is, and outweighs the other "
+        "tasks; distillation has objective.unit: larger for that"
+    )
 
 
 def _check_reached(task: str, objective: TaskObjective, seen: Mapping[str, Tensor]) -> None:

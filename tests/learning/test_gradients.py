@@ -7,7 +7,7 @@ from icm_ray.base_model.loading import find_module
 from icm_ray.config import OptimisationSpec
 from icm_ray.errors import InputError
 from icm_ray.learning.forward import merged
-from icm_ray.learning.gradients import Learning, TaskGradients, inverse
+from icm_ray.learning.gradients import Learning, TaskGradients, TaskLosses, inverse
 from icm_ray.learning.inputs import TaskInputs
 from icm_ray.learning.objectives.distillation import Distillation
 from icm_ray.learning.objectives.entropy import HeadEntropy
@@ -219,6 +219,25 @@ def test_signs_that_are_wrong_are_told(share, terms) -> None:
         assert ("wrong sign" in str(losses.warning)) == (gap > 1e-3)
     assert any(losses.warning for losses in found.values()), "random adapters have no aim"
     assert any(losses.warning is None for losses in found.values())
+
+
+def test_a_start_that_is_far_off_is_told_and_may_be_the_unit(share, terms) -> None:
+    def losses(value: float, objective: Distillation) -> dict[str, TaskLosses]:
+        side = share(Coefficients(terms, value), objective)
+        return {task: side.start(task) for task in side.tasks}
+
+    for value in (0.0, 30.0):
+        usual = losses(value, Distillation())
+        larger = losses(value, Distillation(scaling="larger"))
+        assert usual.keys() == larger.keys()
+        for task, one in larger.items():
+            base, start = usual[task].base[0], usual[task].start[0]
+            assert base == pytest.approx(1)
+            assert max(one.base[0], one.start[0]) == pytest.approx(1)
+            assert one.start[0] / one.base[0] == pytest.approx(start / base, rel=1e-5)
+            assert ("outweighs the other tasks" in str(usual[task].warning)) == (start >= 10)
+            assert "outweighs" not in str(one.warning)
+    assert any("outweighs" in str(one.warning) for one in usual.values())
 
 
 def test_a_target_that_inputs_never_reach_is_an_error(tiny, make_tasks, make_adapter) -> None:

@@ -133,6 +133,7 @@ TARGETS, TOKENS = Targets(("value",), (1,), 0.5), Tokens(padding=True, skip_firs
         ({"kind": "entropy"}, HeadEntropy()),
         ({"kind": "distillation"}, Distillation()),
         ({"kind": "distillation", "temperature": 2.0}, Distillation(temperature=2.0)),
+        ({"kind": "distillation", "unit": "larger"}, Distillation(scaling="larger")),
         ({"kind": "supervised"}, Supervised()),
     ],
 )

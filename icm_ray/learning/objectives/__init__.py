@@ -106,7 +106,12 @@ OBJECTIVES: Mapping[str, ObjectiveRow] = {
         meaning="entropy of a language model's next tokens",
     ),
     "distillation": ObjectiveRow(
-        lambda spec, base: Distillation(_readout(base), _end(base), spec.temperature),
+        lambda spec, base: Distillation(
+            _readout(base),
+            _end(base),
+            spec.temperature,
+            "larger" if spec.unit == "larger" else "energy",
+        ),
         meaning="distance of the answers from the expert's",
         reads_heads=True,
         moves_latents=True,

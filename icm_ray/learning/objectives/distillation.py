@@ -18,9 +18,9 @@ class Distillation:
 
     Kullback-Leibler divergence from the expert's class probabilities, the squared difference of
     standardised predictions, or for boxes `box_divergence`; divided by the base's, whose loss is
-    then 1. A language model's head is the base's own: of texts every next token counts, of prompts
-    those of the expert's greedy answer, decoded once (arXiv 1606.07947, with the whole
-    distributions of arXiv 1503.02531).
+    then 1, or by the start's where that is larger and `scaling` says so. A language model's head
+    is the base's own: of texts every next token counts, of prompts those of the expert's greedy
+    answer, decoded once (arXiv 1606.07947, with the whole distributions of arXiv 1503.02531).
 
     Attributes:
         readout: A language model's head.

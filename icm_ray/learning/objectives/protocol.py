@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from icm_ray.base_model.states import Batch
 from icm_ray.learning.inputs import Seen, TaskInputs
 
-Scaling = Literal["none", "energy", "start"]
-"""Divide a task's components by nothing, by the size of what they compare with, or by their
-values at the start."""
+Scaling = Literal["none", "energy", "start", "larger"]
+"""Divide a task's components by nothing, by the size of what they compare with, by their values at
+the start, or by the larger of the two."""
 
 Memory = Mapping[str, Tensor]
 """What is kept of one batch: values of the expert and, under "energy", sums to divide by."""
