@@ -17,7 +17,7 @@ from icm_ray.learning.objectives.distillation import Distillation
 from icm_ray.learning.objectives.entropy import HeadEntropy
 from icm_ray.learning.objectives.module_inputs import Tokens
 from icm_ray.learning.objectives.null_space_ratio import NullSpaceRatio
-from icm_ray.learning.objectives.protocol import Objective
+from icm_ray.learning.objectives.protocol import Objective, Scaling
 from icm_ray.learning.objectives.row_space_match import RowSpaceMatch
 from icm_ray.learning.objectives.supervised import Supervised
 from icm_ray.learning.objectives.task_vector_match import TaskVectorMatch
@@ -75,6 +75,11 @@ def _token_entropy(spec: ObjectiveSpec, base: Base | None) -> TokenEntropy:
     return TokenEntropy(readout_of(base), spec.max_new_tokens, end, spec.reduction)
 
 
+def _distillation(spec: ObjectiveSpec, base: Base | None) -> Distillation:
+    scaling: Scaling = "larger" if spec.unit == "larger" else "energy"
+    return Distillation(_readout(base), _end(base), spec.temperature, scaling)
+
+
 OBJECTIVES: Mapping[str, ObjectiveRow] = {
     "null_space_ratio": ObjectiveRow(
         lambda spec, _base: NullSpaceRatio(_targets(spec), _tokens(spec)),
@@ -106,12 +111,7 @@ OBJECTIVES: Mapping[str, ObjectiveRow] = {
         meaning="entropy of a language model's next tokens",
     ),
     "distillation": ObjectiveRow(
-        lambda spec, base: Distillation(
-            _readout(base),
-            _end(base),
-            spec.temperature,
-            "larger" if spec.unit == "larger" else "energy",
-        ),
+        _distillation,
         meaning="distance of the answers from the expert's",
         reads_heads=True,
         moves_latents=True,
