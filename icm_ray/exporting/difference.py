@@ -24,14 +24,13 @@ from icm_ray.adapters.fingerprint import fingerprint_of
 from icm_ray.adapters.header import open_tensors
 from icm_ray.adapters.policy import short
 from icm_ray.errors import InputError, RecipeError
+from icm_ray.exporting.full_model import BLOCK_ELEMENTS
 from icm_ray.exporting.stored_names import sources_of
 from icm_ray.files import refuse_foreign, refuse_inputs
 from icm_ray.linalg import lowrank
 from icm_ray.merging.cut import RankRule, cut
 from icm_ray.types import Adapter, Delta, RankPolicy
 
-BLOCK_ELEMENTS = 2**22
-"""Elements of a weight that are read at once; 16 MB in float32."""
 NAMED = 3
 """Tensors that a line about what is left out names."""
 

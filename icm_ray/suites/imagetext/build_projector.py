@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,17 @@ from icm_ray.suites import prepare_base
 from icm_ray.suites.assemble_llava import (
     DECODER,
     LAYERS,
-    PATCH,
     PROJECTOR,
     TOWER,
     image_processor,
 )
 from icm_ray.suites.imagetext import pictures
 from icm_ray.suites.imagetext.build_images import TABLES
-from icm_ray.suites.imagetext.rooms import SIDE, WALL, Room
+from icm_ray.suites.imagetext.rooms import WALL, Room
 from icm_ray.suites.vision.build_images import encode
 from icm_ray.suites.vision.glyphs import Glyphs
 from icm_ray.suites.vision.photographs import Photographs
+from icm_ray.suites.vision.scenes import patches_of
 
 ROOMS, NUMBERS, PHOTOGRAPHS = 2200, 700, 400
 """Pictures drawn for it; every room is seen in a mirror, too."""
@@ -163,9 +164,8 @@ def _align(projector: nn.Module, frozen: Frozen, features: Tensor, train: Captio
     """Regress the decoder's embeddings of what each patch of a room shows on its features."""
     rooms = [one.room for one in train if one.room is not None]
     wanted = torch.from_numpy(np.concatenate([_shown(room) for room in rooms]))
-    names = sorted({*_names(), "floor", "wall"})
     weight = frozen.words.get_input_embeddings().weight.float()
-    tokens = [frozen.tokenizer(f" {n}", add_special_tokens=False)["input_ids"] for n in names]
+    tokens = [frozen.tokenizer(f" {n}", add_special_tokens=False)["input_ids"] for n in _names()]
     known = torch.stack([weight[ids].sum(0) for ids in tokens])
     rows = features[: len(rooms)].flatten(0, 1)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.0)
@@ -183,21 +183,20 @@ def _align(projector: nn.Module, frozen: Frozen, features: Tensor, train: Captio
     print(f"aligned: error {float(loss.detach()):.3f}", flush=True)
 
 
+@cache
 def _names() -> list[str]:
-    return [f"{colour} {kind}" for colour in pictures.COLOURS for kind in pictures.KINDS]
+    """Return what a patch of a room may show, sorted."""
+    things = [f"{colour} {kind}" for colour in pictures.COLOURS for kind in pictures.KINDS]
+    return sorted([*things, "floor", "wall"])
 
 
 def _shown(room: Room) -> np.ndarray:
     """Return for each patch the place, in the sorted names, of what fills most of it."""
-    names = sorted({*_names(), "floor", "wall"})
-    across = SIDE // PATCH
-    rays = room.rays
-    side = len(rays) // across
-    blocks = rays.reshape(across, side, across, side).swapaxes(1, 2).reshape(across**2, -1)
+    blocks = patches_of(room.rays)
     surfaces = ["floor", "wall", *map(str, room.things)]
     filled = np.stack([(blocks == place).sum(1) for place in range(len(surfaces))])
     filled[WALL + 1 :] *= 2  # a thing that fills a third of a patch is what matters of it
-    return np.array([names.index(surfaces[place]) for place in filled.argmax(0)])
+    return np.array([_names().index(surfaces[place]) for place in filled.argmax(0)])
 
 
 def _ids(frozen: Frozen, text: str) -> list[int]:

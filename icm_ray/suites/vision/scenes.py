@@ -85,17 +85,17 @@ def distances(split: str, photographs: Photographs, count: int) -> Iterator[Pain
 
 def most_of(values: np.ndarray, classes: int) -> np.ndarray:
     """Return the class that fills most of each patch of a square map."""
-    patches = _patches(values)
+    patches = patches_of(values)
     filled = np.stack([(patches == one).sum(-1) for one in range(classes)])
     return filled.argmax(0).astype(np.float64)
 
 
 def mean_of(values: np.ndarray) -> np.ndarray:
     """Return the mean over each patch of a square map, to four digits."""
-    return np.round(_patches(values).mean(-1), 4)
+    return np.round(patches_of(values).mean(-1), 4)
 
 
-def _patches(values: np.ndarray) -> np.ndarray:
+def patches_of(values: np.ndarray) -> np.ndarray:
     """Return `(patches, rays)` of a square map, patches in reading order."""
     across = SIDE // PATCH
     side = PATCH * SAMPLES
