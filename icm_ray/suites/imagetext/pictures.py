@@ -38,7 +38,7 @@ class Captioned:
     Args:
         image: `SIDE` pixels wide and high.
         caption: What a captioner should say.
-        columns: Questions and answers.
+        columns: Questions and answers; of rooms alone.
         document: What it was made from.
         room: The room, if it shows one.
     """
@@ -125,8 +125,7 @@ def numbers(split: str, glyphs: Glyphs, count: int, name: str) -> Iterator[Capti
         ink = Image.new("L", (SIDE, SIDE))
         ink.paste(mask, (left, top))
         image = inked(rng, ground_of(rng, glyphs.photographs, SIDE), ink).convert("RGB")
-        columns = {"number": digits}
-        yield Captioned(image, f"the number {digits}.", columns, f"{face.name} {split} {place}")
+        yield Captioned(image, f"the number {digits}.", {}, f"{face.name} {split} {place}")
 
 
 def photographs(split: str, own: Photographs, count: int, name: str) -> Iterator[Captioned]:
@@ -139,5 +138,4 @@ def photographs(split: str, own: Photographs, count: int, name: str) -> Iterator
         while np.asarray(crop.convert("L")).std() < LEAST_CONTRAST:
             crop = own.crop(rng, SIDE, source)
         image = spoil(crop, DAMAGE[damage], rng)
-        columns = {"damage": damage}
-        yield Captioned(image, f"a photograph with {damage}.", columns, f"{source} {split} {place}")
+        yield Captioned(image, f"a photograph with {damage}.", {}, f"{source} {split} {place}")
